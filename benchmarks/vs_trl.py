@@ -1,0 +1,141 @@
+"""The same GRPO job through TRL's GRPOTrainer and through `rlhf-ray` local, in turns, on one machine.
+
+    python benchmarks/vs_trl.py [--steps 8] [--rounds 3] [--json result.json]
+
+Both get the same model folder, prompts, reward, group size, token limit, optimiser settings and KL coefficient, and
+both keep a reference model. Each round runs both sides in fresh processes, A B then B A, so that a drifting machine
+is fair to both; the figure is samples a second of the wall clock after warm-up steps, and the median of the rounds'
+ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WARMUP, PROMPTS, GROUP, NEW_TOKENS, LR, KL = 3, 8, 8, 64, 1e-5, 0.04
+
+
+def reward_length(completions: list[str], **columns: object) -> list[float]:
+    """Cheap on purpose: what is measured is the trainer."""
+    return [len(set(text)) / 20 for text in completions]
+
+
+def make_job(folder: Path) -> None:
+    """A 1M-parameter Qwen2 shape with a character tokenizer, and prompts of ten characters."""
+    from rlhf_ray.models.scratch import build_scratch
+    from rlhf_ray.models.tokenizers import build_tokenizer
+
+    alphabet = "abcdefghijklmnopqrstuvwxyz .,"
+    tokenizer = build_tokenizer("char", [alphabet], max_length=128)
+    model = build_scratch(
+        "qwen2", vocab_size=len(tokenizer), hidden_size=160, layers=4, heads=4, intermediate_size=480, max_length=128,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": "".join(alphabet[(i * 7 + j * 3) % 26] for j in range(10))} for i in range(256)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def run_trl(folder: Path, steps: int) -> list[float]:
+    """Seconds of each step."""
+    from datasets import load_dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.stamps = [time.perf_counter()]
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.stamps.append(time.perf_counter())
+
+    clock = Clock()
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+        max_completion_length=NEW_TOKENS, learning_rate=LR, beta=KL, max_steps=steps, temperature=1.0,
+        lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_steps=1_000, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
+        disable_tqdm=True, loss_type="dapo",
+    )  # fmt: skip
+    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
+    GRPOTrainer(
+        str(folder / "model"), reward_funcs=reward_length, args=settings, train_dataset=data, callbacks=[clock]
+    ).train()
+    return [b - a for a, b in zip(clock.stamps, clock.stamps[1:], strict=False)]
+
+
+def run_ours(folder: Path, steps: int) -> list[float]:
+    """Seconds of each step, of the command that users run.
+
+    Micro-batches of 1,024 tokens: rows of like length side by side, so that short answers are padded little.
+    """
+    config = {
+        "name": "vs-trl", "steps": steps, "model": {"path": str(folder / "model")},
+        "data": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 16, "eval_size": 8},
+        "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": NEW_TOKENS},
+        "rewards": [{"function": f"{Path(__file__).resolve()}:reward_length"}],
+        "algorithm": {"name": "grpo", "kl_coef": KL}, "learner": {"lr": LR, "tokens_per_microbatch": 1024},
+        "eval": {"size": 8}, "device": "cpu",
+    }  # fmt: skip
+    (folder / "ours.yaml").write_text(json.dumps(config), encoding="utf-8")
+    run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    command = [sys.executable, "-m", "rlhf_ray.cli", "rl", str(folder / "ours.yaml"), "--run-dir", str(run_dir)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    # A step's rollouts are the last thing that it writes: from file to file is a step with all its logging.
+    stamps = [(run_dir / "rollouts" / f"step_{step + 1}.jsonl").stat().st_mtime for step in range(steps)]
+    return [0.0, *(b - a for a, b in zip(stamps, stamps[1:], strict=False))]
+
+
+def measure(side: str, folder: Path, steps: int) -> float:
+    """Samples a second of one run in a fresh process, after the warm-up steps."""
+    out = folder / f"{side}.json"
+    options = ["--side", side, "--folder", str(folder), "--steps", str(steps), "--json", str(out)]
+    command = [sys.executable, __file__, *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = json.loads(out.read_text())[WARMUP:]
+    return PROMPTS * GROUP * len(seconds) / sum(seconds)
+
+
+def compare(folder: Path, steps: int, rounds: int) -> dict[str, object]:
+    make_job(folder)
+    rates: dict[str, list[float]] = {"trl": [], "ours": []}
+    for turn in range(rounds):
+        for side in ("trl", "ours") if turn % 2 == 0 else ("ours", "trl"):
+            rates[side].append(measure(side, folder, steps))
+            print(f"round {turn + 1} {side}: {rates[side][-1]:.1f} samples/s", flush=True)
+    ratios = [ours / trl for ours, trl in zip(rates["ours"], rates["trl"], strict=True)]
+    return {**rates, "ratio_by_round": ratios, "ratio": statistics.median(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--side", choices=("trl", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        seconds = (run_trl if args.side == "trl" else run_ours)(args.folder, args.steps)
+        args.json.write_text(json.dumps(seconds))
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(Path(folder), args.steps, args.rounds)
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

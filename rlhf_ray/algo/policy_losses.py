@@ -1,0 +1,144 @@
+"""Policy losses. Each returns a loss per token, loss_BT, 0 outside the mask; `aggregation.loss_weights` does
+the mean.
+
+`logp_BT` carries the gradient; `old_BT` (the policy before the update) and `adv_BT` never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algo.masks import masked_mean, masked_sum
+
+MAX_LOG_RATIO = 20.0
+
+
+def log_ratio(logp_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """logp - old on the mask, 0 outside it, clamped so that exp stays finite."""
+    # Outside the mask the two may be anything, -inf too: fill before exp, or inf * 0 = NaN reaches the
+    # gradient.
+    d_BT = (logp_BT - old_BT.detach()).masked_fill(~mask_BT.bool(), 0.0)
+    return d_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped_loss(
+    logp_BT: Tensor,
+    old_BT: Tensor,
+    adv_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """-min(rho A, clip(rho, 1-low, 1+high) A) (Schulman et al. 2017, PPO, eq. 7).
+
+    clip_high > clip_low is DAPO's "clip-higher" (Yu et al. 2025, section 3.1). `dual_clip` c > 1 bounds the
+    loss at -c A where A < 0 (Ye et al. 2020): else one ratio of 100 with a negative advantage dominates the
+    step.
+    """
+    ratio_BT = log_ratio(logp_BT, old_BT, mask_BT).exp()
+    loss_BT = _pessimistic(ratio_BT, adv_BT.detach(), clip_low, clip_high)
+    if dual_clip is not None:
+        bounded_BT = torch.minimum(loss_BT, -dual_clip * adv_BT.detach())
+        loss_BT = torch.where(adv_BT < 0, bounded_BT, loss_BT)
+    return loss_BT.masked_fill(~mask_BT.bool(), 0.0)
+
+
+def gspo_loss(
+    logp_BT: Tensor,
+    old_BT: Tensor,
+    adv_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Tensor:
+    """The clipped loss with the sequence's ratio s = exp(mean_t log rho_t) (Zheng et al. 2025, GSPO, section
+    4).
+
+    This is the paper's GSPO-token form, s_t = sg[s] * pi/sg[pi]: the same value and gradient as GSPO when all
+    tokens of a completion share an advantage, and defined when they do not. Aggregate with `seq_mean`. The
+    clip range is two orders of magnitude below PPO's because s is a geometric mean.
+    """
+    d_BT = log_ratio(logp_BT, old_BT, mask_BT)
+    s_B1 = masked_mean(d_BT, mask_BT, dim=1)[:, None].detach()
+    ratio_BT = (s_B1 + d_BT - d_BT.detach()).exp()
+    loss_BT = _pessimistic(ratio_BT, adv_BT.detach(), clip_low, clip_high)
+    return loss_BT.masked_fill(~mask_BT.bool(), 0.0)
+
+
+def cispo_loss(
+    logp_BT: Tensor,
+    old_BT: Tensor,
+    adv_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+) -> Tensor:
+    """-sg[clip(rho, 1-low, 1+high)] A logp (MiniMax-M1, 2025, section 3.1).
+
+    The weight is clipped, not the token: every token keeps a gradient. clip_low = 1 means no lower bound.
+    """
+    ratio_BT = log_ratio(logp_BT, old_BT, mask_BT).exp()
+    weight_BT = ratio_BT.detach().clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -weight_BT * _kept(adv_BT.detach(), mask_BT) * _kept(logp_BT, mask_BT)
+
+
+def policy_gradient_loss(logp_BT: Tensor, old_BT: Tensor, adv_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """-A logp (Williams 1992, REINFORCE). Correct for one step on fresh data: `old_BT` is not used."""
+    return -_kept(adv_BT.detach(), mask_BT) * _kept(logp_BT, mask_BT)
+
+
+def _kept(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return x_BT.masked_fill(~mask_BT.bool(), 0.0)
+
+
+def _pessimistic(ratio_BT: Tensor, adv_BT: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    return torch.maximum(-ratio_BT * adv_BT, -ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high) * adv_BT)
+
+
+@torch.no_grad()
+def ratio_stats(
+    logp_BT: Tensor,
+    old_BT: Tensor,
+    mask_BT: Tensor,
+    clip_low: float,
+    clip_high: float,
+    adv_BT: Tensor,
+    *,
+    sequence: bool = False,
+) -> dict[str, Tensor]:
+    """Sums and maxima over tokens that combine exactly over micro-batches and ranks (`combine_stats`).
+
+    count; ratio_sum, ratio_max; clipped_sum (tokens whose gradient the clip removed); approx_kl_sum of
+    KL(old || new) by k3, rho - 1 - log rho. `sequence=True` takes GSPO's ratio in place of the token's.
+    """
+    d_BT = log_ratio(logp_BT, old_BT, mask_BT)
+    if sequence:
+        d_BT = masked_mean(d_BT, mask_BT, dim=1)[:, None].expand_as(d_BT).masked_fill(~mask_BT.bool(), 0.0)
+    ratio_BT = d_BT.exp()
+    outside_BT = torch.where(adv_BT >= 0, ratio_BT > 1.0 + clip_high, ratio_BT < 1.0 - clip_low) & (adv_BT != 0)
+    return {
+        "count": mask_BT.bool().sum().to(ratio_BT.dtype),
+        "ratio_sum": masked_sum(ratio_BT, mask_BT),
+        "ratio_max": ratio_BT.masked_fill(~mask_BT.bool(), 0.0).max(),
+        "clipped_sum": masked_sum(outside_BT.to(ratio_BT.dtype), mask_BT),
+        "approx_kl_sum": masked_sum(torch.expm1(d_BT) - d_BT, mask_BT),
+    }
+
+
+def combine_stats(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the statistics of several micro-batches: names ending in `_max` by maximum, all others by sum."""
+    joined: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in joined:
+                joined[name] = value
+            else:
+                joined[name] = torch.maximum(joined[name], value) if name.endswith("_max") else joined[name] + value
+    return joined

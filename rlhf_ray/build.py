@@ -1,0 +1,220 @@
+"""From a config to a run: the policy it starts from, its data, and its roles, local or on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from rlhf_ray.config.load import check_device
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.tasks import is_task
+from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.loops.evaluate import Evaluator
+from rlhf_ray.loops.rl import train
+from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
+from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
+from rlhf_ray.models.devices import Hardware, choose_hardware
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.rewards.compose import load_reward
+from rlhf_ray.roles.advantages import AdvantageEstimator
+from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
+from rlhf_ray.roles.protocols import Roles, Sampling
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
+
+
+def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool = False) -> dict[str, Any]:
+    """A whole run: warm start, training, evaluation, export. Returns what summary.json holds.
+
+    Raises:
+        RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
+    """
+    hardware = hardware_of(config)
+    check_device(config, hardware.device)
+    directory = RunDirectory.open(config.name, run_dir, resume=resume)
+    with _kept_only_if_used(directory):
+        tokenizer, train_prompts, held_out = check_inputs(config, directory)
+    run = Recorder(config, directory)
+    try:
+        policy, tokenizer_path = starting_policy(
+            config, directory.start, own_hardware(hardware), report=run.warm_start_progress()
+        )
+        assets = Assets(policy, tokenizer_path, hardware)
+        with open_roles(config, assets) as roles:
+            evaluator = Evaluator(
+                roles.generator, roles.reward, held_out, _sampling(config, tokenizer, config.eval.temperature),
+                seed=config.seed,
+            )  # fmt: skip
+            rollouts = _rollouts(config, roles, train_prompts, _sampling(config, tokenizer), run)
+            try:
+                canary = _canary(config, tokenizer, max(map(len, train_prompts.token_ids)), hardware)
+                result = train(config, roles, rollouts, evaluator, canary, run)
+            finally:
+                rollouts.close()
+            roles.learner.export_model(directory.model)
+        run.finish("finished", **result)
+    except BaseException as error:
+        run.fail(error)
+        raise
+    return directory.read_summary()
+
+
+def hardware_of(config: RunConfig) -> Hardware:
+    """Where the roles compute: on this machine, or on what the cluster's workers have."""
+    if config.executor == "ray":
+        try:
+            from rlhf_ray.remote.cluster import gpus_of_cluster
+        except ImportError as error:
+            raise ConfigError(
+                f"executor=ray needs Ray, which cannot be imported ({error}); install it with "
+                "`pip install 'rlhf-ray[ray]'`, or set executor=local"
+            ) from error
+
+        gpus = gpus_of_cluster(config.ray.address)
+        if gpus is not None:
+            return choose_hardware(config.device, config.dtype, cuda=gpus > 0, mps=False)
+    return choose_hardware(config.device, config.dtype)
+
+
+def own_hardware(roles: Hardware) -> Hardware:
+    """What this process computes on itself (the warm start): its best device, unless the run is to stay on the CPU."""
+    return roles if roles.device == "cpu" else choose_hardware()
+
+
+@contextmanager
+def _kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
+    """Bad input leaves no empty folder behind, for `--resume auto` would take it for the newest run."""
+    try:
+        yield
+    except BaseException:
+        if not any(directory.path.iterdir()):
+            directory.path.rmdir()
+        raise
+
+
+def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, PromptSet, PromptSet]:
+    """(tokenizer, training prompts, held-out prompts): all that people get wrong, read before anything is made.
+
+    Raises:
+        RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used.
+    """
+    for reward in config.rewards:
+        load_reward(reward.function, weight=reward.weight, args=reward.args, name=reward.name)
+    if config.reward_model is not None:
+        load_tokenizer(config.reward_model.path)
+    tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no completion "
+            "could end; set eos_token in its tokenizer_config.json"
+        )
+    train, held_out = load_data(config, tokenizer)
+    _check_model_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
+    return tokenizer, train, held_out
+
+
+def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Beyond its last position or token a model has no embedding: an index error in a run, or worse on a GPU."""
+    path = config.model.path
+    if path.startswith("scratch:"):
+        return  # made to fit; config/checks.py knows its length
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    positions, vocab_size = getattr(shape, "max_position_embeddings", None), shape.vocab_size
+    longest = max(map(len, prompts))
+    if positions is not None and longest + config.rollout.max_new_tokens > positions:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens, and with rollout.max_new_tokens={config.rollout.max_new_tokens} "
+            f"that is more than the {positions} positions of {path}; lower rollout.max_new_tokens, or set "
+            "data.max_prompt_tokens and data.overlong_prompts=drop"
+        )
+    highest = max(tokenizer.eos_token_id, *map(max, prompts))
+    if highest >= vocab_size:
+        raise ModelError(
+            f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {vocab_size} embeddings of "
+            f"{path}: the tokenizer is another model's, or got tokens that the model did not; "
+            "set model.tokenizer.path to the right one, or resize the model's embeddings"
+        )
+
+
+def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
+    """(training prompts, held-out prompts), disjoint."""
+    data = config.data
+    options: dict[str, Any] = {
+        "field": data.field,
+        "prompt_words": data.prompt_words,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "overlong": data.overlong_prompts,
+    }
+    prompts = load_prompts(data.path, tokenizer, split=data.split, limit=data.limit, **options)
+    if data.eval_path is not None or is_task(data.path):
+        held_out = load_prompts(data.eval_path or data.path, tokenizer, split="test", limit=config.eval.size, **options)
+        return prompts, held_out
+    if len(prompts) <= data.eval_size:
+        raise ConfigError(
+            f"data.eval_size={data.eval_size} would hold out all {len(prompts)} prompts of {data.path}; "
+            "lower it, or set data.eval_path"
+        )
+    cut = len(prompts) - data.eval_size
+    return prompts.slice(0, cut), prompts.slice(cut, cut + config.eval.size)
+
+
+@contextmanager
+def open_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
+    """The roles as this config places them; closed at the end, also after an error."""
+    if config.executor == "ray":
+        from rlhf_ray.remote.roles import open_remote_roles
+
+        with open_remote_roles(config, assets) as roles:
+            yield roles
+        return
+    transport = "in_process" if config.sync.transport == "auto" else config.sync.transport
+    generator = make_generator(config, assets, transport)
+    try:
+        learner = make_learner(config, assets, transport)
+        learner.connect(generator)
+        yield Roles(
+            generator=generator,
+            reward=make_reward(config, assets),
+            learner=learner,
+            advantages=AdvantageEstimator(config.algorithm),
+            reference=make_reference(config, assets) if config.uses_reference else None,
+            critic=make_critic(config, assets) if config.uses_critic else None,
+            replicas=(generator,),
+        )
+    finally:
+        generator.close()
+
+
+def _sampling(config: RunConfig, tokenizer: Any, temperature: float | None = None) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature if temperature is None else temperature,
+        top_p=rollout.top_p if temperature is None else 1.0,
+        top_k=rollout.top_k if temperature is None else 0,
+        stop_token_ids=(tokenizer.eos_token_id,),
+    )
+
+
+def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sampling, run: Recorder) -> Rollouts:
+    make: Callable[..., Rollouts] = Rollouts
+    options: dict[str, Any] = {"seed": config.seed, "timer": run.timer, "texts": max(3, config.logging.rollouts)}
+    if config.rollout.max_staleness > 0:
+        make = OverlappedRollouts
+        options |= {"start": run.resume_point.step if run.resume_point else 0, "steps": config.steps}
+    return make(roles.generator, roles.reward, prompts, config.rollout, sampling, **options)
+
+
+def _canary(config: RunConfig, tokenizer: Any, longest_prompt: int, hardware: Hardware) -> Canary | None:
+    if not config.sync.canary:
+        return None
+    bound = config.sync.canary_bound or DEFAULT_BOUND[str(hardware.dtype).removeprefix("torch.")]
+    # No longer than what the run itself writes, and no tokens that were added later: that fits the model.
+    length = max(2, min(16, longest_prompt + config.rollout.max_new_tokens - 1))
+    return Canary(canary_tokens(tokenizer.vocab_size, length=length, seed=config.seed), bound)

@@ -1,0 +1,125 @@
+"""The command line. Heavy packages are imported inside the commands: `rlhf-ray --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf_ray.errors import RlhfRayError
+
+app = typer.Typer(
+    name="rlhf-ray",
+    help="Align language models with reinforcement learning, on one machine or on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, e.g. learner.lr=1e-6")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run writes; default runs/<name>-<time>")]
+Resume = Annotated[str, typer.Option("--resume", help="'auto': go on from the newest checkpoint; 'never': start anew")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what it needs, then stop")]
+
+
+@app.command()
+def rl(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/grpo_arithmetic.yaml")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:
+    """Reinforcement learning: PPO, GRPO and their relatives."""
+    _run_rl(config, overrides or [], run_dir, resume, dry_run)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never", dry_run: DryRun = False
+) -> None:
+    """A small transformer learns to add, from nothing, in a few minutes on a laptop. Needs no network and no GPU."""
+    _run_rl(_quickstart_config(), overrides or [], run_dir, resume, dry_run)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Check this machine: versions, devices, Ray, vLLM, DeepSpeed, memory, disk. Each failing line names its remedy."""
+    from rlhf_ray.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=as_json))
+
+
+def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool) -> None:
+    from rlhf_ray.config.load import dump_config, load_config
+
+    if resume not in ("auto", "never"):
+        raise typer.BadParameter("must be 'auto' or 'never'", param_hint="--resume")
+    settings = load_config(config, overrides)
+    if dry_run:
+        from rlhf_ray.plan import describe_plan
+
+        print(dump_config(settings))
+        print(describe_plan(settings))
+        return
+    if settings.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, announces what it found
+    from transformers.utils.logging import disable_progress_bar
+
+    from rlhf_ray.build import run_rl
+
+    disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
+    try:
+        summary = run_rl(settings, run_dir, resume=resume == "auto")
+    except KeyboardInterrupt:  # here, for typer would end with a bare exit status
+        print("rlhf-ray: interrupted; go on with the same command and --resume auto", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _print_summary(summary)
+
+
+def _quickstart_config() -> Path:
+    """configs/grpo_arithmetic.yaml of a checkout, or the copy that is installed with the package."""
+    checkout = Path(__file__).parent.parent / "configs" / "grpo_arithmetic.yaml"
+    return checkout if checkout.is_file() else Path(str(resources.files("rlhf_ray"))) / "configs/grpo_arithmetic.yaml"
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(title=f"{summary['steps']} steps in {summary['seconds']:.0f} s")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in {**summary["before"], **summary["after"]}:
+        # Some are not always there: accuracy is, only while all rewards are 0 or 1.
+        values = [summary[when].get(name) for when in ("before", "after")]
+        if all(value is None or isinstance(value, (int, float)) for value in values):
+            table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    console.print(table)
+    samples = Table("prompt", "before", "after", title="The same held-out prompts before and after")
+    for old, new in zip(summary["before"]["samples"], summary["after"]["samples"], strict=True):
+        # Text: a completion may hold [brackets], which rich would take for markup.
+        shown = [f"{sample['completion']}  [{sample['reward']:.2f}]" for sample in (old, new)]
+        samples.add_row(*map(Text, [old["prompt"], *shown]))
+    console.print(samples)
+    # print: rich would break a long path in two
+    print(f"Everything is in {summary['run_dir']}; the model is in {summary['run_dir']}/model")
+
+
+def main() -> None:
+    """Entry point: this package's errors are one readable paragraph, not a traceback."""
+    try:
+        app()
+    except RlhfRayError as error:
+        print(f"rlhf-ray: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

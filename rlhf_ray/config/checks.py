@@ -1,0 +1,252 @@
+"""Settings that contradict each other, each with what, why and what to do."""
+
+from __future__ import annotations
+
+import sys
+
+from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
+
+# Names under reward/ that every run logs.
+_TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
+
+
+def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
+    """Everything that can be refused from the config alone.
+
+    Args:
+        device: what `config.device` has turned out to be (cuda, mps or cpu); None where nobody has looked yet, and
+            then `auto` contradicts nothing.
+    """
+    device = device or config.device
+    return [
+        *_algorithm(config),
+        *_rewards(config),
+        *_batch_shapes(config),
+        *_data(config),
+        *_lengths(config),
+        *_model(config),
+        *_tokenizer(config),
+        *_training(config, device),
+        *_generation(config, device),
+        *_transport(config, device),
+    ]
+
+
+def _algorithm(config: RunConfig) -> list[str]:
+    algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
+    problems = []
+    if algorithm.advantage not in ("gae", "reinforce", "reinforce_pp") and rollout.group_size < 2:
+        problems.append(
+            f"{algorithm.name}: rollout.group_size={rollout.group_size} makes every advantage 0, "
+            "for an answer is compared with the others of its group; set rollout.group_size >= 2"
+        )
+    if algorithm.kl_controller == "adaptive" and algorithm.kl_coef == 0:
+        problems.append(
+            "algorithm.kl_controller=adaptive multiplies algorithm.kl_coef, which is 0 and would stay 0; "
+            "set a positive kl_coef"
+        )
+    if algorithm.policy_loss == "policy_gradient" and learner.epochs * learner.minibatches > 1:
+        problems.append(
+            f"algorithm.policy_loss=policy_gradient has no importance ratio, so only the first of the "
+            f"{learner.epochs * learner.minibatches} optimiser steps on a batch would be right; "
+            "set algorithm.policy_loss=clipped, or learner.epochs=1 and learner.minibatches=1"
+        )
+    if algorithm.dual_clip is not None and algorithm.policy_loss != "clipped":
+        problems.append(
+            f"algorithm.dual_clip belongs to the clipped loss, and policy_loss={algorithm.policy_loss} has no such "
+            "bound; set algorithm.policy_loss=clipped, or leave dual_clip empty"
+        )
+    if algorithm.correction != "none" and (rollout.top_p < 1 or rollout.top_k > 0):
+        problems.append(
+            f"algorithm.correction={algorithm.correction} compares the learner with the generator, whose "
+            "log-probabilities are those of what top_p and top_k left over; "
+            "set rollout.top_p=1 and rollout.top_k=0, or algorithm.correction=none"
+        )
+    return problems
+
+
+def _rewards(config: RunConfig) -> list[str]:
+    problems = []
+    if not config.rewards and config.reward_model is None:
+        problems.append("no reward: every advantage would be 0; set rewards or reward_model.path")
+    for index, reward in enumerate(config.rewards):
+        name = reward.name or reward.function.rpartition(":")[2]
+        if name in _TAKEN_REWARD_NAMES:
+            problems.append(
+                f"rewards.{index}: the name {name} is taken by the metric reward/{name} of the sum; "
+                f"set rewards.{index}.name to another"
+            )
+    return problems
+
+
+def _trained(config: RunConfig) -> list[tuple[str, TrainEngineConfig]]:
+    return [("learner", config.learner)] + ([("critic", config.critic)] if config.uses_critic else [])
+
+
+def _batch_shapes(config: RunConfig) -> list[str]:
+    problems = []
+    for name, section in _trained(config):
+        if config.rollout.prompts_per_step % section.minibatches:
+            problems.append(
+                f"rollout.prompts_per_step={config.rollout.prompts_per_step} is not divisible by "
+                f"{name}.minibatches={section.minibatches}, so minibatches would differ in size; make it a multiple"
+            )
+        if section.world_size > config.samples_per_step // section.minibatches:
+            problems.append(
+                f"{name}.world_size={section.world_size} ranks share {config.samples_per_step // section.minibatches} "
+                f"samples of a minibatch, so some would have none; use fewer ranks or more samples"
+            )
+    return problems
+
+
+def _data(config: RunConfig) -> list[str]:
+    if config.data.path.startswith("task:") and config.data.split != "train":
+        return [
+            f"data.split={config.data.split} of {config.data.path} is what the run is tested on; set data.split=train"
+        ]
+    return []
+
+
+def _lengths(config: RunConfig) -> list[str]:
+    problems = []
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if config.model.path.startswith("scratch:") and longest > config.model.scratch.max_length:
+        problems.append(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds model.scratch.max_length="
+            f"{config.model.scratch.max_length}; raise max_length or lower one of the two"
+        )
+    own_split = config.data.path.startswith("task:") or config.data.eval_path is not None
+    if not own_split and config.eval.size > config.data.eval_size:
+        problems.append(
+            f"eval.size={config.eval.size} exceeds data.eval_size={config.data.eval_size}, the rows that are held out; "
+            "raise data.eval_size or lower eval.size"
+        )
+    return problems
+
+
+def _model(config: RunConfig) -> list[str]:
+    model, problems = config.model, []
+    if not model.path.startswith("scratch:"):
+        return problems
+    kind, scratch = model.path.removeprefix("scratch:"), model.scratch
+    if kind not in ("qwen2", "gpt2", "lstm"):
+        problems.append(
+            f"model.path=scratch:{kind} is not a built-in model; use scratch:qwen2, scratch:gpt2 or scratch:lstm"
+        )
+    if kind in ("qwen2", "gpt2") and scratch.hidden_size % scratch.heads:
+        problems.append(
+            f"model.scratch.hidden_size={scratch.hidden_size} is not divisible by model.scratch.heads={scratch.heads}; "
+            "make it a multiple"
+        )
+    elif kind == "qwen2" and scratch.hidden_size // scratch.heads % 2:
+        problems.append(
+            f"model.scratch.hidden_size/heads={scratch.hidden_size // scratch.heads} is odd, and rotary positions turn "
+            "pairs; choose an even head size"
+        )
+    if kind != "lstm":
+        return problems
+    if scratch.intermediate_size is not None:
+        problems.append("model.scratch.intermediate_size: scratch:lstm has no feed-forward part; remove it")
+    if config.generator.engine == "vllm":
+        problems.append(
+            "generator.engine=vllm cannot serve scratch:lstm (vLLM has no such model); set generator.engine=hf"
+        )
+    if model.lora is not None:
+        problems.append("model.lora: scratch:lstm has no linear layer besides its head to adapt; remove model.lora")
+    for name, section in _trained(config):
+        if section.gradient_checkpointing:
+            problems.append(f"{name}.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
+    return problems
+
+
+def _tokenizer(config: RunConfig) -> list[str]:
+    path = config.model.tokenizer.path
+    if path is None:
+        if config.model.path.startswith("scratch:"):
+            return [
+                "a model from scratch has no tokenizer of its own; set model.tokenizer.path to scratch:char, "
+                "scratch:word, scratch:bpe or a folder"
+            ]
+        return []
+    if not path.startswith("scratch:"):
+        return []
+    if not config.model.path.startswith("scratch:"):
+        return [
+            f"model.tokenizer.path={path} makes a new vocabulary, and {config.model.path} was trained with another; "
+            "remove model.tokenizer.path, or name the tokenizer it was trained with"
+        ]
+    if path.removeprefix("scratch:") not in ("char", "word", "bpe"):
+        return [
+            f"model.tokenizer.path={path} is not a built-in tokenizer; use scratch:char, scratch:word or scratch:bpe"
+        ]
+    return []
+
+
+def _training(config: RunConfig, device: str) -> list[str]:
+    problems = []
+    for name, section in _trained(config):
+        if section.engine == "torch" and section.world_size > 1:
+            problems.append(
+                f"{name}.engine=torch runs in one process, {name}.world_size={section.world_size} needs sharding; "
+                f"set {name}.engine=deepspeed"
+            )
+        if config.executor == "local" and section.world_size > 1:
+            problems.append(
+                f"executor=local is one process, {name}.world_size={section.world_size} is not; "
+                f"set executor=ray or {name}.world_size=1"
+            )
+        if section.engine == "torch" and section.offload != "none":
+            problems.append(
+                f"{name}.offload={section.offload} is DeepSpeed's; set {name}.engine=deepspeed or {name}.offload=none"
+            )
+        elif section.offload == "parameters" and section.zero_stage != 3:
+            problems.append(
+                f"{name}.offload=parameters needs {name}.zero_stage=3, for only stage 3 shards parameters; set it"
+            )
+        if section.engine == "deepspeed" and device == "mps":
+            problems.append(f"{name}.engine=deepspeed has no MPS backend; set {name}.engine=torch or device=cpu")
+    return problems
+
+
+def _generation(config: RunConfig, device: str) -> list[str]:
+    generator, staleness, problems = config.generator, config.rollout.max_staleness, []
+    if config.executor == "local" and generator.count > 1:
+        problems.append(
+            f"executor=local has one generator, generator.count={generator.count}; "
+            "set executor=ray or generator.count=1"
+        )
+    if generator.engine == "vllm" and (sys.platform == "darwin" or device == "mps"):
+        problems.append("generator.engine=vllm does not run on a Mac; set generator.engine=hf")
+    if generator.engine == "hf" and generator.tensor_parallel > 1:
+        problems.append(
+            "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
+        )
+    if config.executor == "local" and staleness > 0:
+        problems.append(
+            "rollout.max_staleness overlaps generation with learning, and one process can do only one of them; "
+            "set executor=ray or rollout.max_staleness=0"
+        )
+    if config.executor == "ray" and config.ray.colocate and staleness > 0:
+        problems.append(
+            "ray.colocate lets generator and learner take turns, rollout.max_staleness lets them overlap; choose one"
+        )
+    if staleness > 0 and config.algorithm.correction == "none":
+        problems.append(
+            f"rollout.max_staleness={staleness} learns from answers that older weights gave, and "
+            "algorithm.correction=none would take them for the present policy's; set algorithm.correction=truncate"
+        )
+    return problems
+
+
+def _transport(config: RunConfig, device: str) -> list[str]:
+    transport = config.sync.transport
+    if transport == "in_process" and config.executor == "ray":
+        return [
+            "sync.transport=in_process passes tensors by reference, which ends at a process; "
+            "use shared_memory (one host), nccl or cuda_ipc"
+        ]
+    if transport in ("nccl", "cuda_ipc") and device in ("cpu", "mps"):
+        return [f"sync.transport={transport} moves CUDA memory and device={device}; use shared_memory"]
+    if transport in ("nccl", "cuda_ipc") and config.executor == "local":
+        return [f"sync.transport={transport} connects processes and executor=local is one; use in_process"]
+    return []

@@ -1,0 +1,218 @@
+"""YAML and dotted overrides into a RunConfig; all errors at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf_ray.config.checks import contradictions
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, apply `a.b=value` overrides (values are YAML), validate.
+
+    Raises:
+        ConfigError: listing every unknown key (with the nearest valid one), wrong value and contradiction.
+    """
+    tree = read_yaml(Path(path))
+    problems = []
+    for override in overrides:
+        try:
+            apply_override(tree, override)
+        except ConfigError as error:
+            problems.append(str(error))
+    return parse_config(tree, RunConfig, source=str(path), problems=problems)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-6 is a number (YAML 1.1 wants 1.0e-6), and no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' comes twice; keep one of the two", key.start_mark
+                )
+            seen[key.value if isinstance(key, yaml.ScalarNode) else id(key)] = key
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the text '1e-6' in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"config file {path} does not exist{hint}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); check its permissions") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top, found {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `learner.lr=1e-6` in the tree. A list item is reached by its index: `rewards.0.weight=2`."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override '{override}' is not of the form section.key=value")
+    value = _parse_value(text, override)
+    node: Any = tree
+    keys = dotted.split(".")
+    for key in keys[:-1]:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        _child(node, keys[-1], override)
+        node[int(keys[-1])] = value
+    elif isinstance(node, dict):
+        node[keys[-1]] = value
+    else:
+        raise ConfigError(f"override '{override}': {'.'.join(keys[:-1])} is a value, not a section")
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from error
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdecimal() or int(key) >= len(node):
+            raise ConfigError(f"override '{override}': '{key}' is not an index into a list of {len(node)}")
+        return node[int(key)]
+    if isinstance(node, dict):
+        if node.get(key) is None:
+            node[key] = {}
+        return node[key]
+    raise ConfigError(f"override '{override}': '{key}' lies below a value, not a section")
+
+
+def parse_config(
+    tree: dict[str, Any], schema: type[Config], source: str, problems: Sequence[str] = ()
+) -> Config:
+    """Validate a tree; raise one ConfigError that lists everything wrong with it, after the given `problems`."""
+    try:
+        config = schema.model_validate(tree)
+    except ValidationError as error:
+        found = [*problems, *(_describe(item, schema) for item in error.errors())]
+        found += _contradictions_of_the_rest(tree, schema, error, found)
+        raise ConfigError(_listing(source, found)) from None
+    found = [*problems, *(contradictions(config) if isinstance(config, RunConfig) else ())]
+    if found:
+        raise ConfigError(_listing(source, found))
+    return config
+
+
+def check_device(config: RunConfig, device: str) -> None:
+    """What the config alone could not know: does it fit the device that `device: auto` has become?
+
+    Raises:
+        ConfigError: listing every contradiction.
+    """
+    if problems := contradictions(config, device):
+        raise ConfigError(_listing(f"device={config.device}, which is {device} here", problems))
+
+
+def _contradictions_of_the_rest(
+    tree: dict[str, Any], schema: type[BaseModel], error: ValidationError, found: Sequence[str]
+) -> list[str]:
+    """Contradictions among the settings that are valid, so that nobody has to mend a file twice.
+
+    Those that name a setting which is wrong itself are left out: they would speak of its default.
+    """
+    rest = copy.deepcopy(tree)
+    for item in error.errors():
+        _remove(rest, item["loc"])
+    try:
+        config = schema.model_validate(rest)
+    except ValidationError:
+        return []  # something is missing altogether
+    if not isinstance(config, RunConfig):
+        return []
+    wrong = [".".join(map(str, item["loc"])) for item in error.errors()]
+    wrong += re.findall(r"did you mean ([\w.]+)\?", "\n".join(found))
+    names = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in wrong))
+    return [text for text in contradictions(config) if not names.search(text)]
+
+
+def _remove(tree: Any, loc: Sequence[Any]) -> None:
+    """Delete what a validation error points to; its last parts may be pydantic's names of a union's members."""
+    node = tree
+    for part, following in zip(loc, [*loc[1:], None], strict=True):
+        if isinstance(node, list) and not (isinstance(part, int) and part < len(node)):
+            return  # an item that is missing
+        inner = node.get(part) if isinstance(node, dict) else node[part]
+        is_item = isinstance(inner, list) and isinstance(following, int)
+        if not (is_item or (isinstance(inner, dict) and following in inner)):
+            if isinstance(node, dict):
+                node.pop(part, None)
+            return
+        node = inner
+
+
+def _listing(source: str, problems: Sequence[str]) -> str:
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def _describe(item: Any, schema: type[BaseModel]) -> str:
+    dotted = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        valid = _valid_keys(schema, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+        prefix = dotted.rpartition(".")[0]
+        hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{dotted}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{dotted}: required and not set"
+    if item["input"] is None:
+        return f"{dotted}: is empty; give it a value, or remove the line"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{dotted}: {message} (got {item['input']!r})"
+
+
+def _valid_keys(schema: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    """Field names of the section that `loc` points to; lists and optionals are looked through."""
+    section: type[BaseModel] = schema
+    for part in loc:
+        if isinstance(part, int) or part not in section.model_fields:
+            continue
+        section = _section_in(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML; reading it back gives an equal config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,295 @@
+"""Every setting of a run, its type, its default and its meaning.
+
+Sections are frozen and refuse unknown keys. `config/load.py` reads YAML and overrides into them;
+`config/checks.py` refuses settings that contradict each other.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ScratchConfig(Section):
+    """Sizes of a model built on the spot (`model.path: scratch:...`)."""
+
+    hidden_size: int = Field(128, gt=0)
+    layers: int = Field(3, gt=0)
+    heads: int = Field(4, gt=0)
+    intermediate_size: int | None = Field(None, gt=0, description="MLP width; 4 x hidden_size when empty")
+    max_length: int = Field(128, gt=1, description="longest sequence, in tokens")
+    tie_embeddings: bool = True
+
+
+class TokenizerConfig(Section):
+    """`path` is a Hub name, a folder, or `scratch:char|word|bpe`; empty means the model's own."""
+
+    path: str | None = None
+    vocab_size: int = Field(4096, gt=2, description="upper bound for scratch:word and scratch:bpe")
+    alphabet: str | None = Field(None, description="scratch:char: its characters; read from the data when empty")
+
+
+class LoraConfig(Section):
+    r: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelConfig(Section):
+    """`path` is a Hub name, a folder, or `scratch:qwen2|gpt2|lstm`."""
+
+    path: str
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    scratch: ScratchConfig = ScratchConfig()
+    lora: LoraConfig | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Section):
+    """`path` is `task:arithmetic`, a .jsonl/.csv/.parquet file, or a Hugging Face dataset name."""
+
+    path: str
+    split: str = "train"
+    eval_path: str | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
+    eval_size: int = Field(256, ge=0)
+    field: str | None = Field(None, description="column with the prompt; empty: the first of prompt, messages, text")
+    prompt_words: int | None = Field(None, gt=0, description="cut each text to its first words: the prompt")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    max_prompt_tokens: int = Field(1024, gt=0)
+    overlong_prompts: Literal["error", "drop"] = "error"
+
+
+class WarmStartConfig(Section):
+    """Supervised steps before reinforcement learning, for models that start from nothing."""
+
+    steps: int = Field(0, ge=0)
+    batch_size: int = Field(128, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    max_length: int = Field(64, gt=1, description="tokens; longer texts are cut")
+    target_loss: float | None = Field(None, gt=0, description="stop early at this loss, in nats a token")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(32, gt=0)
+    group_size: int = Field(8, gt=0, description="answers sampled for each prompt")
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_staleness: int = Field(0, ge=0, description="weight versions that generation may run behind learning")
+
+
+class GeneratorConfig(Section):
+    engine: Literal["hf", "vllm"] = "hf"
+    count: int = Field(1, gt=0, description="generator actors (ray)")
+    tensor_parallel: int = Field(1, gt=0)
+    batch_size: int = Field(1024, gt=0, description="hf: sequences generated together; does not depend on count")
+    gpu_memory_utilization: float = Field(0.8, gt=0, le=1)
+    kv_cache_gb: float = Field(1.0, gt=0, description="vLLM on CPU: memory of its KV cache")
+    enforce_eager: bool = True
+
+
+class RewardConfig(Section):
+    """`function` is a built-in name, `module:function`, or `file.py:function`."""
+
+    function: str
+    name: str | None = None
+    weight: float = 1.0
+    args: dict[str, Any] = {}
+
+
+class RewardModelConfig(Section):
+    """A Hugging Face sequence-classifier folder or Hub name that judges the decoded text."""
+
+    path: str
+    weight: float = 1.0
+    output: Literal["logit", "logprob", "prob"] = Field("logit", description="of the positive (last) label")
+    max_length: int = Field(512, gt=0)
+    batch_size: int = Field(64, gt=0)
+
+
+# What each algorithm means; every field may still be set by hand.
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"advantage": "grpo"},
+    "ppo": {"advantage": "gae", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.05, "whiten_advantages": True},
+    "dr_grpo": {"advantage": "dr_grpo", "aggregation": "seq_sum_const"},
+    "dapo": {"advantage": "grpo", "clip_high": 0.28, "aggregation": "token_mean"},
+    "gspo": {
+        "advantage": "grpo",
+        "policy_loss": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq_mean",
+    },
+    "cispo": {"advantage": "grpo", "policy_loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "rloo": {"advantage": "rloo", "aggregation": "seq_mean"},
+    "reinforce": {"advantage": "reinforce", "policy_loss": "policy_gradient"},
+    "reinforce_pp": {"advantage": "reinforce_pp", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.01},
+    "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline"},
+}
+
+
+class AlgorithmConfig(Section):
+    """`name` fills in the other fields (see PRESETS); each may still be set by hand."""
+
+    name: Literal[
+        "grpo", "ppo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
+    ] = "grpo"
+    advantage: Literal[
+        "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k", "gae"
+    ] = "grpo"
+    normalize_std: bool = Field(True, description="grpo: divide by the standard deviation of the group")
+    k: int = Field(4, gt=0, description="pass_at_k: answers of which the best counts")
+    whiten_advantages: bool = False
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    policy_loss: Literal["clipped", "gspo", "cispo", "policy_gradient"] = "clipped"
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    aggregation: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
+    entropy_coef: float = Field(0.0, ge=0)
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_coef: float = Field(0.0, ge=0, description="0: the reference model is not even loaded")
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL of a whole completion, in nats")
+    kl_horizon: int = Field(10_000, gt=0, description="adaptive: samples in which it moves by 20 % or less")
+    reward_clip: float | None = Field(None, gt=0)
+    normalize_rewards: bool = Field(False, description="divide rewards by their running standard deviation")
+    correction: Literal["none", "truncate", "mask"] = Field(
+        "none", description="importance weights for differences between generator and learner"
+    )
+    correction_level: Literal["token", "sequence", "geometric"] = "token"
+    correction_cap: float = Field(2.0, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return {**PRESETS.get(str(given.get("name", "grpo")), {}), **given}
+        return given
+
+
+class TrainEngineConfig(Section):
+    """How a trained model is held and stepped: shared by the learner and the critic."""
+
+    engine: Literal["torch", "deepspeed"] = "torch"
+    world_size: int = Field(1, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    lr: float = Field(1e-6, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    tokens_per_microbatch: int = Field(16_384, gt=0, description="padded tokens of one forward and backward pass")
+    gradient_checkpointing: bool = False
+
+
+class LearnerConfig(TrainEngineConfig):
+    epochs: int = Field(1, gt=0, description="passes over each step's rollouts")
+    minibatches: int = Field(1, gt=0, description="optimiser steps in each pass")
+
+
+class CriticConfig(TrainEngineConfig):
+    """Used by advantages that need a critic (gae)."""
+
+    path: str | None = Field(None, description="start from this model; empty: from the policy")
+    lr: float = Field(1e-5, gt=0)
+    epochs: int = Field(1, gt=0)
+    minibatches: int = Field(1, gt=0)
+    value_clip: float | None = Field(0.2, gt=0)
+    warmup_steps: int = Field(0, ge=0, description="steps in which only the critic learns")
+
+
+class SyncConfig(Section):
+    transport: Literal["auto", "in_process", "shared_memory", "nccl", "cuda_ipc"] = "auto"
+    bucket_mb: int = Field(256, gt=0)
+    deadline_s: float = Field(300.0, gt=0)
+    canary: bool = True
+    canary_bound: float | None = Field(
+        None, gt=0, description="largest log-prob difference, in nats; empty: 1e-3 in float32, 0.3 in bfloat16"
+    )
+
+
+class RayConfig(Section):
+    address: str | None = Field(None, description="empty: $RAY_ADDRESS, or a cluster started here for the run")
+    colocate: bool = Field(False, description="generators and learner take turns on the same accelerators")
+    cpus_per_worker: float = Field(0.5, ge=0)
+    gpus_per_worker: float = Field(1.0, ge=0, description="used when device is cuda")
+    start_deadline_s: float = Field(300.0, gt=0)
+    call_deadline_s: float = Field(1800.0, gt=0, description="generate, update, score, log-probs")
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
+    size: int = Field(256, gt=0, description="held-out prompts")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, gt=0)
+
+
+class LoggingConfig(Section):
+    loggers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    samples_every: int = Field(20, gt=0, description="steps between printed completions")
+    rollouts: int = Field(16, ge=0, description="completions of each step written to rollouts/")
+
+
+class RunConfig(Section):
+    """A reinforcement-learning run."""
+
+    name: str = "run"
+    seed: int = 0
+    executor: Literal["local", "ray"] = "local"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    steps: int = Field(100, gt=0)
+    model: ModelConfig
+    data: DataConfig
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    rewards: list[RewardConfig] = []
+    reward_model: RewardModelConfig | None = None
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
+    sync: SyncConfig = SyncConfig()
+    ray: RayConfig = RayConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def uses_reference(self) -> bool:
+        """With an adaptive controller the coefficient can grow from its start, so the model is needed."""
+        return self.algorithm.kl_coef > 0
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.algorithm.advantage == "gae"
+
+    @property
+    def uses_old_logprobs(self) -> bool:
+        """Whether the log-probabilities before the update are computed in a pass of their own.
+
+        A single optimiser step updates the very policy that they would come from, so the update has them anyway.
+        """
+        several_steps = self.learner.epochs * self.learner.minibatches > 1
+        return several_steps or self.algorithm.kl_in == "reward" or self.rollout.max_staleness > 0
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.group_size

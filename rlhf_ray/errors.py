@@ -1,0 +1,51 @@
+"""Exceptions of this package.
+
+Each one also inherits the fitting built-in exception, so that `except ValueError` works for people
+who do not know these names. Every message says what is wrong, why, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class RlhfRayError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(RlhfRayError, ValueError):
+    """The configuration is wrong or contradicts itself."""
+
+
+class DataError(RlhfRayError, ValueError):
+    """A data file or row is unusable; the message names file and line."""
+
+
+class ModelError(RlhfRayError, ValueError):
+    """A model or tokenizer cannot be loaded or does not fit its use."""
+
+
+class RewardError(RlhfRayError, RuntimeError):
+    """A reward function raised, or returned something that is not a reward."""
+
+
+class SyncError(RlhfRayError, RuntimeError):
+    """Weights did not arrive whole in a generator; that generator must be replaced."""
+
+
+class CheckpointError(RlhfRayError, RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class PlacementError(RlhfRayError, RuntimeError):
+    """The cluster cannot hold the roles."""
+
+
+class WorkerError(RlhfRayError, RuntimeError):
+    """A remote worker died or its call failed; the message names the worker."""
+
+
+class DeadlineError(RlhfRayError, TimeoutError):
+    """A remote call did not return in time; the message names the worker and the call."""
+
+
+class StorageError(RlhfRayError, OSError):
+    """The disk does not take our bytes: full, over quota, read-only or forbidden."""

@@ -1,0 +1,68 @@
+"""How good the policy is on held-out prompts, before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.loops.rollouts import sample_seed
+from rlhf_ray.roles.protocols import Generator, Request, Reward, Sampling
+
+SAMPLES_SHOWN = 10
+
+
+class Evaluator:
+    """One completion for each held-out prompt, judged by the run's own reward."""
+
+    def __init__(
+        self, generator: Generator, reward: Reward, prompts: PromptSet, sampling: Sampling, *, seed: int
+    ) -> None:
+        self.generator = generator
+        self.reward = reward
+        self.sampling = sampling
+        # Evaluation seeds differ from every training seed, and are the same at every evaluation: what changes
+        # between two evaluations is the policy alone.
+        self.requests = [
+            Request(i, i, tokens, sample_seed(seed, -1 - i, 0), {**example.columns, "prompt": example.prompt})
+            for i, (example, tokens) in enumerate(zip(prompts.examples, prompts.token_ids, strict=True))
+        ]
+
+    def evaluate(self) -> dict[str, Any]:
+        """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (the first function whose
+        rewards are all 0 or 1), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, and `samples`
+        (prompt, completion, reward).
+        """
+        self.generator.wake()
+        batch = self.generator.generate(self.requests, self.sampling)
+        self.generator.sleep()
+        scores = self.reward.score(batch, texts=len(self.requests))
+        rows = batch.rows
+        result: dict[str, Any] = {"reward": float(scores.score.mean())}
+        for name, value_B in scores.by_function.items():
+            result[f"reward/{name}"] = float(value_B.mean())
+            if set(value_B.tolist()) <= {0.0, 1.0}:
+                result.setdefault("accuracy", float(value_B.mean()))
+        completions = [completion for _, completion in scores.texts]
+        result |= {
+            "response_len": sum(rows.response_lengths) / len(rows),
+            "truncated_frac": sum(rows.truncated) / len(rows),
+            "distinct_1": distinct_n(completions, 1),
+            "distinct_2": distinct_n(completions, 2),
+        }
+        result["samples"] = [
+            {"prompt": prompt, "completion": completion, "reward": float(scores.score[i])}
+            for i, (prompt, completion) in enumerate(scores.texts[:SAMPLES_SHOWN])
+        ]
+        return result
+
+
+def numbers_of(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers of an evaluation as metrics."""
+    return {f"{prefix}{name}": value for name, value in result.items() if isinstance(value, float)}
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words over all n-grams, of all texts together (Li et al., 2016). 1 if there are none."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0

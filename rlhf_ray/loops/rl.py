@@ -1,0 +1,137 @@
+"""The reinforcement-learning loop: local and on Ray, synchronous and overlapped, for every algorithm.
+
+    prompts -> generator.generate -> reward.score -> reference.logprobs, critic.values, learner.logprobs
+            -> advantages -> critic.update, learner.update -> weight sync -> log
+
+`roles` are either the role objects themselves or typed handles to Ray actors; a batch is opaque here.
+After `step` updates the policy has weight version `step`; step k learns from what version k (or, overlapped,
+one of the n before it) has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.algo.kl import KL_CONTROLLERS, KLController
+from rlhf_ray.batch import Batch
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.loops.evaluate import Evaluator, numbers_of
+from rlhf_ray.loops.rollouts import Rollouts
+from rlhf_ray.roles.protocols import Roles
+from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.sync.canary import Canary
+
+
+def train(
+    config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: Recorder
+) -> dict[str, Any]:
+    """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples."""
+    start, kl = restore(config, roles, run)
+    push_weights(start, roles, rollouts, canary, run)
+    before = run.remember("before", evaluator.evaluate)
+    run.begin()
+    for step in range(start, config.steps):
+        with run.timer("step"):
+            scored = rollouts.next(step)
+            batch = add_columns(scored.batch, roles, config, run)
+            with run.timer("advantages"):
+                estimate = roles.advantages.estimate(batch, kl.coef)
+                batch = batch.replace(**estimate.columns)
+            metrics = {**scored.metrics, **estimate.stats, "kl_coef": kl.coef}
+            if roles.critic is not None:
+                with run.timer("critic_update"):
+                    metrics |= roles.critic.update(batch, step)
+            if roles.critic is None or step >= config.critic.warmup_steps:
+                with run.timer("update"):
+                    metrics |= roles.learner.update(batch, step, kl.coef)
+            # Also while only the critic learns: what is written next must not count as older than it is.
+            metrics |= push_weights(step + 1, roles, rollouts, canary, run)
+            if "kl_ref" in metrics:
+                kl = kl.update(metrics["kl_ref"], config.samples_per_step)
+            if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.steps:
+                with run.timer("eval"):
+                    metrics |= numbers_of(evaluator.evaluate(), "eval/")
+        run.log(step + 1, metrics, scored.batch.rows, scored.scores)
+        # After the log (so its time counts with the next step): a kill between the two repeats a step and its row;
+        # the other way round the row would be lost.
+        due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
+        if due or step + 1 == config.steps:
+            save(step + 1, kl, roles, run)
+    return {"before": before, "after": evaluator.evaluate()}
+
+
+def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: Recorder) -> Batch:
+    """What the frozen policy, the critic and the learner say of each token; at the same time where they can."""
+    calls: dict[str, tuple[str, Callable[[Batch], Any]]] = {}
+    if roles.reference is not None:
+        calls["logp_ref"] = ("ref_logp", roles.reference.logprobs)
+    if roles.critic is not None:
+        calls["values"] = ("values", roles.critic.values)
+    if config.uses_old_logprobs:
+        calls["logp_old"] = ("old_logp", roles.learner.logprobs)
+
+    def timed(name: str, call: Callable[[Batch], Any]) -> Any:
+        with run.timer(name):
+            return call(batch)
+
+    if not (roles.parallel and len(calls) > 1):
+        return batch.replace(**{column: timed(*call) for column, call in calls.items()})
+    with ThreadPoolExecutor(len(calls)) as threads:
+        waiting = {column: threads.submit(timed, *call) for column, call in calls.items()}
+        return batch.replace(**{column: future.result() for column, future in waiting.items()})
+
+
+def push_weights(
+    version: int, roles: Roles, rollouts: Rollouts, canary: Canary | None, run: Recorder
+) -> dict[str, float]:
+    """Weight sync, then the proof that it worked: the canary compares both sides' log-probabilities."""
+    with rollouts.paused(), run.timer("weight_sync"):
+        roles.generator.wake()  # a colocated one sleeps between its turns
+        metrics = roles.learner.push_weights(version)
+        if canary is not None:
+            verdicts = canary.check(roles.replicas, roles.learner.canary_logprobs(canary.tokens), version)
+            metrics["sync/canary_absdiff"] = max(verdict.absdiff_max for verdict in verdicts)
+            for verdict in verdicts:
+                if not verdict.ok:
+                    run.alarm("mismatch", verdict.reason, step=version)
+        roles.generator.sleep()
+    rollouts.weights_changed(version)
+    return metrics
+
+
+def new_controller(config: RunConfig) -> KLController:
+    algorithm = config.algorithm
+    if algorithm.kl_controller == "adaptive":
+        return KL_CONTROLLERS["adaptive"](algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
+    return KL_CONTROLLERS["fixed"](algorithm.kl_coef)
+
+
+def save(step: int, kl: KLController, roles: Roles, run: Recorder) -> None:
+    """A complete checkpoint: nothing else is needed to go on bit for bit."""
+
+    def write(folder: Path) -> None:
+        roles.learner.save(folder / "learner")
+        if roles.critic is not None:
+            roles.critic.save(folder / "critic")
+
+    with run.timer("ckpt"):
+        run.checkpoints.save(step, write, {"kl": kl.state_dict(), "advantages": roles.advantages.state_dict()})
+
+
+def restore(config: RunConfig, roles: Roles, run: Recorder) -> tuple[int, KLController]:
+    """The step to go on from, 0 for a new run. Everything random is a function of the seed and the step."""
+    found = run.resume_point
+    if found is None:
+        return 0, new_controller(config)
+    roles.learner.load(found.folder / "learner")
+    if roles.critic is not None:
+        roles.critic.load(found.folder / "critic")
+    roles.advantages.load_state_dict(found.state["advantages"])
+    kl = new_controller(config)
+    if config.algorithm.kl_controller != "fixed":  # a fixed coefficient is whatever the config says today
+        kl = replace(kl, coef=found.state["kl"]["coef"])
+    return found.step, kl

@@ -1,0 +1,125 @@
+"""The policy a run starts from: a folder as it is, or one that is built (and taught a little) first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.data.prompts import first_words, load_texts
+from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
+from rlhf_ray.loops.supervised import SupervisedExample, train_supervised
+from rlhf_ray.models.devices import Hardware
+from rlhf_ray.models.engine import build_engine
+from rlhf_ray.models.loading import load_policy, load_tokenizer
+from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.tokenizers import build_tokenizer
+
+Report = Callable[[int, float], None]
+
+
+def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report: Report) -> tuple[str, str]:
+    """(policy, tokenizer): paths for every role to load. Writes `folder` only if something has to be made.
+
+    A finished `folder` is used again, so a resumed run starts from the same weights.
+    """
+    scratch = config.model.path.startswith("scratch:")
+    if not scratch and not config.warm_start.steps:
+        return config.model.path, config.model.tokenizer.path or config.model.path
+    if not folder.is_dir():
+        tokenizer = make_tokenizer(config)
+        trust = config.model.trust_remote_code
+        model = make_model(config, tokenizer) if scratch else load_policy(config.model.path, trust_remote_code=trust)
+        model = warm_start(config, model, tokenizer, hardware, report)
+        # Written aside and renamed: a folder that exists is complete.
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return str(folder), str(folder)
+
+
+def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    settings, path = config.model.tokenizer, config.model.tokenizer.path or config.model.path
+    if not path.startswith("scratch:"):
+        return load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    kind = path.removeprefix("scratch:")
+    if settings.alphabet is not None:
+        texts = [settings.alphabet]
+    elif is_task(config.data.path):
+        texts = [load_task(config.data.path).alphabet]
+    else:
+        texts = training_texts(config)
+    return build_tokenizer(
+        kind,
+        texts,
+        vocab_size=None if kind == "char" else settings.vocab_size,
+        max_length=config.model.scratch.max_length,
+    )
+
+
+def training_texts(config: RunConfig) -> list[str]:
+    """The file's whole texts, without those whose first words are held out for evaluation (the last ones)."""
+    data = config.data
+    texts = load_texts(data.path, field=data.field or "text", split=data.split)
+    if data.prompt_words is not None:
+        texts = [text for text in texts if first_words(text, data.prompt_words) is not None]
+    texts = texts[: data.limit]
+    held_out = data.eval_size if data.eval_path is None and len(texts) > data.eval_size else 0
+    return texts[: len(texts) - held_out]
+
+
+def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return build_scratch(
+        config.model.path.removeprefix("scratch:"),
+        vocab_size=len(tokenizer),
+        seed=config.seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **config.model.scratch.model_dump(),
+    )
+
+
+def warm_start(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, report: Report
+) -> PreTrainedModel:
+    """Supervised steps on the training data: a task's pairs, or a file's whole texts."""
+    settings = config.warm_start
+    if not settings.steps:
+        return model
+    engine = build_engine("torch", model, device=hardware.device, dtype=hardware.dtype)
+    train_supervised(
+        engine,
+        warm_start_examples(config, tokenizer),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        seed=config.seed,
+        target_loss=settings.target_loss,
+        ignored_token=tokenizer.unk_token_id,
+        on_step=report,
+    )
+    return model.cpu()
+
+
+def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[SupervisedExample]:
+    """Tokenized examples; EOS ends each one that is not cut at `warm_start.max_length`."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    limit, eos = config.warm_start.max_length, [tokenizer.eos_token_id]
+    if is_task(config.data.path):
+        pairs = [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(config.data.path)]
+    else:
+        pairs = [([], encode(text) + eos) for text in training_texts(config)]
+    # A prompt that fills the limit leaves nothing to learn.
+    return [
+        SupervisedExample(tuple(prompt), tuple(completion[: limit - len(prompt)]))
+        for prompt, completion in pairs
+        if len(prompt) < limit
+    ]

@@ -1,0 +1,384 @@
+"""Training on N ranks with DeepSpeed ZeRO 0-3. The only file that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, WorkerError
+from rlhf_ray.models.engine import (
+    adam_groups,
+    check_train_dtype,
+    clip_scale,
+    enable_gradient_checkpointing,
+    plain_state,
+    switch_dropout_off,
+    write_pretrained,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import ModelOutput
+
+Offload = Literal["none", "optimizer", "parameters"]
+
+META = "deepspeed_engine.json"
+TAG = "deepspeed"
+# ZeRO-3 gathers this many elements at a time for export: one collective for many small tensors, and never
+# more than this (or one tensor) beside the shards.
+GATHER_ELEMENTS = 64 * 1024 * 1024
+BUCKET_ELEMENTS = 200_000_000
+
+
+class DeepSpeedEngine:
+    """A `TrainEngine` over `world_size` processes, each of which builds it with the same model.
+
+    In bfloat16 DeepSpeed keeps float32 masters, as `TorchEngine` does. Its ZeRO 0 would sum micro-batches in
+    bfloat16 there, so bfloat16 with zero_stage 0 runs as ZeRO 1: same gradients, summed in float32.
+
+    `master_address` and `master_port` name rank 0; without them, MASTER_ADDR and MASTER_PORT. If
+    torch.distributed is already initialised in this process (a second engine), its group is used.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        zero_stage: int = 2,
+        offload: Offload = "none",
+        torch_adam: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        master_address: str | None = None,
+        master_port: int | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        check_train_dtype(dtype)
+        self.device = torch.device(device)
+        _check_options(self.device, zero_stage, offload)
+        self.zero_stage = zero_stage
+        self.max_grad_norm = max_grad_norm
+        self.steps = 0
+        self.rank, self.world_size = _join(self.device, rank, world_size, master_address, master_port, timeout_s)
+        self._dtype = dtype
+        self._real_stage = max(zero_stage, 1) if dtype == torch.bfloat16 else zero_stage
+        switch_dropout_off(module)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(module)
+        # Asked now, because ZeRO-3 leaves parameters of shape [0] behind.
+        self._trainable_elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        adam = {"lr": 0.0, "betas": list(betas), "eps": eps, "weight_decay": weight_decay}
+        config = _deepspeed_config(
+            adam, self._real_stage, offload, torch_adam, dtype, self.device, max_grad_norm, module
+        )
+        self._deepspeed = _initialize(module, adam_groups(module, weight_decay), config)
+        self.module: nn.Module = self._deepspeed.module
+
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        return self._deepspeed(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks and (with accumulation steps 1) sums over micro-batches.
+        self._deepspeed.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> float:
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._step_replicated() if self._real_stage == 0 else self._step_sharded()
+        if math.isfinite(norm):
+            self.steps += 1
+        return norm
+
+    def _step_replicated(self) -> float:
+        # Stage 0 in float32 is a bare AdamW over all-reduced gradients: DeepSpeed neither reports their norm
+        # nor refuses one that is not finite.
+        grads = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
+        if not math.isfinite(norm):
+            self._deepspeed.zero_grad()
+            return norm
+        scale = clip_scale(norm, self.max_grad_norm)
+        if scale < 1.0:
+            torch._foreach_mul_(grads, scale)
+        self._deepspeed.step()
+        return norm
+
+    def _step_sharded(self) -> float:
+        self._deepspeed.step()
+        if not self._deepspeed.was_step_applied():
+            return math.inf
+        return float(self._deepspeed.get_global_grad_norm())
+
+    def all_reduce(self, value: Tensor, op: str = "sum") -> Tensor:
+        operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+        if op not in operations:
+            raise ValueError(f"all_reduce: op={op!r} is unknown; use one of {sorted(operations)}")
+        result = value.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(result, operations[op])
+        return result.to(value.device)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad(), _BucketGather(self.module, GATHER_ELEMENTS) as gather:
+            yield from plain_state(self.module, gather)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.rank == 0:
+            (folder / META).write_text(json.dumps(self._meta() | {"steps": self.steps}), encoding="utf-8")
+        torch.distributed.barrier()
+
+    def load(self, folder: Path) -> None:
+        problem, steps = self._inspect(folder)
+        self._agree(problem, "resume with the settings that wrote it, or from another checkpoint")
+        try:
+            with _quiet():
+                path, _ = self._deepspeed.load_checkpoint(str(folder), tag=TAG)
+        except (RuntimeError, ValueError, KeyError, AssertionError, EOFError, OSError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"{folder / TAG} does not fit this model and optimiser, or is damaged ({error}); resume with "
+                "the same model settings, or from another checkpoint"
+            ) from error
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / TAG}; resume from another one")
+        self.steps = steps
+
+    def _agree(self, problem: str | None, remedy: str) -> None:
+        """Raise CheckpointError on every rank if any has a problem: one that raised alone would leave the
+        others waiting for it in the next collective."""
+        anywhere = self.all_reduce(torch.tensor(0 if problem is None else 1), "max")
+        if anywhere.item():
+            raise CheckpointError(f"{problem or 'another learner rank failed, its error says why'}; {remedy}")
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world_size,
+            "zero_stage": self.zero_stage,
+            "dtype": str(self._dtype),
+            "trainable_elements": self._trainable_elements,
+        }
+
+    def _inspect(self, folder: Path) -> tuple[str | None, int]:
+        """What stops this rank from loading `folder` (None: nothing), and the step count in it."""
+        try:
+            saved = json.loads((folder / META).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"{folder / META} does not exist: incomplete, or written by another learner.engine", 0
+        except (OSError, ValueError) as error:
+            return f"{folder / META} is damaged ({error})", 0
+        for key, here in self._meta().items():
+            if saved.get(key) != here:
+                return f"{folder} was written with {key}={saved.get(key)}, this run has {key}={here}", 0
+        # DeepSpeed puts prefixes of its own (bf16_) before some of these.
+        own = f"zero_pp_rank_{self.rank}_mp_rank_00_"
+        names = [own + "optim_states.pt"] if self._real_stage > 0 else []
+        names.append((own if self._real_stage == 3 else "mp_rank_00_") + "model_states.pt")
+        missing = [name for name in names if not list((folder / TAG).glob(f"*{name}"))]
+        return (f"{folder / TAG} lacks {missing[0]}", 0) if missing else (None, int(saved["steps"]))
+
+    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        state = [(name, tensor.cpu()) for name, tensor in self.export() if self.rank == 0]
+        problem = None
+        if self.rank == 0:
+            try:
+                write_pretrained(self.module, state, folder, tokenizer)
+            except OSError as error:
+                problem = f"the model cannot be written to {folder} ({error})"
+        self._agree(problem, "make room or name another folder, and export again")
+
+    def close(self) -> None:
+        self._deepspeed.destroy()
+
+
+def _check_options(device: torch.device, zero_stage: int, offload: str) -> None:
+    if zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"learner.zero_stage={zero_stage} does not exist; choose 0, 1, 2 or 3")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"DeepSpeed does not run on {device.type}: it has no communication backend there; set learner.engine=torch"
+        )
+    if offload not in ("none", "optimizer", "parameters"):
+        raise ConfigError(f"learner.offload={offload!r} is unknown; choose none, optimizer or parameters")
+    if offload == "optimizer" and zero_stage == 0:
+        raise ConfigError("learner.offload=optimizer needs sharded states; set learner.zero_stage=1, 2 or 3")
+    if offload == "parameters" and zero_stage != 3:
+        raise ConfigError("learner.offload=parameters needs sharded parameters; set learner.zero_stage=3")
+
+
+def _join(
+    device: torch.device,
+    rank: int | None,
+    world_size: int | None,
+    address: str | None,
+    port: int | None,
+    timeout_s: float,
+) -> tuple[int, int]:
+    """Enter the process group, with a deadline on each of its collectives. Returns (rank, world size)."""
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if torch.distributed.is_initialized():
+        there = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if there != (rank, world_size):
+            raise ConfigError(
+                f"this process is already rank {there[0]} of {there[1]}, so it cannot be rank {rank} of "
+                f"{world_size} for another engine; give both engines the same world size, or own processes"
+            )
+        return there
+    address = address or os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = port if port is not None else int(os.environ.get("MASTER_PORT", "29500"))
+    # DeepSpeed reads these even when the group exists.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        raise WorkerError(
+            f"learner rank {rank} of {world_size} could not meet the others at {address}:{port} within "
+            f"{timeout_s:.0f} s ({error}); check that the port is free and that rank 0 is reachable"
+        ) from error
+    return rank, world_size
+
+
+def _deepspeed_config(
+    adam: dict[str, Any],
+    stage: int,
+    offload: str,
+    torch_adam: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_grad_norm: float,
+    module: nn.Module,
+) -> dict[str, Any]:
+    # ZeRO allocates buffers of this size whatever the model's: DeepSpeed's own 500M would be 2 GB for a toy.
+    # It must be even (NCCL aligns to 4 bytes).
+    bucket = min(BUCKET_ELEMENTS, 2 * sum(p.numel() for p in module.parameters()))
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    pinned = device.type == "cuda"
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    clipping = 0.0 if clip_scale(math.inf, max_grad_norm) == 1.0 else max_grad_norm
+    config: dict[str, Any] = {
+        # Nominal: micro-batches vary in size and number, and their losses arrive already normalised.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clipping if stage > 0 else 0.0,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        # torch's own AdamW needs no compiler; DeepSpeed's kernels are built on first use.
+        "optimizer": {"type": "AdamW", "params": adam | ({"torch_adam": True} if torch_adam else {})},
+    }
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _initialize(module: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
+    cpu = torch.distributed.get_backend() == "gloo"
+    if cpu:
+        # Read when DeepSpeed is first imported (by accelerate, if not by us).
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ModelError(
+            "learner.engine=deepspeed needs DeepSpeed, which is not installed; "
+            "pip install 'rlhf-ray[deepspeed]', or set learner.engine=torch"
+        ) from error
+    # DeepSpeed's collectives by their old torch names: one line a call, and nothing a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    name = deepspeed.get_accelerator().device_name()
+    if (name == "cpu") != cpu:
+        raise ModelError(
+            f"DeepSpeed was loaded for {name}, but the learner's device is {'cpu' if cpu else 'cuda'}; "
+            "set DS_ACCELERATOR to the device before Python starts"
+        )
+    with _quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=groups, config=config, dist_init_required=False
+        )
+    return engine
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # DeepSpeed prints memory reports and layout notes that no log level switches off.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _BucketGather:
+    """Makes ZeRO-3 shards whole when asked for some of them, together with those that come next.
+
+    One collective gathers at most `limit` elements, or what was asked for; it stays whole until something
+    outside of it is wanted. Parameters that are not sharded pass through.
+    """
+
+    def __init__(self, module: nn.Module, limit: int) -> None:
+        sharded = (p for p in module.state_dict(keep_vars=True).values() if hasattr(p, "ds_id"))
+        self._order = list({id(p): p for p in sharded}.values())
+        self._position = {id(p): i for i, p in enumerate(self._order)}
+        self._limit = limit
+        self._whole: set[int] = set()
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> _BucketGather:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        wanted = {id(t): t for t in tensors if id(t) in self._position}
+        if not wanted.keys() <= self._whole:
+            self._open.close()
+            self._gather(wanted)
+        return contextlib.nullcontext()
+
+    def _gather(self, bucket: dict[int, Tensor]) -> None:
+        import deepspeed
+
+        elements = sum(p.ds_numel for p in bucket.values())
+        start = min(self._position[key] for key in bucket)
+        for parameter in self._order[start:]:
+            if id(parameter) in bucket:
+                continue
+            elements += parameter.ds_numel
+            if elements > self._limit:
+                break
+            bucket[id(parameter)] = parameter
+        self._open.enter_context(deepspeed.zero.GatheredParameters(list(bucket.values())))
+        self._whole = set(bucket)

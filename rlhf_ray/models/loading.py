@@ -1,0 +1,124 @@
+"""Policies, tokenizers and reward models from a local folder or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM, so that its folders load like any other
+from rlhf_ray.errors import ModelError
+from rlhf_ray.models.tokenizers import ensure_pad_token
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A causal language model, in evaluation mode (dropout off), of `dtype` on `device`.
+
+    `options` go to `from_pretrained` (`attn_implementation`, `revision`, `quantization_config`, ...).
+    Raises ModelError for a folder that is missing, empty or no causal LM, and for an unreachable Hub.
+    """
+    model = _load(AutoModelForCausalLM, path, "a causal language model", trust_remote_code, dtype=dtype, **options)
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; one without a pad token gets its EOS token as pad token."""
+    folder = _local_folder(path)
+    if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{path}: the folder has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it there with "
+            "tokenizer.save_pretrained(folder), or name another folder as tokenizer"
+        )
+    factory = PreTrainedTokenizerFast if folder is not None and _is_generic(folder) else AutoTokenizer
+    tokenizer = _load(factory, path, "a tokenizer", trust_remote_code)
+    return ensure_pad_token(tokenizer, str(path))
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether the folder's tokenizer is all in tokenizer.json.
+
+    AutoTokenizer looks at config.json first: beside a Qwen2 model it takes Qwen2's own rules of splitting and joining
+    for any tokenizer, and a word tokenizer loses its blanks. Such a folder says which class saved it: believe it.
+    """
+    try:
+        saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    named = str(saved.get("tokenizer_class", "")).removesuffix("Fast")
+    return (folder / "tokenizer.json").is_file() and named in ("TokenizersBackend", "PreTrainedTokenizer")
+
+
+def load_reward_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Hugging Face sequence classifier, in evaluation mode, and its tokenizer.
+
+    One label: a Bradley-Terry reward model, whose logit is the score. More labels: the last one is the good one.
+    """
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    kind = "a sequence classifier"
+    model = _load(AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options)
+    if model.config.pad_token_id is None:
+        # A decoder's classifier looks for the last token that is not padding; without this id it refuses batches.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer
+
+
+def _local_folder(path: str | Path) -> Path | None:
+    """The folder that `path` names, or None for a Hub name. Raises ModelError for a missing or empty folder."""
+    folder = Path(path).expanduser()
+    text = str(path)
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise ModelError(f"{path}: the folder is empty; was the export cut short? Run it again")
+        return folder
+    # A Hub name is `name` or `owner/name`; anything else can only have meant a folder.
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ModelError(f"{path}: no such folder; give an existing model folder, or a Hub name (owner/name)")
+    return None
+
+
+def _load(factory: Any, path: str | Path, what: str, trust_remote_code: bool, **options: Any) -> Any:
+    folder = _local_folder(path)
+    if folder is not None and what != "a tokenizer" and not (folder / "config.json").is_file():
+        raise ModelError(f"{path}: the folder has no config.json, so it holds no Hugging Face model; check the path")
+    try:
+        return factory.from_pretrained(str(folder or path), trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub and safetensors errors
+        advice = (
+            "is the folder complete, and of this kind?"
+            if folder is not None
+            else "no local folder has this name either; check the name and the network, log in for a gated model, "
+            "or give a local folder (HF_HUB_OFFLINE=1 allows cached models only)"
+        )
+        raise ModelError(
+            f"{path}: cannot load {what} ({type(error).__name__}: {_first_line(error)}); {advice}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,169 @@
+"""Training in one process: CPU, MPS or one GPU."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.errors import CheckpointError
+from rlhf_ray.models.engine import (
+    adam_groups,
+    check_train_dtype,
+    clip_scale,
+    enable_gradient_checkpointing,
+    plain_state,
+    switch_dropout_off,
+    write_pretrained,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import ModelOutput
+
+FILE = "torch_engine.pt"
+
+
+class TorchEngine:
+    """A `TrainEngine` of one rank.
+
+    In bfloat16 the module computes in bfloat16, while gradients are summed and AdamW runs in float32 on a
+    master copy of each trainable parameter, which is rounded back into the module after each step: lr 1e-6
+    moves a weight by less than bfloat16 can show, so without the masters nothing would ever be learned.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        check_train_dtype(dtype)
+        self.module = module
+        self.device = torch.device(device)
+        self.max_grad_norm = max_grad_norm
+        self.steps = 0
+        for parameter in module.parameters():
+            # Parameters only: rotary frequencies and other float32 buffers must not be rounded. Quantised
+            # weights (QLoRA) are integers and stay as they are.
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        module.to(self.device)
+        switch_dropout_off(module)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(module)
+        groups = adam_groups(module, weight_decay)
+        self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self._masters: list[Tensor] = []
+        for group in groups:
+            group["params"] = [_master(p) for p in group["params"]]
+            self._masters += group["params"]
+        # Fused: one kernel a step, where the default loops over parameters in Python.
+        fused = self.device.type in ("cpu", "cuda")
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        return self.module(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if parameter is master or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        grads = [master.grad for master in self._masters if master.grad is not None]
+        norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
+        if math.isfinite(norm):
+            scale = clip_scale(norm, self.max_grad_norm)
+            if scale < 1.0:
+                torch._foreach_mul_(grads, scale)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._round_masters()
+            self.steps += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _round_masters(self) -> None:
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def all_reduce(self, value: Tensor, op: str = "sum") -> Tensor:
+        return value.clone()
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad():
+            yield from plain_state(self.module)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "module": self.module.state_dict(),
+            "masters": [None if p is m else m for p, m in zip(self._parameters, self._masters, strict=True)],
+            "optimizer": self._optimizer.state_dict(),
+            "steps": self.steps,
+        }
+        torch.save(state, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        file = folder / FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} does not exist: the checkpoint is incomplete or was not written by "
+                "learner.engine=torch; resume with the engine that wrote it, or from another checkpoint"
+            )
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            self.module.load_state_dict(state["module"])
+            self._load_masters(state["masters"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{file} does not fit this model and optimiser, or is damaged ({error}); resume with the "
+                "same model settings, or from another checkpoint"
+            ) from error
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps = state["steps"]
+
+    @torch.no_grad()
+    def _load_masters(self, masters: list[Tensor | None]) -> None:
+        for parameter, mine, saved in zip(self._parameters, self._masters, masters, strict=True):
+            if (saved is None) != (parameter is mine):
+                raise ValueError("saved with another dtype")
+            if saved is not None:
+                mine.copy_(saved)
+
+    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        write_pretrained(self.module, self.export(), folder, tokenizer)
+
+    def close(self) -> None:
+        """Nothing to free by hand."""
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().clone().requires_grad_(True)

@@ -1,0 +1,148 @@
+"""One remote call at a time: to whom, until when, and what came of it. Nothing here waits without a deadline."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+
+from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+# While waiting, how often to look whether some other worker has died meanwhile.
+POLL_S = 0.5
+# A result that is ready is a few numbers: longer than this, and its node is gone.
+FETCH_S = 60.0
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    seconds: float
+    setting: str  # which raises it
+
+
+@dataclass(frozen=True)
+class Worker:
+    """An actor and how to name it to people."""
+
+    name: str  # "learner rank 1"
+    actor: ActorHandle
+    node: str = "?"  # address
+    pid: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} (node {self.node}, pid {self.pid})"
+
+    def start(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> Call:
+        """Begin `method` of the actor's class; it must return one small value."""
+        return Call(self, method.__name__, getattr(self.actor, method.__name__).remote(*args), deadline)
+
+    def start_keeping(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> tuple[ObjectRef, Call]:
+        """Begin a method that returns (large value, small value): the reference to the first stays a reference."""
+        kept, small = getattr(self.actor, method.__name__).remote(*args)
+        return kept, Call(self, method.__name__, small, deadline)
+
+
+class Call:
+    """A remote call under way."""
+
+    def __init__(self, worker: Worker, name: str, ref: ObjectRef, deadline: Deadline) -> None:
+        self.worker = worker
+        self.name = name
+        self.ref = ref
+        self.deadline = deadline
+        self.until = time.monotonic() + deadline.seconds
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.worker}"
+
+
+def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) -> Call:
+    """The first call that ends, well or not.
+
+    Args:
+        check: raises if the run is lost for another reason; called now and then with the calls under way.
+    Raises:
+        DeadlineError: a call did not return in time.
+    """
+    by_ref = {call.ref: call for call in calls}
+    while True:
+        first = min(calls, key=lambda call: call.until)
+        left = first.until - time.monotonic()
+        done, _ = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, min(POLL_S, left)))
+        if done:
+            return by_ref[done[0]]
+        check(calls)
+        if left <= 0:
+            raise DeadlineError(
+                f"{first} did not return within {first.deadline.seconds:.0f} s: it hangs, or the work is too "
+                f"much; look at that process, raise {first.deadline.setting}, or resume with --resume auto"
+            )
+
+
+def value_of(call: Call) -> Any:
+    """The result of a call that has ended. Raises what it raised, or WorkerError if its worker died."""
+    try:
+        return ray.get(call.ref, timeout=FETCH_S)
+    except RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, RlhfRayError):
+            raise cause from None
+        raise WorkerError(f"{call} failed: {error}") from None
+    except (RayActorError, ActorUnavailableError) as error:
+        raise death(call.worker, error, f"during {call.name}") from None
+    except RayError as error:  # its result or an argument was lost with the node that held it
+        raise WorkerError(f"{call}: the result is lost ({one_line(error)}); resume with --resume auto") from None
+
+
+def results(calls: Sequence[Call], check: Callable[[Sequence[Call]], None] = lambda calls: None) -> list[Any]:
+    """The results of all calls, in order. The first failure raises, whatever the others do."""
+    waiting, values = list(calls), {}
+    while waiting:
+        call = next_done(waiting, check)
+        values[call.ref] = value_of(call)
+        waiting.remove(call)
+    return [values[call.ref] for call in calls]
+
+
+def death(worker: Worker, error: BaseException, when: str) -> WorkerError:
+    if "creation task" in str(error):
+        return WorkerError(
+            f"{worker.name} did not start: {one_line(error)}; every machine of the cluster needs this version of "
+            "rlhf-ray with the same extras"
+        )
+    return WorkerError(
+        f"{worker} died {when}: {_reason(error)}; look for a signal or the out-of-memory killer on that node, "
+        "then resume with --resume auto"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray knows of a death, without its ids and its list of common causes."""
+    text = one_line(error, limit=10_000)
+    found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    found = found or re.search(r"((?:actor|node) (?:is dead|has died|died) because .*)", text)
+    return (found[1] if found else one_line(error)).rstrip(".")
+
+
+def silence(worker: Worker, seconds: float, when: str) -> DeadlineError:
+    return DeadlineError(
+        f"{worker} hangs: it gave no sign of life for {seconds:.0f} s {when}; its process is stopped or stuck, or its "
+        "machine is gone: look there, then resume with --resume auto"
+    )
+
+
+def one_line(error: BaseException, limit: int = 700) -> str:
+    """Ray's paragraphs as a sentence; of a long text the end, where a traceback says what it is about."""
+    text = " ".join(_COLOURS.sub("", str(error)).split())
+    return text if len(text) <= limit else f"{text[: limit // 4]} ... {text[-limit * 3 // 4 :]}"

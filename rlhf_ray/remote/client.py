@@ -1,0 +1,56 @@
+"""The way of the weights: vLLM's four calls, from the learner to every generator at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.remote.calls import Deadline, Worker, next_done, value_of
+from rlhf_ray.remote.hosts import GeneratorHost
+from rlhf_ray.sync.cuda_sender import shift_ranks
+
+
+class GeneratorsClient:
+    """A `sync.sender.WeightClient`, used inside the learner's process.
+
+    Each call goes to all generators at once, for an NCCL broadcast ends only when the last worker has joined it;
+    the first generator that fails ends it, for the others may never return.
+
+    Args:
+        workers_each: GPU workers behind each generator (tensor parallel size).
+        deadline: of one call.
+    """
+
+    def __init__(self, generators: Sequence[Worker], *, workers_each: int, deadline: Deadline) -> None:
+        self.generators = list(generators)
+        self.workers_each = workers_each
+        self.deadline = deadline
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        infos = [shift_ranks(init_info, index * self.workers_each) for index in range(len(self.generators))]
+        self._all(GeneratorHost.init_weight_transfer_engine, [(info,) for info in infos])
+
+    def start_weight_update(self) -> None:
+        self._all(GeneratorHost.start_weight_update, [()] * len(self.generators))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._all(GeneratorHost.update_weights, [(update_info,)] * len(self.generators))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all(GeneratorHost.finish_weight_update, [(weight_version,)] * len(self.generators))
+
+    def _all(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
+        waiting = [
+            worker.start(method, *args, deadline=self.deadline)
+            for worker, args in zip(self.generators, arguments, strict=True)
+        ]
+        while waiting:
+            call = next_done(waiting, check=lambda calls: None)
+            try:
+                value_of(call)
+            except RlhfRayError as error:
+                if call.worker.name in str(error):
+                    raise
+                raise type(error)(f"{call.worker}: {error}") from error
+            waiting.remove(call)

@@ -1,0 +1,195 @@
+"""Where each worker sits: bundles of a Ray placement group, counted before anything starts.
+
+`plan_seats` and `check_fit` are pure. A bundle lies on one machine, so workers that need one another's memory
+share a bundle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError, PlacementError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+# Ray refuses a bundle that asks for nothing.
+LEAST_CPUS = 0.001
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker's place. `borrows` names the workers whose accelerators it shares instead of having its own."""
+
+    name: str
+    bundle: int
+    cpus: float
+    gpus: float = 0.0
+    borrows: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    seats: list[Seat] = field(default_factory=list)
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Resources of each bundle."""
+        totals: list[dict[str, float]] = [{} for _ in range(1 + max(seat.bundle for seat in self.seats))]
+        for seat in self.seats:
+            bundle = totals[seat.bundle]
+            bundle["CPU"] = round(bundle.get("CPU", 0.0) + seat.cpus, 6)
+            if seat.gpus:
+                bundle["GPU"] = round(bundle.get("GPU", 0.0) + seat.gpus, 6)
+        return totals
+
+    def total(self, resource: str) -> float:
+        return round(sum(bundle.get(resource, 0.0) for bundle in self.bundles), 6)
+
+    def by_role(self, resource: str) -> dict[str, float]:
+        counts: dict[str, float] = {}
+        for seat in self.seats:
+            amount = seat.gpus if resource == "GPU" else seat.cpus
+            role = seat.name.split()[0]
+            if amount:
+                counts[role] = round(counts.get(role, 0.0) + amount, 6)
+        return counts
+
+
+def choose_transport(config: RunConfig, device: str) -> str:
+    """sync.transport, `auto` resolved. Raises ConfigError for one that this placement cannot serve."""
+    transport = config.sync.transport
+    if transport == "auto":
+        if device != "cuda" or config.generator.engine == "hf":
+            return "shared_memory"
+        return "cuda_ipc" if config.ray.colocate else "nccl"
+    if transport == "cuda_ipc" and not config.ray.colocate:
+        raise ConfigError(
+            "sync.transport=cuda_ipc shares the memory of one GPU, and generator and learner have GPUs of their own; "
+            "set ray.colocate=true, or sync.transport=nccl"
+        )
+    if transport == "nccl" and config.ray.colocate:
+        raise ConfigError(
+            "sync.transport=nccl cannot have two processes on one GPU, which is what ray.colocate means; "
+            "set sync.transport=cuda_ipc"
+        )
+    return transport
+
+
+def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:
+    """A seat for every worker of this config.
+
+    Separate: each worker has its own bundle; with shared_memory the generators and learner rank 0, which sends,
+    have one bundle in common. Colocated on CUDA: each GPU belongs to a learner rank and the others borrow it.
+    """
+    if device == "cuda" and config.ray.colocate:
+        return _colocated(config)
+    cpus = max(config.ray.cpus_per_worker, LEAST_CPUS)
+    gpus = config.ray.gpus_per_worker if device == "cuda" else 0.0
+    plan, next_bundle = Plan(), 1
+    for name, accelerators in _roster(config):
+        together = transport == "shared_memory" and (name == "learner rank 0" or name.startswith("generator"))
+        bundle = 0 if together or name == "learner rank 0" else next_bundle
+        next_bundle += bundle != 0
+        plan.seats.append(Seat(name, bundle, cpus, gpus * accelerators))
+    return plan
+
+
+def _roster(config: RunConfig) -> list[tuple[str, int]]:
+    """(name, accelerators) of every worker."""
+    generator = config.generator
+    roster = [(f"learner rank {i}", 1) for i in range(config.learner.world_size)]
+    roster += [(f"generator {i}", generator.tensor_parallel) for i in range(generator.count)]
+    if config.uses_critic:
+        roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
+    if config.uses_reference:
+        roster.append(("reference", 1))
+    return [*roster, ("reward", 0 if config.reward_model is None else 1), ("batches", 0)]
+
+
+def _colocated(config: RunConfig) -> Plan:
+    ranks, each = config.learner.world_size, config.generator.tensor_parallel
+    if config.generator.count * each > ranks or ranks % each:
+        raise ConfigError(
+            f"ray.colocate: {config.generator.count} generators of {each} GPUs share the GPUs of learner.world_size="
+            f"{ranks} ranks, which must be at least as many and a multiple of tensor_parallel; raise "
+            "learner.world_size, or lower generator.count or generator.tensor_parallel"
+        )
+    if config.uses_critic and config.critic.world_size > ranks:
+        raise ConfigError(
+            f"ray.colocate: critic.world_size={config.critic.world_size} exceeds learner.world_size={ranks}, so two "
+            "critic ranks would share a GPU; lower it"
+        )
+    cpus, plan = max(config.ray.cpus_per_worker, LEAST_CPUS), Plan()
+    for name, accelerators in _roster(config):
+        role, number = name.split()[0], int(name.split()[-1]) if name[-1].isdigit() else 0
+        first = number * each if role == "generator" else number
+        owners = tuple(f"learner rank {first + i}" for i in range(accelerators))
+        # A generator's GPUs must be those of one machine, hence of one bundle.
+        bundle = min(first, ranks - 1) // each
+        own = role == "learner"
+        plan.seats.append(Seat(name, bundle, cpus, float(own), () if own else owners))
+    return plan
+
+
+def check_fit(plan: Plan, nodes: Sequence[Mapping[str, float]], colocated: bool) -> None:
+    """Refuse what can never be placed. `nodes`: the resources of each machine. Raises PlacementError."""
+    for resource, plural, remedies in (
+        ("GPU", "GPUs", [
+            "lower learner.world_size, generator.count or generator.tensor_parallel",
+            *([] if colocated else ["set ray.colocate=true to share them"]), "or add machines",
+        ]),
+        ("CPU", "CPUs", ["lower ray.cpus_per_worker", "or add machines"]),
+    ):  # fmt: skip
+        need, has = plan.total(resource), sum(node.get(resource, 0.0) for node in nodes)
+        remedy = ", ".join(remedies)
+        if need > has + 1e-6:
+            shares = ", ".join(f"{role} {count:g}" for role, count in plan.by_role(resource).items())
+            raise PlacementError(f"ray: the run needs {need:g} {plural} ({shares}), the cluster has {has:g}; {remedy}")
+        largest = max(bundle.get(resource, 0.0) for bundle in plan.bundles)
+        most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        if largest > most + 1e-6:
+            raise PlacementError(
+                f"ray: {largest:g} {plural} must lie on one machine, the largest has {most:g}; {remedy}"
+            )
+
+
+@contextmanager
+def placed(plan: Plan, seconds: float, colocated: bool) -> Iterator[PlacementGroup]:
+    """The plan's placement group, removed at the end.
+
+    Raises:
+        PlacementError: it can never fit, or what it needs did not become free in time.
+    """
+    check_fit(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]], colocated)
+    group = placement_group(plan.bundles, strategy="PACK")
+    try:
+        if not group.wait(math.ceil(seconds)):
+            free = {name: round(ray.available_resources().get(name, 0.0), 3) for name in ("CPU", "GPU")}
+            raise PlacementError(
+                f"ray: the cluster did not make room within {seconds:.0f} s (ray.start_deadline_s): the run needs "
+                f"{plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, of which {free['CPU']:g} and "
+                f"{free['GPU']:g} are free; wait for other jobs to end, or make the run smaller"
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def options_of(seat: Seat, group: PlacementGroup, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Ray's options of the actor that takes this seat."""
+    return {
+        "num_cpus": seat.cpus,
+        "num_gpus": seat.gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
+        "runtime_env": {"env_vars": dict(environment)},
+    }

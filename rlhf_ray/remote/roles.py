@@ -1,0 +1,148 @@
+"""The roles of a run on Ray: the twin of `build.open_roles`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.remote.batcher import BatchHost
+from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.client import GeneratorsClient
+from rlhf_ray.remote.cluster import connected, worker_environment
+from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.handles import (
+    RemoteAdvantages,
+    RemoteCritic,
+    RemoteGenerators,
+    RemoteLearner,
+    RemoteReference,
+    RemoteReward,
+    Split,
+)
+from rlhf_ray.remote.host import Host, Place
+from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost
+from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
+from rlhf_ray.remote.split import even_pieces, fixed_pieces
+from rlhf_ray.roles.factory import Assets, Rank
+from rlhf_ray.roles.protocols import Roles
+
+HOSTS: dict[str, type[Host]] = {
+    "learner": LearnerHost,
+    "generator": GeneratorHost,
+    "critic": CriticHost,
+    "reference": ReferenceHost,
+    "reward": RewardHost,
+    "batches": BatchHost,
+}
+
+
+@contextmanager
+def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
+    """Start the workers this config asks for, and yield their handles; everything started here ends here.
+
+    Raises:
+        PlacementError: no cluster, or one that is too small.
+        WorkerError, DeadlineError: a worker did not start; and from any handle later, naming the worker that
+            died or hangs.
+        RlhfRayError: what a role refused when it was built, as it would locally.
+    """
+    device = assets.hardware.device
+    transport = choose_transport(config, device)
+    plan = plan_seats(config, device, transport)
+    with connected(config.ray.address, plan.total("CPU")), placed(
+        plan, config.ray.start_deadline_s, config.ray.colocate
+    ) as group:
+        crew, farewell = Crew(), []
+        try:
+            environment = worker_environment(config, device)
+            for seat in plan.seats:
+                host = HOSTS[seat.name.split()[0]]
+                crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
+            _build(crew, plan, config, _everywhere(assets), transport)
+            crew.watch()
+            yield _handles(crew, config)
+            farewell = [(w, Host.shut_down) for w in crew.workers]
+        finally:
+            crew.dismiss(farewell)
+
+
+def _everywhere(assets: Assets) -> Assets:
+    """Folders as absolute paths: a worker may have started elsewhere."""
+    paths = {name: getattr(assets, name) for name in ("policy", "tokenizer")}
+    return dataclasses.replace(assets, **{
+        name: str(Path(path).resolve()) if Path(path).is_dir() else path for name, path in paths.items()
+    })  # fmt: skip
+
+
+def _build(crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str) -> None:
+    """Load every model, all at the same time."""
+    until = time.monotonic() + config.ray.start_deadline_s
+
+    def left() -> Deadline:
+        return Deadline(max(1.0, until - time.monotonic()), "ray.start_deadline_s")
+
+    places = crew.locate(left())
+    _lend_gpus(crew, plan, places, left())
+    calls = []
+    for worker in crew.named("generator"):
+        calls.append(worker.start(GeneratorHost.build, config, assets, transport, deadline=left()))
+    for role, host, extra in (("learner", LearnerHost, (transport,)), ("critic", CriticHost, ())):
+        ranks = crew.named(role)
+        for number, worker in enumerate(ranks):
+            first = places[ranks[0].name]
+            rank = Rank(number, len(ranks), first.node, first.port)
+            calls.append(worker.start(host.build, config, assets, *extra, rank, deadline=left()))
+    for role, host in (("reference", ReferenceHost), ("reward", RewardHost)):
+        calls += [worker.start(host.build, config, assets, deadline=left()) for worker in crew.named(role)]
+    crew.results(calls)
+    client = GeneratorsClient(
+        crew.named("generator"), workers_each=config.generator.tensor_parallel, deadline=_sync_deadline(config)
+    )
+    crew.results([worker.start(LearnerHost.connect, client, deadline=left()) for worker in crew.named("learner")])
+
+
+def _lend_gpus(crew: Crew, plan: Plan, places: Mapping[str, Place], deadline: Deadline) -> None:
+    by_name = {worker.name: worker for worker in crew.workers}
+    calls = []
+    for seat in plan.seats:
+        if seat.borrows:
+            gpus = tuple(gpu for owner in seat.borrows for gpu in places[owner].gpus)
+            calls.append(by_name[seat.name].start(Host.use_gpus, gpus, deadline=deadline))
+    crew.results(calls)
+
+
+def _sync_deadline(config: RunConfig) -> Deadline:
+    return Deadline(config.sync.deadline_s, "sync.deadline_s")
+
+
+def _handles(crew: Crew, config: RunConfig) -> Roles:
+    deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
+    (batcher,), (reward,) = crew.named("batches"), crew.named("reward")
+    generator = config.generator
+    split: Split = partial(fixed_pieces, size=generator.batch_size)
+    if generator.engine == "vllm":
+        split = partial(even_pieces, count=generator.count, new_tokens=config.rollout.max_new_tokens)
+    generators = RemoteGenerators(
+        crew, crew.named("generator"), split, batcher, workers_each=generator.tensor_parallel,
+        sync_deadline=_sync_deadline(config), deadline=deadline,
+    )  # fmt: skip
+
+    def group(role: str) -> Group:
+        return Group(crew, crew.named(role), deadline)
+
+    return Roles(
+        generator=generators,
+        reward=RemoteReward(crew, reward, deadline),
+        learner=RemoteLearner(group("learner"), _sync_deadline(config)),
+        advantages=RemoteAdvantages(crew, batcher, config.algorithm, deadline),
+        reference=RemoteReference(group("reference")) if config.uses_reference else None,
+        critic=RemoteCritic(group("critic")) if config.uses_critic else None,
+        replicas=generators.replicas,
+        parallel=True,
+    )

@@ -1,0 +1,158 @@
+"""From settings to role objects: the same functions build a local role and the one inside a Ray actor.
+
+Every argument is plain and picklable: paths, the config, a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
+from rlhf_ray.models.devices import Hardware
+from rlhf_ray.models.engine import TrainEngine, build_engine
+from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf_ray.models.lora import apply_lora
+from rlhf_ray.rewards.compose import RewardSet, load_reward
+from rlhf_ray.roles.critic import Critic
+from rlhf_ray.roles.generator_hf import HFGenerator
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.reward import Reward, RewardModel
+from rlhf_ray.sync.factory import make_sender
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_ray.roles.protocols import Generator
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What every role starts from: folders (or Hub names) that all machines of the run can read."""
+
+    policy: str
+    tokenizer: str
+    hardware: Hardware
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A training process among its peers. `address` and `port` are where rank 0 listens."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
+    generator = config.generator
+    if generator.engine == "vllm":
+        from rlhf_ray.roles.generator_vllm import VLLMGenerator
+
+        return VLLMGenerator(
+            assets.policy,
+            dtype=assets.hardware.dtype,
+            transport=transport,
+            tensor_parallel_size=generator.tensor_parallel,
+            max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            gpu_memory_utilization=generator.gpu_memory_utilization,
+            kv_cache_gb=generator.kv_cache_gb,
+            enforce_eager=generator.enforce_eager,
+            sleep_mode=config.ray.colocate,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    tokenizer = _tokenizer(config, assets)
+    model = _policy(config, assets)
+    return HFGenerator(model, pad_token_id=tokenizer.pad_token_id, batch_size=generator.batch_size)
+
+
+def make_reference(config: RunConfig, assets: Assets) -> Reference:
+    return Reference(
+        _policy(config, assets),
+        temperature=config.rollout.temperature,
+        tokens_per_microbatch=config.learner.tokens_per_microbatch,
+    )
+
+
+def make_reward(config: RunConfig, assets: Assets) -> Reward:
+    functions = [load_reward(r.function, weight=r.weight, args=r.args, name=r.name) for r in config.rewards]
+    model = None
+    if config.reward_model is not None:
+        path = config.reward_model.path
+        network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
+        model = RewardModel(network, tokenizer, config.reward_model)
+    return Reward(RewardSet(functions), _tokenizer(config, assets), model=model)
+
+
+def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank = Rank()) -> Learner:
+    # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
+    model = load_policy(assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code)
+    if config.model.lora is not None:
+        lora = config.model.lora
+        model = apply_lora(model, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules, seed=config.seed)
+    sender = make_sender(
+        transport,
+        bucket_mb=config.sync.bucket_mb,
+        rank=rank.rank,
+        receivers=config.generator.count * config.generator.tensor_parallel,
+        device=assets.hardware.device,
+    )
+    return Learner(
+        _engine(config.learner, model, assets.hardware, rank),
+        config.learner,
+        config.algorithm,
+        tokenizer=_tokenizer(config, assets),
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        sender=sender,
+        seed=config.seed,
+        total_steps=config.steps,
+    )
+
+
+def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Critic:
+    model = ValueModel.from_pretrained(
+        config.critic.path or assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
+    engine = _engine(config.critic, model, assets.hardware, rank)
+    return Critic(engine, config.critic, seed=config.seed, total_steps=config.steps)
+
+
+def _tokenizer(config: RunConfig, assets: Assets) -> PreTrainedTokenizerBase:
+    return load_tokenizer(assets.tokenizer, trust_remote_code=config.model.trust_remote_code)
+
+
+def _policy(config: RunConfig, assets: Assets):
+    hardware = assets.hardware
+    return load_policy(
+        assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=config.model.trust_remote_code
+    )
+
+
+def _engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank) -> TrainEngine:
+    sharding = {}
+    if settings.engine == "deepspeed":
+        sharding = {
+            "zero_stage": settings.zero_stage,
+            "offload": settings.offload,
+            "rank": rank.rank,
+            "world_size": rank.world_size,
+            "master_address": rank.address,
+            "master_port": rank.port or None,
+        }
+    return build_engine(
+        settings.engine,
+        model,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        device=hardware.device,
+        dtype=hardware.dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        **sharding,
+    )

@@ -1,0 +1,59 @@
+"""Forward passes over batches: the same for the learner, the reference policy and the critic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algo.logprobs import token_logprobs
+from rlhf_ray.batch import Batch, pad_columns
+from rlhf_ray.roles.microbatch import split_microbatches
+
+Model = Callable[..., Any]  # a module or a TrainEngine: called with input_ids and attention_mask
+
+
+def model_inputs(micro: Batch, device: torch.device) -> dict[str, Tensor]:
+    # Rows are padded on the right, so positions 0..T-1 are right without position_ids.
+    return {"input_ids": micro.tokens.to(device), "attention_mask": micro.attention_mask.long().to(device)}
+
+
+def policy_logits(model: Model, micro: Batch, device: torch.device) -> Tensor:
+    """[B, T, V] logits of a causal language model."""
+    return model(**model_inputs(micro, device), use_cache=False).logits
+
+
+def critic_values(model: Model, micro: Batch, device: torch.device) -> Tensor:
+    """[B, T] values; index t is the value of the state in which token t is chosen, so it reads position t-1."""
+    values_BT = model(**model_inputs(micro, device)).values.float()
+    return torch.nn.functional.pad(values_BT[:, :-1], (1, 0))
+
+
+def response_logprobs(model: Model, micro: Batch, *, temperature: float, device: torch.device) -> Tensor:
+    """[B, T] log-probabilities, 0 outside the response."""
+    logits_BTV = policy_logits(model, micro, device)
+    logp_BT = token_logprobs(logits_BTV, micro.tokens.to(device), temperature=temperature)
+    return logp_BT * micro.response_mask.to(device)
+
+
+def over_microbatches(
+    batch: Batch, parts: Sequence[Sequence[int]], compute: Callable[[Batch], Tensor]
+) -> Tensor:
+    """Apply `compute` ([b, t] a micro-batch) to each part, put the rows back in place. [B, T] on CPU, 0 elsewhere."""
+    out_BT = torch.zeros(batch.tokens.shape)
+    for rows in parts:
+        micro = batch.select(rows)
+        out_BT[list(rows)] = pad_columns(compute(micro).detach().float().cpu(), out_BT.shape[1])
+    return out_BT
+
+
+def batched_logprobs(
+    model: Model, batch: Batch, *, temperature: float, max_tokens: int, device: torch.device
+) -> Tensor:
+    """[B, T] response log-probabilities of a whole batch, computed in micro-batches of at most `max_tokens`."""
+    parts = split_microbatches(range(len(batch)), batch.lengths.tolist(), max_tokens)
+    return over_microbatches(
+        batch, parts, lambda micro: response_logprobs(model, micro, temperature=temperature, device=device)
+    )

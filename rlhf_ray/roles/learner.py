@@ -1,0 +1,204 @@
+"""The policy that learns: log-probabilities, the policy update, and the way its weights leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algo.aggregation import loss_weights
+from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismatch_summary
+from rlhf_ray.algo.kl import kl_loss
+from rlhf_ray.algo.logprobs import token_entropy, token_logprobs
+from rlhf_ray.algo.policy_losses import ratio_stats
+from rlhf_ray.algo.registry import POLICY_LOSSES, options_of
+from rlhf_ray.batch import Batch
+from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
+from rlhf_ray.models.devices import peak_memory_gb
+from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.roles.forward import policy_logits, response_logprobs
+from rlhf_ray.roles.protocols import WeightReceiver
+from rlhf_ray.roles.training import Share, Totals, Trainer
+from rlhf_ray.sync.sender import WeightSender
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Learner(Trainer):
+    """Trains the policy with a clipped, importance-weighted policy gradient.
+
+    Every rank is given the whole batch and picks its rows itself, so the same call works for one process and for N.
+    """
+
+    config: LearnerConfig
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        config: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float,
+        max_new_tokens: int,
+        sender: WeightSender,
+        seed: int,
+        total_steps: int,
+    ) -> None:
+        super().__init__(engine, config, seed=seed, total_steps=total_steps)
+        self.algorithm = algorithm
+        self.policy_loss = POLICY_LOSSES[algorithm.policy_loss]
+        settings = algorithm.model_dump()
+        self.policy_loss_options = {name: settings[name] for name in options_of(self.policy_loss) if name in settings}
+        self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.sender = sender
+        self.generators: WeightReceiver | None = None
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] response log-probabilities under the current weights, at the sampling temperature."""
+        return self.per_token(
+            batch,
+            lambda micro: response_logprobs(
+                self.engine, micro, temperature=self.temperature, device=self.engine.device
+            ),
+        )
+
+    def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
+        """All inner epochs and minibatches of one step.
+
+        Args:
+            batch: with `advantages`; `logp_old` may be missing when there is a single optimiser step, for then the
+                policy that is updated is the old one; `logp_ref` is needed if the KL is measured.
+            kl_coef: weight of the KL term, where the algorithm puts it into the loss.
+        Returns:
+            Metrics by their final names, averaged over the optimiser steps. A step whose gradient is not finite is
+            skipped and counted in `skipped_steps`.
+        """
+        lr = self.learning_rate(step)
+        totals, grad_norms = Totals(), []
+        for epoch in range(self.config.epochs):
+            loss = partial(self._loss, kl_coef=kl_coef, first_epoch=epoch == 0)
+            for share in self.shares(batch):
+                grad_norm, stats = self.optimiser_step(batch, share, loss, lr)
+                grad_norms.append(grad_norm)
+                totals.add(stats.values)
+        return self._metrics(totals.over_ranks(self.engine), grad_norms, lr)
+
+    def _loss(
+        self, micro: Batch, share: Share, *, kl_coef: float, first_epoch: bool
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        algorithm, device = self.algorithm, self.engine.device
+        mask_BT = micro.response_mask.to(device)
+        tokens_BT = micro.tokens.to(device)
+        logits_BTV = policy_logits(self.engine, micro, device)
+        logp_BT = token_logprobs(logits_BTV, tokens_BT, temperature=self.temperature) * mask_BT
+        old_BT = logp_BT.detach() if micro.logp_old is None else micro.logp_old.to(device)
+        advantage_BT = micro.advantages.to(device)
+        with torch.set_grad_enabled(algorithm.entropy_coef > 0):
+            entropy_BT = token_entropy(logits_BTV, temperature=self.temperature)
+
+        policy_BT = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, **self.policy_loss_options)
+        policy_BT = policy_BT * self._correction(old_BT, micro.logp_gen.to(device), mask_BT)
+        weight_BT = loss_weights(
+            mask_BT, algorithm.aggregation,
+            total_tokens=share.total_tokens, total_sequences=share.total_sequences, constant=self.max_new_tokens,
+        )  # fmt: skip
+        parts = {"policy": (policy_BT * weight_BT).sum()}
+        loss = parts["policy"]
+        if micro.logp_ref is not None and algorithm.kl_in == "loss":
+            kl_BT = kl_loss(logp_BT, micro.logp_ref.to(device), algorithm.kl_estimator, old_BT=old_BT) * mask_BT
+            parts["kl"] = (kl_BT * weight_BT).sum()
+            loss = loss + kl_coef * parts["kl"]
+        if algorithm.entropy_coef > 0:
+            parts["entropy"] = -(entropy_BT * weight_BT).sum()
+            loss = loss + algorithm.entropy_coef * parts["entropy"]
+
+        stats = {f"loss/{name}": value.detach() for name, value in parts.items()}
+        stats["entropy_sum"] = (entropy_BT.detach() * mask_BT).sum()
+        stats |= ratio_stats(
+            logp_BT.detach(), old_BT, mask_BT, algorithm.clip_low, algorithm.clip_high, advantage_BT,
+            sequence=algorithm.policy_loss == "gspo",
+        )  # fmt: skip
+        if first_epoch:  # these compare policies that the inner epochs do not change
+            mismatch = mismatch_stats(old_BT, micro.logp_gen.to(device), mask_BT)
+            stats |= {f"mismatch/{name}": value for name, value in mismatch.items()}
+            if micro.logp_ref is not None:
+                stats["kl_ref_sum"] = ((old_BT - micro.logp_ref.to(device)) * mask_BT).sum()
+                stats["sequences"] = mask_BT.any(1).sum()
+        return loss, stats
+
+    def _correction(self, old_BT: Tensor, gen_BT: Tensor, mask_BT: Tensor) -> Tensor | float:
+        """Importance weights from the policy that generated to the one that learns."""
+        algorithm = self.algorithm
+        if algorithm.correction == "none":
+            return 1.0
+        return importance_weights(
+            old_BT, gen_BT, mask_BT,
+            level=algorithm.correction_level, mode=algorithm.correction,
+            low=1 / algorithm.correction_cap if algorithm.correction == "mask" else 0.0, high=algorithm.correction_cap,
+        )  # fmt: skip
+
+    def _metrics(self, totals: dict[str, float], grad_norms: Sequence[float], lr: float) -> dict[str, float]:
+        count, updates = totals["count"], len(grad_norms)
+        finite = [norm for norm in grad_norms if math.isfinite(norm)]
+        metrics = {name: value / updates for name, value in totals.items() if name.startswith("loss/")}
+        mismatch = {name.partition("/")[2]: value for name, value in totals.items() if name.startswith("mismatch/")}
+        metrics |= {f"mismatch/{name}": value for name, value in mismatch_summary(mismatch).items()}
+        metrics |= {
+            "entropy": totals["entropy_sum"] / count,
+            "ratio/mean": totals["ratio_sum"] / count,
+            "ratio/max": totals["ratio_max"],
+            "clipfrac": totals["clipped_sum"] / count,
+            "approx_kl": totals["approx_kl_sum"] / count,
+            "grad_norm": sum(finite) / len(finite) if finite else math.nan,
+            "skipped_steps": float(updates - len(finite)),
+            "lr": lr,
+            "perf/peak_mem_gb": peak_memory_gb(self.engine.device),
+        }
+        if "kl_ref_sum" in totals:
+            metrics["kl_ref"] = totals["kl_ref_sum"] / totals["sequences"]
+        return metrics
+
+    def connect(self, generators: WeightReceiver) -> None:
+        """Say where `push_weights` sends to: one generator, or a client that fans out to several."""
+        self.generators = generators
+
+    def push_weights(self, version: int) -> dict[str, float]:
+        """Send all weights to the generators as `version`. Collective.
+
+        Raises:
+            SyncError: a generator did not receive them whole.
+        """
+        stats = self.sender.send(self.engine.export, self.generators, version)
+        return {"sync/gb_per_s": stats.gigabytes_per_second}
+
+    @torch.no_grad()
+    def canary_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of fixed sequences at temperature 1, to compare with a generator's. Collective."""
+        rows = [torch.tensor(row, dtype=torch.long) for row in tokens]
+        padded_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.engine.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.engine.device)
+        mask_BT = torch.arange(padded_BT.shape[1], device=self.engine.device)[None, :] < lengths[:, None]
+        logits_BTV = self.engine(input_ids=padded_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+        logp_BT = token_logprobs(logits_BTV, padded_BT).cpu()
+        return [logp_BT[i, : len(row)].tolist() for i, row in enumerate(rows)]
+
+    def save(self, folder: Path) -> None:
+        """Everything a bit-equal continuation needs. Collective."""
+        self.engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Undo `save`. Raises CheckpointError. Collective."""
+        self.engine.load(folder)
+
+    def export_model(self, folder: Path) -> None:
+        """A plain Hugging Face folder with the tokenizer. Collective."""
+        self.engine.save_pretrained(folder, self.tokenizer)

@@ -1,0 +1,154 @@
+"""What the loop may ask of each role.
+
+Locally a handle is the role object itself; on Ray it is a typed proxy (`remote/handles.py`) to actors that
+host the same class. The loop sees only these protocols, and treats a batch as opaque except for `replace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlhf_ray.batch import Batch
+from rlhf_ray.sync.canary import CanaryTarget
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample.
+
+    `seed` is a function of (run seed, step, prompt, member): the same request gives the same tokens on any
+    generator, in any batch, at any later time, as long as the weights are the same.
+    """
+
+    prompt_id: int
+    sample_id: int
+    token_ids: tuple[int, ...]
+    seed: int
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of a batch: plain numbers, small enough to travel through a driver."""
+
+    score: Tensor  # [B] float32, the weighted sum
+    by_function: Mapping[str, Tensor]  # name -> [B] unweighted
+    texts: tuple[tuple[str, str], ...]  # (prompt, completion) of as many rows as were asked for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """New columns of a batch, and what to log about them."""
+
+    columns: dict[str, Tensor]  # advantages [B, T]; returns [B, T] where there is a critic
+    stats: dict[str, float]
+
+
+class WeightReceiver(Protocol):
+    """vLLM's own four weight-transfer calls; every generator answers them."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+    def start_weight_update(self) -> None: ...
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class Generator(WeightReceiver, Protocol):
+    """Samples completions and says with what probability it did."""
+
+    @property
+    def version(self) -> int:
+        """The weight version it holds."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
+        """One row a request, in request order."""
+
+    def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token given those before it, at temperature 1; the first entry is 0."""
+
+    def sleep(self) -> None:
+        """Give accelerator memory back to a colocated learner; nothing on CPU."""
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class Reward(Protocol):
+    def score(self, batch: Batch, texts: int = 0) -> Scores:
+        """Reward of each row, and the decoded text of the first `texts` rows. Raises RewardError."""
+
+
+class Advantages(Protocol):
+    def estimate(self, batch: Batch, kl_coef: float) -> Estimate:
+        """Advantages (and returns) of a scored batch."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Reference(Protocol):
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] log-probabilities of the batch's tokens under the frozen policy."""
+
+
+class Critic(Protocol):
+    def values(self, batch: Batch) -> Tensor:
+        """[B, T] value before each token is chosen."""
+
+    def update(self, batch: Batch, step: int) -> dict[str, float]:
+        """Fit `batch.returns`; metrics by their final names."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class Learner(Protocol):
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] log-probabilities under the current policy, at the sampling temperature."""
+
+    def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
+        """One policy update (all inner epochs and minibatches); metrics by their final names."""
+
+    def push_weights(self, version: int) -> dict[str, float]:
+        """Send the weights to every generator; metrics by their final names. Raises SyncError."""
+
+    def canary_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Like `Generator.logprobs`, under the weights that were pushed."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+    def export_model(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Everyone who takes part in a step."""
+
+    generator: Generator
+    reward: Reward
+    learner: Learner
+    advantages: Advantages
+    reference: Reference | None = None
+    critic: Critic | None = None
+    replicas: Sequence[CanaryTarget] = ()  # each generator by itself, for the canary
+    parallel: bool = False  # roles run on workers of their own, so waiting for one need not wait for all

@@ -1,0 +1,30 @@
+"""The frozen policy that the KL penalty measures against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_ray.batch import Batch
+from rlhf_ray.roles.forward import batched_logprobs
+
+
+class Reference:
+    """Log-probabilities under weights that never change."""
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, tokens_per_microbatch: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.temperature = temperature
+        self.tokens_per_microbatch = tokens_per_microbatch
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] float32, 0 outside the response; at the sampling temperature, like the learner's."""
+        return batched_logprobs(
+            self.model,
+            batch,
+            temperature=self.temperature,
+            max_tokens=self.tokens_per_microbatch,
+            device=self.model.device,
+        )

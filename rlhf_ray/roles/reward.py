@@ -1,0 +1,114 @@
+"""The judge of completions: reward functions and, if there is one, a reward model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.batch import Batch
+from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.errors import RewardError
+from rlhf_ray.rewards.compose import RewardSet
+from rlhf_ray.roles.protocols import Scores
+
+
+class RewardModel:
+    """A sequence classifier that scores decoded text: its tokenizer may differ from the policy's."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        # A decoder's tokenizer pads on the left for generation; there, absolute positions (GPT-2) would shift with
+        # the padding and a text's score with its neighbours.
+        self.tokenizer.padding_side = "right"
+        # The answer stands at the end: of a text that is too long, that is the part to judge.
+        self.tokenizer.truncation_side = "left"
+        self.config = config
+        self.max_length = min(config.max_length, tokenizer.model_max_length, _longest(model))
+
+    @torch.no_grad()
+    def score(self, texts: list[str]) -> list[float]:
+        """One number a text; of the only label, or of the last one; `config.output` says which.
+
+        A text longer than the limit (`config.max_length`, or less if the model reads less) loses its beginning.
+        """
+        scores: list[float] = []
+        for start in range(0, len(texts), self.config.batch_size):
+            encoded = self.tokenizer(
+                texts[start : start + self.config.batch_size],
+                padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+            )  # fmt: skip
+            inputs = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            scores += self._outputs(self.model(**inputs).logits).tolist()
+        return scores
+
+    def _outputs(self, logits_BC: torch.Tensor) -> torch.Tensor:
+        logits_BC = logits_BC.float()
+        logit_B = logits_BC[:, -1]
+        if logits_BC.shape[1] > 1:  # log-odds of the last label against all others
+            logit_B = logit_B - logits_BC[:, :-1].logsumexp(-1)
+        if self.config.output == "logit":
+            return logit_B
+        logprob_B = torch.nn.functional.logsigmoid(logit_B)
+        return logprob_B if self.config.output == "logprob" else logprob_B.exp()
+
+
+class Reward:
+    """Decodes completions and adds up the weighted rewards."""
+
+    def __init__(
+        self,
+        functions: RewardSet,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model: RewardModel | None = None,
+    ) -> None:
+        self.functions = functions
+        self.tokenizer = tokenizer
+        self.model = model
+
+    def score(self, batch: Batch, texts: int = 0) -> Scores:
+        """Reward of each row, and the decoded text of the first `texts` rows.
+
+        Raises RewardError if a function or the model gives no finite number for a row.
+        """
+        ids = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
+        completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompts = [row["prompt"] for row in batch.columns]
+        total, by_function = self.functions.score(prompts, completions, ids, batch.columns)
+        score_B = torch.tensor(total, dtype=torch.float32)
+        named = {name: torch.tensor(values, dtype=torch.float32) for name, values in by_function.items()}
+        if self.model is not None:
+            judged_B = torch.tensor(self.model.score(self._whole_texts(batch, prompts, completions)))
+            if not judged_B.isfinite().all():
+                row = int((~judged_B.isfinite()).nonzero()[0])
+                raise RewardError(
+                    f"reward_model: row {row} scored {judged_B[row]}; check the folder {self.model.config.path}"
+                )
+            named["reward_model"] = judged_B
+            score_B = score_B + self.model.config.weight * judged_B
+        return Scores(score_B, named, tuple(zip(prompts, completions, strict=True))[:texts])
+
+    def _whole_texts(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+        """Each prompt with its completion, joined as the tokenizer joins them.
+
+        Word and SentencePiece tokenizers lose the blank before a completion that is decoded alone ("was" + "good"
+        would read "wasgood"); decoded after its prompt it is there. The prompt is kept as it was given: special
+        tokens of a chat template are part of it.
+        """
+        rows = zip(batch.tokens, batch.attention_mask, batch.response_mask, strict=True)
+        pairs = [(row[mask].tolist(), row[mask & ~response].tolist()) for row, mask, response in rows]
+        wholes = self.tokenizer.batch_decode([whole for whole, _ in pairs], skip_special_tokens=True)
+        starts = self.tokenizer.batch_decode([start for _, start in pairs], skip_special_tokens=True)
+        return [
+            prompt + (whole[len(start) :] if whole.startswith(start) else completion)
+            for prompt, completion, whole, start in zip(prompts, completions, wholes, starts, strict=True)
+        ]
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """Positions that the model has; without a table of positions there is no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

@@ -1,0 +1,202 @@
+"""The run directory: one folder that holds everything a run leaves behind.
+
+    config.yaml  metrics.jsonl  events.jsonl  summary.json  report.html
+    rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines, to_json, write_atomically
+
+CONTENTS = (
+    "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "report.html", "before.json",
+    "rollouts", "checkpoints", "tensorboard", "model", "start", "start.unfinished",
+)  # fmt: skip
+MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")  # any of these makes a folder a run
+
+
+class RunDirectory:
+    """Paths and files of one run.
+
+    Raises:
+        ConfigError: the folder belongs to another run (and `resume` is off), or is no run at all.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.resumed = _check_free(self.path, resume)
+        with explained("the run directory", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if self.resumed:  # a killed run may have left half a line; the next append would spoil two
+            keep_lines(self.events_file, lambda row: True)
+            keep_lines(self.metrics_file, lambda row: True)
+
+    @classmethod
+    def open(cls, name: str, run_dir: str | Path | None = None, *, resume: bool = False,
+             root: str | Path = "runs") -> RunDirectory:  # fmt: skip
+        """`run_dir` where given; else, to resume, the newest run of that name; else `root/<name>-<time>`."""
+        if run_dir is None and resume:
+            run_dir = newest_run(name, root)
+        if run_dir is not None:
+            return cls(run_dir, resume=resume)
+        return cls(_unused(Path(root) / f"{_safe(name)}-{datetime.now():%Y%m%d-%H%M%S}"))
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def start(self) -> Path:
+        """The policy a run starts from, where it had to be made."""
+        return self.path / "start"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def write_config(self, yaml_text: str) -> None:
+        """The resolved config. A resumed run with other settings is allowed, but never unnoticed."""
+        if self.config_file.exists() and (old := self.config_file.read_text(encoding="utf-8")) != yaml_text:
+            diff = difflib.unified_diff(old.splitlines(), yaml_text.splitlines(), lineterm="", n=0)
+            changes = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
+            self.event("config_changed", changes=changes)
+        write_atomically(self.config_file, yaml_text)
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        """A fault, alarm, restart, resume: anything that is not a number of a step."""
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        append_line(self.events_file, {"time": now, "event": kind, **fields})
+
+    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        append_line(self.metrics_file, {"step": step, **metrics})
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics_file)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        return read_lines(self.events_file)
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Completions of one step, one JSON object a line: prompt, completion, rewards and what is known."""
+        path = self.rollouts / f"step_{step}.jsonl"
+        with explained("rollouts", path):
+            path.parent.mkdir(exist_ok=True)
+        write_atomically(path, "".join(to_json(row) + "\n" for row in rows))
+        return path
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_atomically(self.summary_file, to_json(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`, the step of the checkpoint the run goes on from.
+
+        The steps that follow will be run and written again; events stay, they did happen.
+        """
+        gone = keep_lines(self.metrics_file, lambda row: int(row.get("step", 0)) <= step)
+        for path in self.rollouts.glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+        self.summary_file.unlink(missing_ok=True)  # it told of an end that is no longer the end
+        self.event("resumed", step=step, metric_rows_dropped=gone)
+
+
+def newest_run(name: str, root: str | Path = "runs") -> Path | None:
+    """The newest `root/<name>-<time>` that holds a run that got to its first step, or was killed; or None."""
+    pattern = re.compile(re.escape(_safe(name)) + r"-\d{8}-\d{6}(-\d+)?")
+    folder = Path(root)
+    runs = [p for p in folder.iterdir() if pattern.fullmatch(p.name)] if folder.is_dir() else []
+    runs = [p for p in runs if any((p / mark).exists() for mark in MARKS) and not failed_at_start(p)]
+    return max(runs, key=lambda p: p.name, default=None)  # by the time in the name: a late report touches the folder
+
+
+def _check_free(path: Path, resume: bool) -> bool:
+    """Whether there is a run to go on with; raises where writing would spoil something."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file, not a folder; set --run-dir to a new folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return False
+    if not any((path / mark).exists() for mark in MARKS):
+        raise ConfigError(f"{path}: is not empty and holds no run; a run would mix its files with what lies "
+                          "there; set --run-dir to a new or empty folder")  # fmt: skip
+    if not resume and failed_at_start(path):
+        _clear(path)
+        return False
+    if not resume:
+        raise ConfigError(f"{path}: holds another run, and a new one would overwrite it; "
+                          "set --run-dir to a new folder, or --resume auto to go on with it")  # fmt: skip
+    return True
+
+
+def failed_at_start(path: Path) -> bool:
+    """Whether the run there ended with an error before its first step: nothing would be lost with it."""
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    steps = any((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else False
+    return summary.get("status") == "failed" and summary.get("steps") == 0 and not steps
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run writes, and nothing else that somebody may have put there."""
+    for name in CONTENTS:
+        entry = path / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "run"
+
+
+def _unused(path: Path) -> Path:
+    """Two runs started in one second get folders of their own."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,163 @@
+"""Everything a run leaves behind and shows, behind the few calls that a loop makes."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_ray.batch import Rows
+from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError, StorageError
+from rlhf_ray.roles.protocols import Scores
+from rlhf_ray.run.checkpoint import Checkpoints
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.metrics import Metrics
+from rlhf_ray.run.progress import Progress
+from rlhf_ray.run.storage import to_json, write_atomically
+from rlhf_ray.run.timer import Timer
+
+# The sections that decide which weights a run starts from.
+_MADE_BY = ("seed", "model", "warm_start")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    step: int
+    folder: Path
+    state: dict[str, Any]
+
+
+class Recorder:
+    """The run directory, the loggers, the progress bar, the checkpoints and the clock of one run."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self.config = config
+        self.directory = directory
+        self.timer = Timer()
+        self.checkpoints = Checkpoints(
+            directory.checkpoints, config.checkpoint.keep, on_event=lambda kind, fields: directory.event(kind, **fields)
+        )
+        if directory.resumed:
+            _refuse_another_policy(config, directory)
+        found = self.checkpoints.latest() if directory.resumed else None
+        self.resume_point = None if found is None else ResumePoint(*found)
+        directory.write_config(dump_config(config))
+        step = self.resume_point.step if self.resume_point else None
+        if directory.resumed:
+            directory.rewind(step or 0)
+        self.metrics = Metrics(
+            directory, ["jsonl", *config.logging.loggers], config=config.model_dump(mode="json"), resume_step=step
+        )
+        self.progress = Progress(config.name, config.steps, done=step or 0)
+        self.progress.note(f"run directory: {directory.path}" + (f", from step {step}" if step else ""))
+        self.steps_done = step or 0
+        self.started = time.monotonic()
+
+    def warm_start_progress(self) -> Callable[[int, float], None]:
+        """A bar of its own for the supervised steps before the run."""
+        self._show(Progress("warm start", self.config.warm_start.steps))
+        return lambda step, loss: self.progress.update(step, {"loss": loss})
+
+    def begin(self) -> None:
+        """The steps begin: the time left is reckoned from here."""
+        self._show(Progress(self.config.name, self.config.steps, done=self.steps_done))
+
+    def _show(self, progress: Progress) -> None:
+        self.progress.close()  # a terminal holds one live bar at a time
+        self.progress = progress
+
+    def log(self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores) -> None:
+        """One finished step: numbers to the loggers, completions to rollouts/, a line to the screen."""
+        metrics = {**metrics, **self.timer.take()}
+        seconds = max(metrics.get("time/step", 0.0), 1e-9)
+        metrics["perf/tokens_per_s"] = sum(rows.lengths) / seconds
+        metrics["perf/samples_per_s"] = len(rows) / seconds
+        metrics["perf/padding_frac"] = 1 - sum(rows.lengths) / (len(rows) * max(rows.lengths))
+        self.metrics.log(step, metrics)
+        self.steps_done = step
+        self.progress.update(step, metrics)
+        if self.config.logging.rollouts:
+            self.directory.write_rollouts(step, rollout_rows(rows, scores, self.config.logging.rollouts))
+        if step % self.config.logging.samples_every == 0:
+            rewards = scores.score.tolist()
+            self.progress.show_samples(step, [(*text, rewards[i]) for i, text in enumerate(scores.texts[:3])])
+
+    def alarm(self, kind: str, reason: str, step: int) -> None:
+        """Something people should look at: on the screen and in events.jsonl. The run goes on."""
+        warnings.warn(f"step {step}: {kind}: {reason}", stacklevel=2)
+        self.directory.event("alarm", kind=kind, reason=reason, step=step)
+
+    def remember(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """`compute()`, kept in a file: a resumed run gets what the first one measured."""
+        path = self.directory.path / f"{name}.json"
+        if self.directory.resumed and path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        value = compute()
+        write_atomically(path, to_json(value, indent=1))
+        return value
+
+    def finish(self, status: str, **details: Any) -> None:
+        """summary.json, and the loggers closed."""
+        summary = {
+            "name": self.config.name,
+            "run_dir": str(self.directory.path),
+            "status": status,
+            "steps": self.steps_done,
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+        try:
+            self.directory.write_summary({**summary, **details})
+        finally:
+            self.close()
+
+    def fail(self, error: BaseException) -> None:
+        """`finish` for a run that `error` has ended; never hides that error behind one of its own."""
+        try:
+            self.finish("failed", error=f"{type(error).__name__}: {error}")
+        except StorageError as second:
+            warnings.warn(f"the end of the run could not be written down: {second}", stacklevel=2)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+
+
+def rollout_rows(rows: Rows, scores: Scores, count: int) -> list[dict[str, Any]]:
+    """The first `count` completions of a step, for rollouts/step_N.jsonl."""
+    names: Sequence[str] = list(scores.by_function)
+    return [
+        {
+            "prompt_id": rows.prompt_id[i],
+            "prompt": prompt,
+            "completion": completion,
+            "reward": float(scores.score[i]),
+            "rewards": {name: float(scores.by_function[name][i]) for name in names},
+            "tokens": rows.response_lengths[i],
+            "truncated": rows.truncated[i],
+        }
+        for i, (prompt, completion) in enumerate(scores.texts[:count])
+    ]
+
+
+def _refuse_another_policy(config: RunConfig, directory: RunDirectory) -> None:
+    """The weights in start/ and in the checkpoints were made by these settings: others would silently not apply."""
+    try:
+        old = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return  # the first attempt did not get that far
+    new = config.model_dump(mode="json")
+    changed = [name for name in _MADE_BY if isinstance(old, dict) and name in old and old[name] != new[name]]
+    if changed:
+        raise ConfigError(
+            f"{directory.path}: --resume auto goes on with the policy that is there, and {', '.join(changed)} "
+            f"{'has' if len(changed) == 1 else 'have'} changed since it was made (see its config.yaml); "
+            "set it back, or start anew in another --run-dir"
+        )

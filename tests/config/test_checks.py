@@ -1,0 +1,137 @@
+"""Every contradiction, beside the nearest settings that are fine."""
+
+import sys
+
+import pytest
+
+from rlhf_ray.errors import ConfigError
+
+SCRATCH = ("model.path=scratch:qwen2", "model.tokenizer.path=scratch:char", "data.max_prompt_tokens=8",
+           "rollout.max_new_tokens=8", "data.path=task:arithmetic")  # fmt: skip
+LSTM = (*SCRATCH, "model.path=scratch:lstm")
+RAY = ("executor=ray",)
+LATE = (*RAY, "rollout.max_staleness=1", "algorithm.correction=truncate")
+DEEPSPEED = (*RAY, "learner.engine=deepspeed")
+
+# (settings that contradict each other, the start of the message, what it must name as a way out, a way out)
+CASES = {
+    "group of one": (["rollout.group_size=1"], "grpo: rollout.group_size=1 makes every advantage 0",
+                     "set rollout.group_size >= 2", ["rollout.group_size=2"]),
+    "adaptive from 0": (["algorithm.kl_controller=adaptive"], "algorithm.kl_controller=adaptive multiplies",
+                        "set a positive kl_coef", ["algorithm.kl_controller=adaptive", "algorithm.kl_coef=0.1"]),
+    "no reward": (["rewards=[]"], "no reward: every advantage would be 0", "set rewards or reward_model.path",
+                  ["rewards=[]", "reward_model.path=x"]),
+    "reward name": (["rewards.0.function=my.py:mean"], "rewards.0: the name mean is taken", "set rewards.0.name",
+                    ["rewards.0.function=my.py:mean", "rewards.0.name=quality"]),
+    "reinforce twice": (["algorithm.name=reinforce", "learner.epochs=2"],
+                        "algorithm.policy_loss=policy_gradient has no importance ratio", "learner.epochs=1",
+                        ["algorithm.name=reinforce", "learner.epochs=2", "algorithm.policy_loss=clipped"]),
+    "minibatches": (["rollout.prompts_per_step=6", "learner.minibatches=4"],
+                    "rollout.prompts_per_step=6 is not divisible by learner.minibatches=4", "make it a multiple",
+                    ["rollout.prompts_per_step=8", "learner.minibatches=4"]),
+    "critic minibatches": (["algorithm.name=ppo", "rollout.prompts_per_step=6", "critic.minibatches=4"],
+                           "rollout.prompts_per_step=6 is not divisible by critic.minibatches=4",
+                           "make it a multiple", ["rollout.prompts_per_step=6", "critic.minibatches=4"]),
+    "too many ranks": ([*DEEPSPEED, "learner.world_size=5", "rollout.prompts_per_step=2", "rollout.group_size=2"],
+                       "learner.world_size=5 ranks share 4 samples", "use fewer ranks or more samples",
+                       [*DEEPSPEED, "learner.world_size=4", "rollout.prompts_per_step=2", "rollout.group_size=2"]),
+    "too long": ([*SCRATCH, "model.scratch.max_length=15"],
+                 "data.max_prompt_tokens + rollout.max_new_tokens = 16 exceeds model.scratch.max_length=15",
+                 "raise max_length", [*SCRATCH, "model.scratch.max_length=16"]),
+    "eval size": (["eval.size=10", "data.eval_size=9"], "eval.size=10 exceeds data.eval_size=9",
+                  "raise data.eval_size", ["eval.size=9", "data.eval_size=9"]),
+    "unknown scratch": ([*SCRATCH, "model.path=scratch:bert"], "model.path=scratch:bert is not a built-in model",
+                        "use scratch:qwen2", [*SCRATCH, "model.path=scratch:gpt2"]),
+    "heads": ([*SCRATCH, "model.scratch.hidden_size=10"], "model.scratch.hidden_size=10 is not divisible by",
+              "make it a multiple", [*LSTM, "model.scratch.hidden_size=10"]),
+    "odd heads": ([*SCRATCH, "model.scratch.hidden_size=12"], "model.scratch.hidden_size/heads=3 is odd",
+                  "choose an even head size", [*SCRATCH, "model.path=scratch:gpt2", "model.scratch.hidden_size=12"]),
+    "no tokenizer": ([*SCRATCH, "model.tokenizer.path=null"], "a model from scratch has no tokenizer of its own",
+                     "set model.tokenizer.path", [*SCRATCH, "model.tokenizer.path=some/folder"]),
+    "unknown tokenizer": ([*SCRATCH, "model.tokenizer.path=scratch:wrod"],
+                          "model.tokenizer.path=scratch:wrod is not a built-in tokenizer", "use scratch:char",
+                          [*SCRATCH, "model.tokenizer.path=scratch:word"]),
+    "new tokenizer": (["model.tokenizer.path=scratch:bpe"], "model.tokenizer.path=scratch:bpe makes a new vocabulary",
+                      "remove model.tokenizer.path", ["model.tokenizer.path=other/folder"]),
+    "lstm mlp": ([*LSTM, "model.scratch.intermediate_size=9"], "model.scratch.intermediate_size: scratch:lstm",
+                 "remove it", [*SCRATCH, "model.scratch.intermediate_size=9"]),
+    "lstm vllm": ([*LSTM, "generator.engine=vllm"], "generator.engine=vllm cannot serve scratch:lstm",
+                  "set generator.engine=hf", [*SCRATCH, "generator.engine=vllm"]),
+    "lstm lora": ([*LSTM, "model.lora.r=2"], "model.lora: scratch:lstm has no linear layer", "remove model.lora",
+                  [*SCRATCH, "model.lora.r=2"]),
+    "lstm checkpointing": ([*LSTM, "learner.gradient_checkpointing=true"],
+                           "learner.gradient_checkpointing has nothing to recompute", "set it to false",
+                           [*SCRATCH, "learner.gradient_checkpointing=true"]),
+    "torch ranks": ([*RAY, "learner.world_size=2"], "learner.engine=torch runs in one process",
+                    "set learner.engine=deepspeed", [*DEEPSPEED, "learner.world_size=2"]),
+    "local ranks": (["learner.engine=deepspeed", "learner.world_size=2"],
+                    "executor=local is one process, learner.world_size=2 is not", "set executor=ray",
+                    [*DEEPSPEED, "learner.world_size=2"]),
+    "offload": (["learner.offload=optimizer"], "learner.offload=optimizer is DeepSpeed's",
+                "set learner.engine=deepspeed", ["learner.engine=deepspeed", "learner.offload=optimizer"]),
+    "offload parameters": ([*DEEPSPEED, "learner.offload=parameters"], "learner.offload=parameters needs",
+                           "learner.zero_stage=3", [*DEEPSPEED, "learner.offload=parameters", "learner.zero_stage=3"]),
+    "deepspeed on mps": (["learner.engine=deepspeed", "device=mps"], "learner.engine=deepspeed has no MPS backend",
+                         "set learner.engine=torch", ["device=mps"]),
+    "critic on mps": (["algorithm.name=ppo", "critic.engine=deepspeed", "device=mps"],
+                      "critic.engine=deepspeed has no MPS backend", "set critic.engine=torch",
+                      ["critic.engine=deepspeed", "device=mps"]),
+    "generators": (["generator.count=2"], "executor=local has one generator, generator.count=2",
+                   "set executor=ray", [*RAY, "generator.count=2"]),
+    "vllm on mps": (["generator.engine=vllm", "device=mps"], "generator.engine=vllm does not run on a Mac",
+                    "set generator.engine=hf", ["generator.engine=vllm", "device=cuda"]),
+    "tensor parallel": ([*RAY, "generator.tensor_parallel=2"], "generator.tensor_parallel is vLLM's",
+                        "set generator.engine=vllm", [*RAY, "generator.tensor_parallel=2", "generator.engine=vllm"]),
+    "local overlap": (["rollout.max_staleness=1", "algorithm.correction=mask"],
+                      "rollout.max_staleness overlaps generation with learning", "set executor=ray", [*LATE]),
+    "colocated overlap": ([*LATE, "ray.colocate=true"], "ray.colocate lets generator and learner take turns",
+                          "choose one", [*RAY, "ray.colocate=true"]),
+    "uncorrected": ([*RAY, "rollout.max_staleness=1"], "rollout.max_staleness=1 learns from answers that older",
+                    "set algorithm.correction=truncate", [*LATE]),
+    "in process on ray": ([*RAY, "sync.transport=in_process"], "sync.transport=in_process passes tensors by reference",
+                          "use shared_memory", [*RAY, "sync.transport=shared_memory"]),
+    "nccl on cpu": ([*RAY, "sync.transport=nccl", "device=cpu"], "sync.transport=nccl moves CUDA memory",
+                    "use shared_memory", [*RAY, "sync.transport=nccl", "device=cuda"]),
+    "ipc locally": (["sync.transport=cuda_ipc"], "sync.transport=cuda_ipc connects processes", "use in_process",
+                    ["sync.transport=in_process"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_contradiction_says_what_why_and_what_to_do(load, case):
+    settings, start, remedy, way_out = CASES[case]
+    with pytest.raises(ConfigError) as error:
+        load(*settings)
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"  - {start}") and remedy in lines[0]
+    load(*way_out)
+
+
+def test_vllm_on_a_mac(load, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="generator.engine=vllm does not run on a Mac"):
+        load("generator.engine=vllm")
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce", "reinforce_pp"])
+def test_one_answer_a_prompt_is_enough_without_a_group_baseline(load, name):
+    load(f"algorithm.name={name}", "rollout.group_size=1")
+
+
+def test_a_task_has_held_out_problems_of_its_own(load):
+    load("data.path=task:arithmetic", "eval.size=500", "data.eval_size=1")
+    load("data.eval_path=other.jsonl", "eval.size=500", "data.eval_size=1")
+
+
+def test_the_critic_is_only_looked_at_where_there_is_one(load):
+    load("critic.minibatches=5", "critic.world_size=64")
+
+
+def test_what_a_config_says_about_its_roles(load):
+    assert not load().uses_reference and not load().uses_critic and not load().uses_old_logprobs
+    ppo = load("algorithm.name=ppo")
+    assert ppo.uses_reference and ppo.uses_critic and ppo.uses_old_logprobs
+    assert load("algorithm.kl_coef=0.1").uses_reference
+    assert load("learner.minibatches=2").uses_old_logprobs and load("learner.epochs=2").uses_old_logprobs
+    assert load("rollout.prompts_per_step=3", "rollout.group_size=5").samples_per_step == 15

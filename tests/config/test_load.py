@@ -1,0 +1,243 @@
+"""YAML and overrides: what is accepted, and what the refusal says."""
+
+import pytest
+import yaml
+
+from rlhf_ray.config.load import check_device, dump_config, load_config, parse_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError
+
+
+def problems(error: pytest.ExceptionInfo) -> list[str]:
+    return [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
+
+
+# ---- unknown keys ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", "stepz: unknown key; did you mean steps?"),
+        ("learner.leanring_rate=1", "learner.leanring_rate: unknown key; valid keys: engine, world_size,"),
+        ("learner.max_grad_nrom=1", "learner.max_grad_nrom: unknown key; did you mean learner.max_grad_norm?"),
+        ("model.tokenizer.vocabsize=9", "model.tokenizer.vocabsize: unknown key; did you mean "
+                                        "model.tokenizer.vocab_size?"),
+        ("rewards.0.wieght=2", "rewards.0.wieght: unknown key; did you mean rewards.0.weight?"),
+        ("model.lora.alhpa=2", "model.lora.alhpa: unknown key; did you mean model.lora.alpha?"),
+        ("reward_model={path: x, outptu: prob}", "reward_model.outptu: unknown key; did you mean reward_model.output?"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_the_nearest_valid_one(load, override, message):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert len(problems(error)) == 1 and problems(error)[0].startswith(message)
+
+
+def test_reward_arguments_are_free(load):
+    assert load("rewards.0.args.anything=3").rewards[0].args == {"anything": 3}
+
+
+# ---- all at once ----------------------------------------------------------------------------------------------
+
+
+def test_all_errors_at_once(load):
+    with pytest.raises(ConfigError) as error:
+        load("sede=1", "steps=0", "rollout.group_size=1", "nonsense", "algorithm.name=gppo", "rollout.top_p=2")
+    found = problems(error)
+    assert str(error.value).splitlines()[0].endswith("run.yaml: 6 problems")
+    assert found[0] == "override 'nonsense' is not of the form section.key=value"
+    assert {text.partition(":")[0] for text in found[1:]} == {
+        "sede", "steps", "algorithm.name", "rollout.top_p", "grpo",
+    }  # fmt: skip
+    assert "steps: input should be greater than 0 (got 0)" in found
+    assert any(text.startswith("grpo: rollout.group_size=1 makes every advantage 0") for text in found)
+
+
+def test_a_contradiction_with_a_misspelled_setting_is_not_invented(load):
+    with pytest.raises(ConfigError) as error:
+        load("rewards=[]", "reward_modle.path=x")
+    assert problems(error) == ["reward_modle: unknown key; did you mean reward_model?"]
+
+
+def test_a_wrong_value_inside_a_union_does_not_hide_the_rest(load):
+    with pytest.raises(ConfigError) as error:
+        load("model.lora.target_modules=3", "rollout.group_size=1")
+    assert any(text.startswith("grpo: ") for text in problems(error))
+
+
+def test_what_is_required_and_missing(write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write({"model": {}, "rewards": [{"weight": 2}]}))
+    assert problems(error) == [f"{name}: required and not set" for name in ("model.path", "data", "rewards.0.function")]
+
+
+def test_an_empty_section(load):
+    with pytest.raises(ConfigError, match="rollout: is empty; give it a value, or remove the line"):
+        load("rollout=null")
+
+
+def test_a_choice_keeps_its_spelling(load):
+    with pytest.raises(ConfigError, match=r"device: input should be 'auto', 'cuda', 'mps' or 'cpu' \(got 'TPU'\)"):
+        load("device=TPU")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_names_the_near_one(tmp_path, write, tree):
+    write(tree)
+    with pytest.raises(ConfigError, match=r"runn.yaml does not exist; did you mean .*run.yaml\?"):
+        load_config(tmp_path / "runn.yaml")
+    with pytest.raises(ConfigError, match=r"x.yaml does not exist$"):
+        load_config(tmp_path / "nowhere" / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", r"run.yaml is not valid YAML.*line 1"),
+        ("- 1\n- 2\n", "expected a mapping of settings at the top, found list"),
+        ("", "expected a mapping of settings at the top, found NoneType"),
+        ("seed: 1\nseed: 2\n", r"the key 'seed' comes twice.*\n.*line 2"),
+        ("learner:\n  lr: 1\n  lr: 2\n", r"the key 'lr' comes twice"),
+    ],
+)
+def test_a_broken_file(write, text, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        load_config(write(text))
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(tmp_path / "run.yaml")
+
+
+# ---- overrides ------------------------------------------------------------------------------------------------
+
+
+def test_values_are_yaml(load):
+    config = load(
+        "learner.lr=1e-6", "rollout.temperature=.7", "name=1-first", "eval.every=5", "model.lora={r: 4}",
+        "learner.betas=[0.8, 0.9]", "sync.canary=false", "data.field=null", "rewards.0.args.per_token=2E-3",
+    )  # fmt: skip
+    assert config.learner.lr == 1e-6 and config.rollout.temperature == 0.7 and config.eval.every == 5
+    assert config.name == "1-first" and config.model.lora.r == 4 and config.learner.betas == (0.8, 0.9)
+    assert config.sync.canary is False and config.data.field is None
+    assert config.rewards[0].args == {"per_token": 0.002}, "a number also where nothing says that it must be one"
+
+
+def test_a_file_reads_1e_6_as_a_number_too(write, tree):
+    tree["rewards"][0]["args"] = {"x": "PLACE"}
+    text = yaml.safe_dump(tree).replace("PLACE", "1e-6")
+    assert load_config(write(text)).rewards[0].args == {"x": 1e-6}
+    quoted = yaml.safe_dump(tree).replace("PLACE", "'1e-6'")
+    assert load_config(write(quoted)).rewards[0].args == {"x": "1e-6"}
+
+
+def test_words_that_python_reads_as_numbers_stay_words(load):
+    assert load("name=infinity").name == "infinity"
+    assert load("name=nan").name == "nan"
+
+
+def test_a_value_may_hold_an_equals_sign(load):
+    assert load("name=a=b").name == "a=b"
+
+
+def test_a_list_item_by_its_index(load):
+    assert load("rewards.0.weight=2").rewards[0].weight == 2
+    assert load("rewards.0={function: sentiment}").rewards[0].function == "sentiment"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "override 'steps' is not of the form section.key=value"),
+        ("=3", "override '=3' is not of the form section.key=value"),
+        ("rewards.1.weight=2", "override 'rewards.1.weight=2': '1' is not an index into a list of 1"),
+        ("rewards.first=2", "'first' is not an index into a list of 1"),
+        ("rewards.²=2", "'²' is not an index into a list of 1"),
+        ("model.path.x=2", "model.path is a value, not a section"),
+        ("model.path.x.y=2", "'x' lies below a value, not a section"),
+        ("steps=[1", "the value is not valid YAML"),
+    ],
+)
+def test_overrides_of_a_wrong_form(load, override, message):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert message in str(error.value)
+
+
+# ---- presets --------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_fills_what_is_not_set(load):
+    ppo = load("algorithm.name=ppo").algorithm
+    assert (ppo.advantage, ppo.kl_in, ppo.kl_estimator, ppo.kl_coef, ppo.whiten_advantages) == (
+        "gae", "reward", "k1", 0.05, True,
+    )  # fmt: skip
+    gspo = load("algorithm.name=gspo").algorithm
+    assert (gspo.policy_loss, gspo.clip_low, gspo.clip_high, gspo.aggregation) == ("gspo", 3e-4, 4e-4, "seq_mean")
+
+
+def test_what_is_set_by_hand_wins_over_the_preset(load):
+    ppo = load("algorithm.name=ppo", "algorithm.kl_coef=0.2", "algorithm.kl_in=loss").algorithm
+    assert (ppo.kl_coef, ppo.kl_in, ppo.advantage) == (0.2, "loss", "gae")
+
+
+def test_the_algorithm_as_an_override_over_a_file_with_other_fields(write, tree):
+    tree["algorithm"] = {"name": "grpo", "clip_high": 0.3, "kl_coef": 0.01}
+    ppo = load_config(write(tree), ["algorithm.name=ppo"]).algorithm
+    assert ppo.advantage == "gae" and ppo.whiten_advantages, "from ppo"
+    assert (ppo.clip_high, ppo.kl_coef) == (0.3, 0.01), "from the file"
+
+
+def test_a_name_that_is_no_name(load):
+    with pytest.raises(ConfigError, match="algorithm.name: input should be 'grpo'"):
+        load("algorithm.name=[ppo]")
+
+
+# ---- round trip -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "gspo", "reinforce"])
+def test_what_is_dumped_reads_back_equal(load, write, name):
+    config = load(f"algorithm.name={name}", "learner.lr=1e-7", "model.lora.r=4", "name='1e5'", "learner.betas=[.8,.9]")
+    assert load_config(write(dump_config(config))) == config
+
+
+def test_settings_cannot_be_changed_afterwards(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load().learner.lr = 1.0
+
+
+def test_every_config_of_the_repository_loads(repo_root):
+    files = sorted((repo_root / "configs").glob("*.yaml"))
+    assert files
+    for path in files:
+        config = load_config(path)
+        assert parse_config(yaml.safe_load(dump_config(config)), RunConfig, "again") == config, path.name
+
+
+# ---- what only the machine can say ----------------------------------------------------------------------------
+
+
+def test_auto_that_turns_out_to_be_mps(load):
+    check_device(load(), "mps")  # Hugging Face generation and torch training are fine there
+    config = load("generator.engine=vllm", "learner.engine=deepspeed")
+    check_device(config, "cuda")
+    with pytest.raises(ConfigError) as error:
+        check_device(config, "mps")
+    assert str(error.value).startswith("device=auto, which is mps here: 2 problems")
+    assert problems(error) == [
+        "learner.engine=deepspeed has no MPS backend; set learner.engine=torch or device=cpu",
+        "generator.engine=vllm does not run on a Mac; set generator.engine=hf",
+    ]
+
+
+def test_auto_that_turns_out_to_have_no_cuda(load):
+    config = load("executor=ray", "sync.transport=nccl")
+    check_device(config, "cuda")
+    with pytest.raises(ConfigError, match="sync.transport=nccl moves CUDA memory and device=cpu; use shared_memory"):
+        check_device(config, "cpu")

@@ -1,0 +1,90 @@
+"""What every test gets: one thread a process, no network, an order, a time limit, and the outside data.
+
+Marks: none (quick: all of them together take under a minute), `slow` (trains something), `engine`
+(starts vLLM, DeepSpeed or Ray), `system` (runs a real command). They run in that order, so that a
+simple mistake shows first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+# Before anything imports torch: with a thread pool per process, several processes on few cores run ten times
+# slower, and sums in another order break comparisons to the last bit.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests make their own models; one that reaches for the Hub is wrong, and should say so at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In running order: mark -> (what it means, seconds one test may take unless it says otherwise)
+GROUPS = {
+    "quick": ("no mark: pure functions and small objects", 60),
+    "slow": ("trains or runs something for more than a second or two", 300),
+    "engine": ("starts vLLM, DeepSpeed or Ray", 300),
+    "system": ("runs a real command as a user would", 900),
+}
+
+
+def group_of(item: pytest.Item) -> str:
+    for mark in reversed(GROUPS):
+        if item.get_closest_marker(mark):
+            return mark
+    return "quick"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, (meaning, _) in GROUPS.items():
+        if mark != "quick":
+            config.addinivalue_line("markers", f"{mark}: {meaning}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(GROUPS)
+    items.sort(key=lambda item: order.index(group_of(item)))  # stable: file order inside a group
+    for item in items:
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(GROUPS[group_of(item)][1]))
+
+
+_spent: dict[str, float] = defaultdict(float)
+_count: dict[str, int] = defaultdict(int)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    started = time.perf_counter()
+    yield
+    _spent[group_of(item)] += time.perf_counter() - started
+    _count[group_of(item)] += 1
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.section("time by group")
+    for group in GROUPS:
+        if _count[group]:
+            terminalreporter.write_line(f"{group:<8} {_count[group]:>5} tests {_spent[group]:>9.1f} s")
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real samples that lie beside the checkout and are not part of the project (reviews, GSM8K, HH)."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the external sample data (../shared/data) is not on this machine")
+    return folder

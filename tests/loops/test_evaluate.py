@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.loops.evaluate import Evaluator, distinct_n, numbers_of
+from rlhf_ray.loops.rollouts import sample_seed
+from rlhf_ray.roles.protocols import Sampling, Scores
+
+GREEDY = Sampling(4, temperature=0)
+
+
+@pytest.fixture
+def evaluator(generator, reward, prompts):
+    return Evaluator(generator, reward, prompts, GREEDY, seed=3)
+
+
+def test_the_numbers_by_hand(evaluator, generator):
+    result = evaluator.evaluate()
+    samples = result.pop("samples")
+    assert result == pytest.approx({
+        "reward": 2.0, "reward/row": 2.0, "reward/half": 1.0, "response_len": 1.0, "truncated_frac": 0.0,
+        # "answer 0" ... "answer 4": 6 different words of 10, 5 pairs of 5
+        "distinct_1": 0.6, "distinct_2": 1.0,
+    })  # fmt: skip
+    assert samples[1] == {"prompt": "p1", "completion": "answer 1", "reward": 1.0} and len(samples) == 5
+    assert generator.sampling == [GREEDY] and generator.awake == 0
+
+
+def test_every_evaluation_asks_the_same_and_no_training_step_does(evaluator, generator):
+    evaluator.evaluate()
+    evaluator.evaluate()
+    assert generator.asked[0] == generator.asked[1]
+    training = {sample_seed(3, position, member) for position in range(200) for member in range(8)}
+    assert not training & {r.seed for r in generator.asked[0]}
+
+
+def test_accuracy_where_rewards_are_0_or_1(evaluator, reward):
+    right = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    reward.score = lambda batch, texts: Scores(right * 2, {"exact": right, "format": right * 0}, (("p", "c"),) * 5)
+    result = evaluator.evaluate()
+    assert result["accuracy"] == pytest.approx(0.6), "the first of such functions"
+    assert result["reward"] == pytest.approx(1.2) and result["reward/format"] == 0.0
+
+
+def test_a_function_called_reward_does_not_hide_the_sum(evaluator, reward):
+    values = torch.ones(5)
+    reward.score = lambda batch, texts: Scores(values * 0.5, {"reward": values * 3}, (("p", "c"),) * 5)
+    result = evaluator.evaluate()
+    assert result["reward"] == 0.5 and result["reward/reward"] == 3.0
+
+
+def test_at_most_ten_samples_are_kept(generator, reward, prompts):
+    from rlhf_ray.data.prompts import PromptSet
+
+    many = PromptSet(prompts.examples * 3, prompts.token_ids * 3, {})
+    assert len(Evaluator(generator, reward, many, GREEDY, seed=0).evaluate()["samples"]) == 10
+
+
+def test_distinct_n():
+    assert distinct_n(["a b a b", "a b"], 1) == pytest.approx(2 / 6)
+    assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4), "ab, ba, ab and ab"
+    assert distinct_n(["a"], 2) == 1.0 and distinct_n([], 1) == 1.0
+
+
+def test_only_numbers_become_metrics():
+    metrics = numbers_of({"reward": 1.5, "samples": [{}], "name": "x", "distinct_1": math.nan}, "eval/")
+    assert metrics["eval/reward"] == 1.5 and set(metrics) == {"eval/reward", "eval/distinct_1"}

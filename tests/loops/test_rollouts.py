@@ -1,0 +1,216 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts, rollout_metrics, sample_seed, staleness
+from rlhf_ray.roles.protocols import Sampling, Scores
+from rlhf_ray.run.timer import Timer
+
+SAMPLING = Sampling(4)
+
+
+@pytest.fixture
+def rollouts(generator, reward, prompts):
+    def make(**settings) -> Rollouts:
+        config = RolloutConfig(prompts_per_step=3, group_size=2, **settings)
+        return Rollouts(generator, reward, prompts, config, SAMPLING, seed=7, timer=Timer(), texts=3)
+
+    return make
+
+
+# ---- requests -------------------------------------------------------------------------------------------------
+
+
+def test_a_step_asks_for_its_place_in_the_stream(rollouts, generator):
+    scored = rollouts().next(2)
+    asked = generator.asked[0]
+    assert [r.prompt_id for r in asked] == [6, 6, 7, 7, 8, 8], "prompts 6, 7, 8 of the stream"
+    assert [r.sample_id for r in asked] == [12, 13, 14, 15, 16, 17]
+    assert generator.sampling == [SAMPLING]
+    assert scored.batch.score.tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(scored.scores.texts) == 3
+
+
+def test_prompts_of_a_step_are_a_function_of_the_step(rollouts, generator):
+    for step in (0, 1, 2, 1):
+        rollouts().next(step)
+    assert generator.asked[3] == generator.asked[1], "a new object, the same requests"
+    assert generator.asked[0] != generator.asked[1]
+
+
+def test_every_epoch_visits_every_prompt_once(rollouts):
+    requests = rollouts().requests(range(10))
+    for epoch in (requests[:10], requests[10:]):
+        assert sorted(r.columns["prompt"] for r in epoch) == sorted(f"p{i}" for i in range(5) for _ in range(2))
+
+
+def test_requests_carry_their_prompt(rollouts):
+    for request in rollouts().requests(range(5)):
+        index = int(request.columns["answer"])
+        assert request.token_ids == (10 + index,) * (index + 1) and request.columns["prompt"] == f"p{index}"
+
+
+def test_seeds_are_keyed_by_run_position_and_member(rollouts):
+    seeds = {(r.prompt_id, r.sample_id % 2): r.seed for r in rollouts().requests(range(50))}
+    assert seeds[(3, 1)] == sample_seed(7, 3, 1) and len(set(seeds.values())) == 100
+    assert sample_seed(8, 3, 1) != sample_seed(7, 3, 1)
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+    assert sample_seed(0, 0, 0) == 759540517790923586, "pinned: other seeds would be another run after an upgrade"
+
+
+def test_members_of_a_group_lie_side_by_side_with_their_own_seeds(rollouts):
+    requests = rollouts().requests([4])
+    assert [r.prompt_id for r in requests] == [4, 4] and requests[0].seed != requests[1].seed
+    assert requests[0].token_ids == requests[1].token_ids
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand(rollouts, generator):
+    generator.version = 1
+    metrics = rollouts().next(2).metrics
+    expected = {
+        "reward/mean": 2.5, "reward/std": (35 / 12) ** 0.5, "reward/min": 0.0, "reward/max": 5.0,
+        "reward/row": 2.5, "reward/half": 1.25, "response_len/mean": 1.0, "response_len/max": 1.0,
+        "truncated_frac": 0.0, "staleness/mean": 1.0, "staleness/max": 1.0,
+        # groups (0, 1), (2, 3), (4, 5)
+        "groups/all_correct": 2 / 3, "groups/all_wrong": 0.0, "groups/mixed": 1 / 3,
+    }  # fmt: skip
+    assert metrics == pytest.approx(expected)
+
+
+def test_groups(rollouts):
+    scored = rollouts().next(0)
+    score_B = torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0, 1.0])
+    metrics = rollout_metrics(scored.batch.rows, Scores(score_B, {}, ()), 0)
+    assert [metrics[f"groups/{name}"] for name in ("all_correct", "all_wrong", "mixed")] == pytest.approx([1 / 3] * 3)
+
+
+def test_staleness_counts_from_the_oldest_token(rollouts):
+    batch = rollouts().next(0).batch
+    version = batch.weight_version.clone()
+    version[batch.response_mask] = torch.tensor([5, 4, 5, 5, 3, 5], dtype=torch.int32)
+    rows = batch.replace(weight_version=version).rows
+    assert staleness(rows, 5) == {"staleness/mean": 0.5, "staleness/max": 2.0}
+
+
+# ---- running ahead --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overlapped(generator, reward, prompts):
+    made = []
+
+    def make(bound: int, start: int = 0, steps: int = 20) -> OverlappedRollouts:
+        config = RolloutConfig(prompts_per_step=3, group_size=2, max_staleness=bound)
+        ahead = OverlappedRollouts(
+            generator, reward, prompts, config, SAMPLING, seed=7, timer=Timer(), texts=3, start=start, steps=steps
+        )
+        made.append(ahead)
+        return ahead
+
+    yield make
+    for ahead in made:
+        started = time.monotonic()
+        ahead.close()
+        assert time.monotonic() - started < 5 and not ahead._thread.is_alive()
+
+
+def settle(condition) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.02)  # would it go on too far?
+
+
+def push(ahead: OverlappedRollouts, generator, version: int) -> None:
+    with ahead.paused():
+        assert not generator.generating
+        generator.version = version
+    ahead.weights_changed(version)
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3])
+def test_it_runs_ahead_to_the_bound_and_no_further(overlapped, generator, bound):
+    ahead = overlapped(bound)
+    push(ahead, generator, 0)
+    for step in range(8):
+        settle(lambda step=step: len(generator.asked) >= step + bound + 1)
+        assert len(generator.asked) == step + bound + 1, "steps up to version + bound, whatever the time"
+        scored = ahead.next(step)
+        assert [r.prompt_id for r in generator.asked[step]] == scored.batch.prompt_id.tolist()
+        assert scored.metrics["staleness/max"] == min(step, bound)
+        assert scored.metrics["staleness/max"] <= bound
+        push(ahead, generator, step + 1)
+
+
+def test_the_same_prompts_as_without_overlap(overlapped, rollouts, generator):
+    ahead = overlapped(2, steps=4)
+    push(ahead, generator, 0)
+    for step in range(4):
+        ahead.next(step)
+        push(ahead, generator, step + 1)
+    settle(lambda: len(generator.asked) == 4)
+    for step in range(4):
+        rollouts().next(step)
+    assert generator.asked[:4] == generator.asked[4:]
+
+
+def test_nothing_is_generated_before_the_first_sync(overlapped, generator):
+    """A resumed run's generator holds the weights of its folder until then."""
+    ahead = overlapped(1, start=5)
+    time.sleep(0.1)
+    assert generator.asked == []
+    push(ahead, generator, 5)
+    scored = ahead.next(5)
+    assert scored.batch.rows.weight_version == (5,) * 6 and scored.metrics["staleness/max"] == 0
+    assert scored.batch.prompt_id.tolist()[0] == 15
+
+
+def test_new_weights_wait_for_the_sequences_but_not_for_their_rewards(overlapped, generator, reward):
+    ahead = overlapped(1)
+    generator.gate = threading.Event()
+    push(ahead, generator, 0)
+    settle(lambda: generator.generating)
+    pushed = threading.Thread(target=push, args=(ahead, generator, 1))
+    pushed.start()
+    pushed.join(0.05)
+    assert pushed.is_alive(), "it waits"
+    reward.gate = threading.Event()  # now the reward hangs
+    generator.gate.set()
+    pushed.join(5)
+    assert not pushed.is_alive()
+    reward.gate.set()
+    assert ahead.next(0).batch.rows.weight_version == (0,) * 6
+
+
+def test_an_error_of_the_thread_reaches_the_loop(overlapped, generator):
+    generator.fail_at = 1
+    ahead = overlapped(3)
+    push(ahead, generator, 0)
+    ahead.next(0)
+    with pytest.raises(RuntimeError, match="the generator fell over"):
+        ahead.next(1)
+
+
+def test_closing_while_it_waits_for_weights(overlapped, generator):
+    ahead = overlapped(1)
+    push(ahead, generator, 0)
+    settle(lambda: len(generator.asked) == 2)  # then the fixture closes it
+
+
+def test_closing_before_the_first_sync(overlapped):
+    overlapped(1)
+
+
+def test_the_wait_is_measured(overlapped, generator):
+    ahead = overlapped(1)
+    generator.gate = threading.Event()
+    push(ahead, generator, 0)
+    threading.Timer(0.1, generator.gate.set).start()
+    ahead.next(0)
+    assert ahead.timer.take()["time/wait"] > 0.05

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.loops import warm_start
+from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy, warm_start_examples
+from rlhf_ray.models.devices import Hardware
+from rlhf_ray.models.loading import load_policy, load_tokenizer
+from rlhf_ray.models.tokenizers import build_tokenizer
+
+CPU = Hardware("cpu", torch.float32)
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a good film", "a bad film", "good good good")))
+    return path
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_model_from_scratch_is_made_taught_and_kept(tiny_config, tmp_path):
+    seen = []
+    config = tiny_config("warm_start={steps: 3, batch_size: 4, max_length: 16}")
+    paths = starting_policy(config, tmp_path / "start", CPU, lambda step, loss: seen.append(step))
+    assert paths == (str(tmp_path / "start"),) * 2 and seen == [1, 2, 3]
+    assert load_policy(paths[0]).config.vocab_size == len(load_tokenizer(paths[1]))
+    starting_policy(tiny_config("warm_start.steps=0"), tmp_path / "untaught", CPU, pytest.fail)
+    untaught = weights(tmp_path / "untaught")
+    assert not torch.equal(weights(tmp_path / "start")["model.norm.weight"], untaught["model.norm.weight"])
+
+
+def test_a_finished_folder_is_used_again(tiny_config, tmp_path, monkeypatch):
+    starting_policy(tiny_config(), tmp_path / "start", CPU, pytest.fail)
+    monkeypatch.setattr(warm_start, "make_model", lambda *_: pytest.fail("made twice"))
+    assert starting_policy(tiny_config(), tmp_path / "start", CPU, pytest.fail)[0] == str(tmp_path / "start")
+
+
+def test_a_cut_off_start_is_not_mistaken_for_a_finished_one(tiny_config, tmp_path, monkeypatch):
+    def cut(model, tokenizer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm_start, "warm_start", cut)
+    with pytest.raises((KeyboardInterrupt, TypeError)):
+        starting_policy(tiny_config("warm_start.steps=1"), tmp_path / "start", CPU, pytest.fail)
+    assert not (tmp_path / "start").exists()
+
+
+def test_a_folder_is_taken_as_it_lies(tiny_config, tmp_path):
+    config = tiny_config("model.path=some/model", "model.tokenizer.path=null")
+    assert starting_policy(config, tmp_path / "start", CPU, pytest.fail) == ("some/model", "some/model")
+    config = tiny_config("model.path=some/model", "model.tokenizer.path=other/one")
+    assert starting_policy(config, tmp_path / "start", CPU, pytest.fail) == ("some/model", "other/one")
+    assert not (tmp_path / "start").exists()
+
+
+def test_a_task_teaches_answers_and_their_end(tiny_config):
+    config = tiny_config("warm_start={steps: 1, max_length: 16}")
+    tokenizer = make_tokenizer(config)
+    example = warm_start_examples(config, tokenizer)[0]
+    prompt, answer = tokenizer.decode(example.prompt), tokenizer.decode(example.completion[:-1])
+    assert prompt.endswith("=") and str(eval(prompt[:-1])) == answer
+    assert example.completion[-1] == tokenizer.eos_token_id
+
+
+def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
+    config = tiny_config(
+        f"data.path={reviews}", "data.eval_size=256", "model.tokenizer.path=scratch:word",
+        "warm_start={steps: 1, max_length: 3}",
+    )  # fmt: skip
+    tokenizer = make_tokenizer(config)
+    first = warm_start_examples(config, tokenizer)[0]
+    assert first.prompt == () and tokenizer.decode(first.completion) == "a good film", "three words, no room for EOS"
+    longer = warm_start_examples(
+        tiny_config(f"data.path={reviews}", "data.eval_size=256", "model.tokenizer.path=scratch:word",
+                    "warm_start={steps: 1, max_length: 9}"), tokenizer,
+    )  # fmt: skip
+    assert longer[0].completion[-1] == tokenizer.eos_token_id and len(longer[0].completion) == 4
+
+
+def test_tokenizers(tiny_config, reviews, tmp_path):
+    assert len(make_tokenizer(tiny_config())) == 3 + len("0123456789+="), "the task's alphabet"
+    assert len(make_tokenizer(tiny_config("model.tokenizer.alphabet=abc"))) == 3 + 3
+    data = (f"data.path={reviews}", "data.eval_size=256")
+    assert len(make_tokenizer(tiny_config(*data, "model.tokenizer.path=scratch:word"))) == 3 + 4
+    two = tiny_config(*data, "model.tokenizer.path=scratch:word", "model.tokenizer.vocab_size=5")
+    assert len(make_tokenizer(two)) == 5
+    build_tokenizer("char", ["xyz"]).save_pretrained(tmp_path / "tokenizer")
+    assert len(make_tokenizer(tiny_config(f"model.tokenizer.path={tmp_path}/tokenizer"))) == 6

@@ -1,0 +1,247 @@
+"""Models, ragged data and a training loop for the engine tests; run as a script, one DeepSpeed rank.
+
+`engine_cases.py JOB RANK WORLD_SIZE PORT FOLDER` does JOB and leaves its findings in FOLDER/JOB.RANK.pt.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.errors import CheckpointError, ConfigError
+from rlhf_ray.models.engine import TrainEngine, build_engine
+from rlhf_ray.models.heads import ValueModel, ValueOutput
+from rlhf_ray.models.lora import apply_lora
+from rlhf_ray.models.scratch import build_scratch
+
+VOCAB = 48
+# What is saved and resumed. In bfloat16, stage 0 is stage 1.
+SAVED = [(torch.float32, 0), (torch.float32, 1), (torch.float32, 2), (torch.float32, 3)]
+SAVED += [(torch.bfloat16, 1), (torch.bfloat16, 3)]
+ROWS_PER_MICRO_BATCH = 2
+STAGES = (0, 1, 2, 3)
+LR = 3e-3
+# The gradient of an attention key's bias is 0 but for rounding, which Adam with eps 1e-8 would blow up to
+# steps of lr in random directions: no two summation orders would ever agree.
+EPS = 1e-6
+
+Weights = dict[str, Tensor]
+
+
+def tiny(tied: bool = True, seed: int = 0) -> nn.Module:
+    return build_scratch("qwen2", vocab_size=VOCAB, hidden_size=32, layers=2, heads=2, tie_embeddings=tied, seed=seed)
+
+
+def tiny_lora(seed: int = 0) -> nn.Module:
+    model = apply_lora(tiny(seed=seed), r=4, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # starts at 0, where merging could not be seen to do anything
+                parameter.fill_(0.02)
+    return model
+
+
+def rows_of(step: int) -> list[Tensor]:
+    """5 + 2 * step token rows of 3 to 12 tokens: never the same number, never a multiple of the ranks."""
+    generator = torch.Generator().manual_seed(step)
+    lengths = torch.randint(3, 13, (5 + 2 * step,), generator=generator)
+    return [torch.randint(0, VOCAB, (int(n),), generator=generator) for n in lengths]
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths_B1 = torch.tensor([[len(row)] for row in rows])
+    return ids_BT, (torch.arange(ids_BT.shape[1]) < lengths_B1).long()
+
+
+def micro_batches(engine: TrainEngine, rows: list[Tensor]) -> Iterable[tuple[list[Tensor], float]]:
+    """(rows, weight) of this rank; as many on every rank, the missing ones with weight 0."""
+    mine = rows[engine.rank :: engine.world_size]
+    size = ROWS_PER_MICRO_BATCH
+    most = -(-len(rows) // engine.world_size)
+    for start in range(0, most, size):
+        piece = mine[start : start + size]
+        yield (piece, 1.0) if piece else (rows[:1], 0.0)
+
+
+def loss_sum(output: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    if isinstance(output, ValueOutput):  # a critic: squared distance to a made-up target
+        target_BT = (ids_BT % 5).float()
+        return ((output.values - target_BT)[:, 1:] ** 2 * mask_BT[:, 1:]).sum()
+    logp_BVT = output.logits[:, :-1].float().transpose(1, 2)
+    nll_BT = nn.functional.cross_entropy(logp_BVT, ids_BT[:, 1:], reduction="none")
+    return (nll_BT * mask_BT[:, 1:]).sum()
+
+
+def train(engine: TrainEngine, steps: Iterable[int]) -> list[tuple[float, float]]:
+    """(loss a token, gradient norm) of each step."""
+    done = []
+    for step in steps:
+        rows = rows_of(step)
+        tokens = sum(len(row) - 1 for row in rows)
+        with torch.no_grad():  # as a learner does for old log-probabilities
+            engine(input_ids=rows[0][None])
+        pieces = list(micro_batches(engine, rows))
+        total = torch.zeros(())
+        for i, (piece, weight) in enumerate(pieces):
+            ids_BT, mask_BT = pad(piece)
+            output = engine(input_ids=ids_BT, attention_mask=mask_BT)
+            loss = loss_sum(output, ids_BT, mask_BT) / tokens * weight
+            total += loss.detach()
+            engine.backward(loss, last=i == len(pieces) - 1)
+        done.append((engine.all_reduce(total).item(), engine.step(LR)))
+    return done
+
+
+def snapshot(engine: TrainEngine) -> Weights:
+    return {name: tensor.clone() for name, tensor in engine.export()}
+
+
+def equal(left: Weights, right: Weights) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Rank:
+    """One DeepSpeed rank and what it found."""
+
+    def __init__(self, rank: int, world_size: int, port: int, folder: Path) -> None:
+        self.folder = folder
+        self.place = {"rank": rank, "world_size": world_size, "master_address": "127.0.0.1", "master_port": port}
+        self.found: dict[Any, Any] = {}
+
+    def engine(self, stage: int, model: nn.Module | None = None, **settings: Any) -> TrainEngine:
+        settings = {"eps": EPS, "timeout_s": 60.0, **self.place, **settings}
+        return build_engine("deepspeed", model or tiny(), zero_stage=stage, **settings)
+
+    def parity(self) -> None:
+        for stage in STAGES:
+            engine = self.engine(stage)
+            started = time.perf_counter()
+            history = train(engine, range(3))
+            seconds = (time.perf_counter() - started) / 3
+            self.found[stage] = {"history": history, "weights": snapshot(engine), "seconds": seconds}
+            engine.close()
+
+    def variants(self) -> None:
+        """Other models and settings, each at two stages of its choice."""
+        models = {
+            "untied": lambda: tiny(tied=False),
+            "lora": tiny_lora,
+            "critic": lambda: ValueModel.from_policy(tiny()),
+            "lstm": lambda: build_scratch("lstm", vocab_size=VOCAB, hidden_size=32, layers=1),
+        }
+        for name, build in models.items():
+            for stage in (1, 3):
+                self._variant((name, stage), stage, build())
+        self._variant(("checkpointing", 3), 3, tiny(), gradient_checkpointing=True)
+        self._variant(("offload", 2), 2, tiny(), offload="optimizer")
+        self._variant(("offload", 3), 3, tiny(), offload="parameters")
+        for stage in STAGES:
+            self._variant(("bfloat16", stage), stage, tiny(), dtype=torch.bfloat16)
+
+    def _variant(self, key: tuple[str, int], stage: int, model: nn.Module, **settings: Any) -> None:
+        engine = self.engine(stage, model, **settings)
+        calls = _count_calls(engine.module)
+        found = {"history": train(engine, range(3)), "weights": snapshot(engine), "layer_calls": len(calls)}
+        target = self.folder / f"{key[0]}-{key[1]}"
+        if key[0] in ("untied", "lora", "critic"):
+            engine.save_pretrained(target, None)
+            found["saved"] = target
+        self.found[key] = found
+        engine.close()
+
+    def bad_gradient(self) -> None:
+        """A NaN on one rank only: no rank may update, and the next step is as if nothing had been."""
+        for stage in STAGES:
+            engine = self.engine(stage)
+            train(engine, [0])
+            before = snapshot(engine)
+            factor = float("nan") if engine.rank == 1 else 1.0
+            engine.backward(engine(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum() * factor, last=True)
+            norm = engine.step(LR)
+            unchanged = equal(before, snapshot(engine))
+            self.found[stage] = {
+                "norm": norm, "unchanged": unchanged, "steps": engine.steps, "next": train(engine, [1]),
+            }  # fmt: skip
+            engine.close()
+
+    def save(self) -> None:
+        for dtype, stage in SAVED:
+            engine = self.engine(stage, dtype=dtype)
+            train(engine, [0, 1])
+            engine.save(self.folder / f"{dtype}-{stage}")
+            history = train(engine, [2, 3])
+            end = snapshot(engine)
+            engine.load(self.folder / f"{dtype}-{stage}")  # back, in the same process
+            rewound = train(engine, [2, 3]) == history and equal(snapshot(engine), end)
+            self.found[dtype, stage] = {"history": history, "weights": end, "rewound": rewound}
+            engine.close()
+        lora = self.engine(3, tiny_lora())
+        lora.save(self.folder / "lora")
+        self.found["lora"] = snapshot(lora)
+
+    def resume(self) -> None:
+        for dtype, stage in SAVED:
+            engine = self.engine(stage, tiny(seed=7), dtype=dtype)
+            engine.load(self.folder / f"{dtype}-{stage}")
+            history = train(engine, [2, 3])
+            found = {"history": history, "weights": snapshot(engine), "steps": engine.steps}
+            self.found[dtype, stage] = found
+            engine.close()
+        lora = self.engine(3, tiny_lora(seed=7))  # frozen weights too come from the checkpoint
+        lora.load(self.folder / "lora")
+        self.found["lora"] = snapshot(lora)
+        self.found["errors"] = self._refusals()
+
+    def _refusals(self) -> list[str]:
+        engine = self.engine(2)
+        good = self.folder / f"{torch.float32}-2"
+        broken = self.folder / "broken"
+        if engine.rank == 0:
+            shutil.copytree(good, broken)
+            next(broken.rglob("*zero_pp_rank_1_*optim_states.pt")).unlink()
+        engine.all_reduce(torch.zeros(()))
+        folders = [self.folder / "nowhere", self.folder / f"{torch.float32}-1", broken]
+        return [_message(CheckpointError, engine.load, folder) for folder in folders]
+
+    def other_world(self) -> None:
+        self.found["error"] = _message(CheckpointError, self.engine(2).load, self.folder / f"{torch.float32}-2")
+        self.found["rank"] = _message(ConfigError, self.engine, 2, world_size=self.place["world_size"] + 1)
+
+
+def _count_calls(module: nn.Module) -> list[int]:
+    """A list that grows by one whenever the first decoder layer's attention runs forward."""
+    calls: list[int] = []
+    for layer in module.modules():
+        if type(layer).__name__ == "Qwen2Attention":
+            layer.register_forward_hook(lambda *_: calls.append(1))
+            break
+    return calls
+
+
+def _message(kind: type[Exception], call: Any, *arguments: Any, **settings: Any) -> str:
+    try:
+        call(*arguments, **settings)
+    except kind as error:
+        return str(error)
+    return "no error"
+
+
+def main() -> None:
+    jobs, rank, world_size, port, folder = sys.argv[1:]
+    place = Rank(int(rank), int(world_size), int(port), Path(folder))
+    for job in jobs.split(","):
+        place.found = {}
+        getattr(place, job)()
+        torch.save(place.found, place.folder / f"{job}.{world_size}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

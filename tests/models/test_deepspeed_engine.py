@@ -1,0 +1,232 @@
+"""DeepSpeed over real processes: every ZeRO stage on any number of ranks gives what one process gives.
+
+Starting ranks is what takes time here, so each world size is started once and does all its jobs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_ray.errors import WorkerError
+from rlhf_ray.models.deepspeed_engine import DeepSpeedEngine
+from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.torch_engine import TorchEngine
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_cases import EPS, SAVED, STAGES, equal, snapshot, tiny, tiny_lora, train
+
+pytestmark = pytest.mark.engine
+
+DEADLINE_S = 240.0
+WORLDS = (1, 2, 3)
+JOBS = {1: "parity,other_world", 2: "parity,variants,bad_gradient,save", 3: "parity"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(jobs: str, world_size: int, folder: Path) -> dict[str, list[dict[Any, Any]]]:
+    """What each rank found in each job. One rank that fails, or the deadline, ends all of them."""
+    port = free_port()
+    script = Path(__file__).with_name("engine_cases.py")
+    root = str(script.parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    logs = [folder / f"{jobs}.{world_size}.{rank}.log" for rank in range(world_size)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(script), jobs, str(rank), str(world_size), str(port), str(folder)]
+        with log.open("w") as output:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    until = time.monotonic() + DEADLINE_S
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            failed = [i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
+            if failed or time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        codes = [rank.poll() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait(timeout=10)
+    assert codes == [0] * world_size, "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)
+    return {
+        job: [torch.load(folder / f"{job}.{world_size}.{rank}.pt", weights_only=False) for rank in range(world_size)]
+        for job in jobs.split(",")
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Any:
+    """found(world size)[job][rank]"""
+    cache: dict[int, Any] = {}
+
+    def of(world_size: int) -> dict[str, list[dict[Any, Any]]]:
+        if world_size == 1:
+            of(2)  # whose checkpoint a world of 1 is to refuse
+        if world_size not in cache:
+            cache[world_size] = run_ranks(JOBS[world_size], world_size, folder)
+        return cache[world_size]
+
+    return of
+
+
+def reference(model: torch.nn.Module, **settings: Any) -> dict[str, Any]:
+    engine = TorchEngine(model, eps=EPS, **settings)
+    return {"history": train(engine, range(3)), "weights": snapshot(engine)}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Losses, gradient norms and every exported weight."""
+    torch.testing.assert_close(
+        torch.tensor(one["history"]), torch.tensor(other["history"]), atol=tolerance, rtol=tolerance
+    )
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, other["weights"][name], atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_every_stage_on_any_number_of_ranks_trains_like_one_process(found: Any, world_size: int) -> None:
+    expected = reference(tiny())
+    ranks = found(world_size)["parity"]
+    for stage in STAGES:
+        for rank in ranks:
+            assert_same(rank[stage], expected)
+            # Ranks must not drift apart, not even in the last bit.
+            assert rank[stage]["history"] == ranks[0][stage]["history"]
+            assert equal(rank[stage]["weights"], ranks[0][stage]["weights"])
+
+
+def test_export_is_the_same_for_all_stages_and_writes_tied_weights_twice(found: Any) -> None:
+    names = tiny().state_dict().keys()
+    for stage in STAGES:
+        weights = found(2)["parity"][0][stage]["weights"]
+        assert weights.keys() == names
+        assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+        assert weights["lm_head.weight"].shape == (48, 32)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", ["untied", "lora", "critic", "lstm"])
+def test_other_models_train_like_one_process(found: Any, name: str, stage: int) -> None:
+    models = {
+        "untied": lambda: tiny(tied=False),
+        "lora": tiny_lora,
+        "critic": lambda: ValueModel.from_policy(tiny()),
+        "lstm": lambda: build_scratch("lstm", vocab_size=48, hidden_size=32, layers=1),
+    }
+    expected = reference(models[name]())
+    for rank in found(2)["variants"]:
+        assert_same(rank[name, stage], expected)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", ["untied", "lora", "critic"])
+def test_the_saved_folder_holds_the_exported_weights(found: Any, name: str, stage: int) -> None:
+    run = found(2)["variants"][0][name, stage]
+    factory = ValueModel if name == "critic" else AutoModelForCausalLM
+    loaded = factory.from_pretrained(run["saved"])
+    assert equal(dict(loaded.state_dict()), run["weights"])
+
+
+@pytest.mark.parametrize("variant", [("checkpointing", 3), ("offload", 2), ("offload", 3)])
+def test_memory_savers_do_not_change_the_numbers(found: Any, variant: tuple[str, int]) -> None:
+    expected = reference(tiny())
+    run = found(2)["variants"][0][variant]
+    assert_same(run, expected)
+    # Of 5, 7 and 9 rows in twos, rank 0 has 2 micro-batches of each step, and of the last 3; a look without
+    # gradient precedes each step. Checkpointing computes the micro-batches twice.
+    micro_batches = 2 + 2 + 3
+    assert run["layer_calls"] == 3 + micro_batches * (2 if variant[0] == "checkpointing" else 1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_has_float32_masters_at_every_stage(found: Any, stage: int) -> None:
+    expected = reference(tiny(), dtype=torch.bfloat16)
+    run = found(2)["variants"][0]["bfloat16", stage]
+    assert {weight.dtype for weight in run["weights"].values()} == {torch.bfloat16}
+    # Ranks add up rounded gradients in another order: three digits is what bfloat16 has.
+    torch.testing.assert_close(torch.tensor(run["history"]), torch.tensor(expected["history"]), atol=1e-2, rtol=1e-2)
+    for name, weight in run["weights"].items():
+        torch.testing.assert_close(weight, expected["weights"][name], atol=5e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_on_one_rank_stops_the_update_on_all(found: Any, stage: int) -> None:
+    expected = train(TorchEngine(tiny(), eps=EPS), [0, 1])
+    for rank in found(2)["bad_gradient"]:
+        run = rank[stage]
+        assert not math.isfinite(run["norm"])
+        assert run["unchanged"]
+        assert run["steps"] == 1
+        torch.testing.assert_close(torch.tensor(run["next"]), torch.tensor(expected[1:]), atol=1e-5, rtol=1e-5)
+
+
+def test_resume_in_fresh_processes_is_bit_equal_and_refuses_what_does_not_fit(found: Any, folder: Path) -> None:
+    saved = found(2)["save"]
+    resumed = run_ranks("resume", 2, folder)["resume"]
+    for before, after in zip(saved, resumed, strict=True):
+        for key in SAVED:
+            assert before[key]["rewound"], key
+            assert after[key]["steps"] == 4, key
+            assert after[key]["history"] == before[key]["history"], key
+            assert equal(after[key]["weights"], before[key]["weights"]), key
+        assert equal(after["lora"], before["lora"])
+    nowhere, other_stage, broken = zip(*(rank["errors"] for rank in resumed), strict=True)
+    assert all("deepspeed_engine.json does not exist" in message for message in nowhere)
+    assert all("zero_stage=1, this run has zero_stage=2" in message for message in other_stage)
+    assert "lacks zero_pp_rank_1" in broken[1]
+    assert "another learner rank" in broken[0]
+
+
+def test_another_world_size_is_refused(found: Any) -> None:
+    only = found(1)["other_world"][0]
+    assert "world_size=2, this run has world_size=1" in only["error"]
+    assert "already rank 0 of 1" in only["rank"]
+
+
+def lonely(port: int) -> DeepSpeedEngine:
+    return DeepSpeedEngine(tiny(), rank=0, world_size=2, master_address="127.0.0.1", master_port=port, timeout_s=1.0)
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+
+
+def test_a_missing_rank_is_an_error_within_the_deadline(own_environment: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 0 of 2 could not meet the others"):
+        lonely(free_port())
+    assert time.monotonic() - started < 20
+
+
+def test_a_taken_port_is_an_error_that_names_it(own_environment: None) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(WorkerError, match=f"127.0.0.1:{port}.*port is free"):
+            lonely(port)

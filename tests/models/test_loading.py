@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
+
+from rlhf_ray.errors import ModelError
+from rlhf_ray.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.tokenizers import char_tokenizer, word_tokenizer
+
+
+@pytest.fixture
+def policy_folder(tmp_path):
+    folder = tmp_path / "policy"
+    build_scratch("qwen2", vocab_size=20, hidden_size=16, layers=1, heads=2).save_pretrained(folder)
+    char_tokenizer("abc").save_pretrained(folder)
+    return folder
+
+
+def test_policy_and_tokenizer_of_a_folder(policy_folder):
+    model = load_policy(policy_folder, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert load_tokenizer(str(policy_folder))("abc").input_ids == [3, 4, 5]
+
+
+def test_a_tokenizer_without_pad_token_gets_eos(tmp_path):
+    tokenizer = char_tokenizer("abc")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token_id == loaded.eos_token_id == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_a_word_tokenizer_keeps_its_blanks_beside_any_model(kind, tmp_path):
+    """AutoTokenizer would put Qwen2's splitting rules in place of the saved ones."""
+    text = "the movie isn't good, but long."
+    tokenizer = word_tokenizer([text])
+    model = build_scratch(kind, vocab_size=len(tokenizer), hidden_size=16, layers=1, heads=2, max_length=16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="no such folder"):
+        load_tokenizer("runs/some/where")
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ModelError, match="empty"):
+        load_policy(tmp_path)
+
+
+def test_folder_without_tokenizer(policy_folder):
+    for file in policy_folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer.*save_pretrained"):
+        load_tokenizer(policy_folder)
+
+
+def test_folder_without_model(policy_folder):
+    (policy_folder / "config.json").unlink()
+    with pytest.raises(ModelError, match="no config.json"):
+        load_policy(policy_folder)
+
+
+def test_folder_with_damaged_weights(policy_folder):
+    (policy_folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot load a causal language model .*is the folder complete"):
+        load_policy(policy_folder)
+
+
+def test_no_network():
+    with pytest.raises(ModelError, match="somebody/no-such-model: cannot load .*check the name and the network"):
+        load_policy("somebody/no-such-model")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_reward_model_scores_a_padded_row_like_the_row_alone(kind, tmp_path):
+    common = {"vocab_size": 20, "num_labels": 1, "bos_token_id": None, "eos_token_id": 1}
+    if kind == "qwen2":
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        model = Qwen2ForSequenceClassification(Qwen2Config(**common, **shape, intermediate_size=16))
+    else:
+        model = GPT2ForSequenceClassification(GPT2Config(**common, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    char_tokenizer("abc").save_pretrained(tmp_path)
+    loaded, tokenizer = load_reward_model(tmp_path)
+    tokenizer.padding_side = "right"
+    assert loaded.config.pad_token_id == tokenizer.pad_token_id == 0
+    batch = tokenizer(["ab", "abcabc"], padding=True, return_tensors="pt")
+    alone = tokenizer(["ab"], return_tensors="pt")
+    scores_B = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+    score = loaded(input_ids=alone.input_ids, attention_mask=alone.attention_mask).logits[0, 0]
+    torch.testing.assert_close(scores_B[0], score, atol=1e-6, rtol=0)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.models.lora import apply_lora, merged_state
+from rlhf_ray.models.scratch import build_scratch
+
+IDS = torch.tensor([[3, 7, 11, 4]])
+
+
+def small(kind, *, tie=True, seed=1):
+    return build_scratch(kind, vocab_size=20, hidden_size=16, layers=2, heads=2, tie_embeddings=tie, seed=seed)
+
+
+def with_adapters(kind, tie=True):
+    model = apply_lora(small(kind, tie=tie), r=4, alpha=8, seed=2)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def test_w_plus_scaled_b_a_by_hand():
+    model = apply_lora(small("qwen2"), r=1, alpha=3, target_modules=["q_proj"])
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.lora_A["default"].weight.fill_(2.0)
+        layer.lora_B["default"].weight.copy_(torch.arange(16.0)[:, None])
+    merged = dict(merged_state(model))["model.layers.0.self_attn.q_proj.weight"]
+    # alpha / r = 3; row i of B A is i * 2 everywhere
+    assert torch.equal(merged, 6 * torch.arange(16.0)[:, None].expand(16, 16))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_merged_export_computes_what_the_adapted_model_computes(kind, tie):
+    model = with_adapters(kind, tie)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in merged_state(model)}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    plain = small(kind, tie=tie, seed=9)
+    assert list(state) == list(plain.state_dict())  # the same names in the same order, tied ones twice
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-6, rtol=0)
+    assert (model(IDS).logits - small(kind, tie=tie)(IDS).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_fresh_adapters_change_nothing_and_only_they_train(kind):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns where fan_in_fan_out is wrong
+        model = apply_lora(small(kind), seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.eval()(IDS).logits, small(kind)(IDS).logits)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert not any("lm_head" in name for name in trained)
+    again = dict(apply_lora(small(kind), seed=5).named_parameters())
+    assert all(torch.equal(p, again[name]) for name, p in model.named_parameters())
+
+
+def test_a_plain_model_exports_itself():
+    model = small("gpt2")
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in merged_state(model))
+
+
+def test_bfloat16_is_merged_in_float32():
+    model = with_adapters("qwen2").to(torch.bfloat16)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    weight, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    merged = dict(merged_state(model))["model.layers.0.mlp.up_proj.weight"]
+    assert merged.dtype == torch.bfloat16
+    delta = (b @ a).float() * 2.0
+    assert torch.equal(merged, (weight.float() + delta).to(torch.bfloat16))
+
+
+def test_gather_surrounds_every_tensor():
+    model = with_adapters("qwen2")
+    seen: list[int] = []
+
+    @contextmanager
+    def gather(tensors):
+        seen.extend(id(t) for t in tensors)
+        yield
+
+    list(merged_state(model, gather))
+    assert {id(p) for p in model.parameters()} <= set(seen)
+
+
+def test_clear_refusals():
+    with pytest.raises(ConfigError, match="no linear layer"):
+        apply_lora(small("lstm"))
+    with pytest.raises(ConfigError, match="no_such_layer"):
+        apply_lora(small("qwen2"), target_modules=["no_such_layer"])
+    model = with_adapters("qwen2")
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="already merged"):
+        list(merged_state(model))

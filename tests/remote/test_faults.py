@@ -1,0 +1,140 @@
+"""Whole runs that lose a worker, a port or their patience: they end soon, with a name, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf_ray.build import run_rl
+from rlhf_ray.config.load import dump_config
+from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.remote.crew import Crew
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), pytest.mark.usefixtures("own_ray")]
+
+SHARDED = ("learner.engine=deepspeed", "learner.world_size=2", "learner.zero_stage=2")
+
+
+def actors(host: str = "") -> list[int]:
+    """Processes of this test's own Ray that host a role."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may end meanwhile
+            if process.name().startswith("ray::") and f"{host}" in process.name() and "Host" in process.name():
+                found.append(process.pid)
+    return found
+
+
+@contextmanager
+def disturbed(folder: Path, host: str, sign: signal.Signals) -> Iterator[dict[str, float]]:
+    """Sends `sign` to the newest process of a host class, once the run has finished a step."""
+    report: dict[str, float] = {}
+    over = threading.Event()
+
+    def strike() -> None:
+        metrics = folder / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            if over.wait(0.1):
+                return
+        pid = max(actors(host))
+        report.update(pid=pid, at=time.monotonic())
+        os.kill(pid, sign)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        yield report
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("host", "sign", "name", "overrides"), [
+    ("LearnerHost", signal.SIGKILL, r"learner rank [01] \(node", SHARDED),
+    ("GeneratorHost", signal.SIGKILL, r"generator [01] \(node", ("generator.count=2",)),
+    ("ReferenceHost", signal.SIGKILL, r"reference \(node", ("algorithm.kl_coef=0.01",)),
+    ("LearnerHost", signal.SIGSTOP, r"learner rank [01] \(node .* hangs", SHARDED),
+], ids=["learner rank", "generator", "reference", "stopped learner rank"])  # fmt: skip
+def test_a_lost_worker_ends_the_run_within_a_minute(tiny_config, tmp_path, host, sign, name, overrides):
+    config = tiny_config("executor=ray", "steps=100000", *overrides)
+    with disturbed(tmp_path / "run", host, sign) as report, pytest.raises(RlhfRayError, match=name) as caught:
+        run_rl(config, tmp_path / "run")
+    assert time.monotonic() - report["at"] < 60
+    assert f"pid {report['pid']})" in str(caught.value)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and f"pid {report['pid']}" in summary["error"]
+    require_no_actors()
+
+
+def require_no_actors() -> None:
+    """Every actor of the run is gone, a stopped one too (Ray kills it 5 s after it did not obey)."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if not actors():
+            return
+        time.sleep(0.2)
+    pytest.fail(f"still running: {actors()}")
+
+
+def test_a_taken_port_is_named(tiny_config, tmp_path, monkeypatch):
+    """The ranks' meeting point is somebody else's."""
+    locate = Crew.locate
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        def with_that_port(self, deadline):
+            return {name: replace(place, port=port) for name, place in locate(self, deadline).items()}
+
+        monkeypatch.setattr(Crew, "locate", with_that_port)
+        started = time.monotonic()
+        with pytest.raises(RlhfRayError, match=f"{port}"):
+            run_rl(tiny_config("executor=ray", *SHARDED), tmp_path / "run")
+        assert time.monotonic() - started < 120
+    require_no_actors()
+
+
+INTERRUPTED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from rlhf_ray.build import run_rl
+from rlhf_ray.config.load import load_config
+run_rl(load_config(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_ctrl_c_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "run.yaml").write_text(dump_config(tiny_config("executor=ray", "steps=100000")))
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run.yaml"), str(tmp_path / "run")]
+    run = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.2)
+        started = psutil.Process(run.pid).children(recursive=True)
+        assert len(started) >= 6, "a Ray of its own, and four actors"
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) != 0 and "KeyboardInterrupt" in run.stderr.read()
+    finally:
+        run.kill()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive

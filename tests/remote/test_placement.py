@@ -1,0 +1,129 @@
+"""Seats and bundles, counted by hand. No Ray is started and no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.remote.placement import Plan, Seat, check_fit, choose_transport, plan_seats
+
+PPO = ("algorithm.name=ppo", "algorithm.kl_coef=0.05")
+SHARDED = ("executor=ray", "learner.engine=deepspeed")
+VLLM = ("generator.engine=vllm",)
+
+
+def seats_of(plan: Plan) -> dict[str, tuple[int, float]]:
+    return {seat.name: (seat.bundle, seat.gpus) for seat in plan.seats}
+
+
+def test_smallest_run_on_cpu(tiny_config):
+    plan = plan_seats(tiny_config("executor=ray"), "cpu", "shared_memory")
+    assert seats_of(plan) == {"learner rank 0": (0, 0), "generator 0": (0, 0), "reward": (1, 0), "batches": (2, 0)}
+    assert plan.bundles == [{"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.5}]
+
+
+def test_shared_memory_puts_the_sender_and_all_generators_on_one_machine(tiny_config):
+    config = tiny_config(*SHARDED, "learner.world_size=3", "generator.count=2")
+    plan = plan_seats(config, "cpu", "shared_memory")
+    assert [s.name for s in plan.seats if s.bundle == 0] == ["learner rank 0", "generator 0", "generator 1"]
+    assert len({s.bundle for s in plan.seats}) == 1 + 2 + 2
+
+
+def test_gpus_of_a_whole_ppo_run(tiny_config):
+    config = tiny_config(
+        *SHARDED, *VLLM, *PPO, "device=cuda", "learner.world_size=4", "critic.engine=deepspeed",
+        "critic.world_size=2", "generator.count=2", "generator.tensor_parallel=2", "reward_model.path=judge",
+    )  # fmt: skip
+    plan = plan_seats(config, "cuda", "nccl")
+    assert plan.total("GPU") == 4 + 2 + 2 * 2 + 1 + 1
+    assert plan.by_role("GPU") == {"learner": 4, "generator": 4, "critic": 2, "reference": 1, "reward": 1}
+    assert seats_of(plan)["generator 1"][1] == 2, "the GPUs of a tensor-parallel generator are one actor's"
+    assert all(len([s for s in plan.seats if s.bundle == i]) == 1 for i in range(len(plan.bundles)))
+
+
+def test_reward_functions_need_no_gpu_and_no_reference_no_seat(tiny_config):
+    plan = plan_seats(tiny_config("executor=ray", "device=cuda", *VLLM), "cuda", "nccl")
+    assert plan.by_role("GPU") == {"learner": 1, "generator": 1}
+    assert "reference" not in seats_of(plan) and "critic rank 0" not in seats_of(plan)
+
+
+def test_half_gpus(tiny_config):
+    plan = plan_seats(tiny_config("executor=ray", *VLLM, "ray.gpus_per_worker=0.5"), "cuda", "nccl")
+    assert plan.total("GPU") == 1.0
+
+
+def test_colocated_workers_borrow_the_learners_gpus(tiny_config):
+    config = tiny_config(
+        *SHARDED, *VLLM, *PPO, "learner.world_size=4", "generator.count=2", "generator.tensor_parallel=2",
+        "ray.colocate=true",
+    )  # fmt: skip
+    plan = plan_seats(config, "cuda", "cuda_ipc")
+    assert plan.total("GPU") == 4 and [b["GPU"] for b in plan.bundles] == [2, 2]
+    borrowed = {s.name: (s.bundle, s.borrows) for s in plan.seats if s.borrows}
+    assert borrowed == {
+        "generator 0": (0, ("learner rank 0", "learner rank 1")),
+        "generator 1": (1, ("learner rank 2", "learner rank 3")),
+        "critic rank 0": (0, ("learner rank 0",)),
+        "reference": (0, ("learner rank 0",)),
+    }
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    (("generator.count=2",), "2 generators of 1 GPUs share the GPUs of learner.world_size=1"),
+    ((*SHARDED, "learner.world_size=3", "generator.tensor_parallel=2"), "a multiple of tensor_parallel"),
+    (("algorithm.name=ppo", "critic.engine=deepspeed", "critic.world_size=2"), "critic.world_size=2 exceeds"),
+])  # fmt: skip
+def test_colocation_that_cannot_be(tiny_config, overrides, says):
+    config = tiny_config("executor=ray", *VLLM, "ray.colocate=true", *overrides)
+    with pytest.raises(ConfigError, match=says):
+        plan_seats(config, "cuda", "cuda_ipc")
+
+
+@pytest.mark.parametrize(("overrides", "device", "transport"), [
+    ((), "cpu", "shared_memory"),
+    (VLLM, "cpu", "shared_memory"),
+    ((), "cuda", "shared_memory"),  # Transformers' generate has no CUDA receiver
+    (VLLM, "cuda", "nccl"),
+    ((*VLLM, "ray.colocate=true"), "cuda", "cuda_ipc"),
+    ((*VLLM, "ray.colocate=true"), "cpu", "shared_memory"),
+    ((*VLLM, "sync.transport=shared_memory"), "cuda", "shared_memory"),
+])  # fmt: skip
+def test_transport(tiny_config, overrides, device, transport):
+    assert choose_transport(tiny_config("executor=ray", "device=auto", *overrides), device) == transport
+
+
+def test_transports_that_the_placement_cannot_serve(tiny_config):
+    on_gpu = ("executor=ray", "device=auto", *VLLM)
+    with pytest.raises(ConfigError, match="set ray.colocate=true, or sync.transport=nccl"):
+        choose_transport(tiny_config(*on_gpu, "sync.transport=cuda_ipc"), "cuda")
+    with pytest.raises(ConfigError, match="set sync.transport=cuda_ipc"):
+        choose_transport(tiny_config(*on_gpu, "sync.transport=nccl", "ray.colocate=true"), "cuda")
+
+
+THREE_GPUS = Plan([
+    Seat("learner rank 0", 0, 1, 1.0), Seat("learner rank 1", 1, 1, 1.0), Seat("generator 0", 2, 1, 1.0),
+])  # fmt: skip
+
+
+def test_too_few_gpus():
+    with pytest.raises(PlacementError) as caught:
+        check_fit(THREE_GPUS, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}], colocated=False)
+    assert str(caught.value).startswith("ray: the run needs 3 GPUs (learner 2, generator 1), the cluster has 2; ")
+    assert "set ray.colocate=true" in str(caught.value)
+    check_fit(THREE_GPUS, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}], colocated=False)
+
+
+def test_too_few_cpus():
+    with pytest.raises(PlacementError, match=r"needs 3 CPUs \(learner 2, .*, the cluster has 2; lower ray.cpus"):
+        check_fit(THREE_GPUS, [{"CPU": 2.0, "GPU": 4.0}], colocated=True)
+
+
+def test_a_bundle_must_fit_one_machine():
+    plan = Plan([Seat("generator 0", 0, 1, 4.0)])
+    with pytest.raises(PlacementError, match="4 GPUs must lie on one machine, the largest has 2"):
+        check_fit(plan, [{"CPU": 8.0, "GPU": 2.0}] * 2, colocated=False)
+
+
+def test_a_worker_without_cpu_share_still_has_a_bundle(tiny_config):
+    plan = plan_seats(tiny_config("executor=ray", "ray.cpus_per_worker=0"), "cpu", "shared_memory")
+    assert all(bundle["CPU"] > 0 for bundle in plan.bundles)

@@ -1,0 +1,121 @@
+"""Whole runs on a real Ray: the same numbers as a local run, and nothing kept that is not needed."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from rlhf_ray.build import open_roles, run_rl
+from rlhf_ray.data.tasks import load_task
+from rlhf_ray.models.devices import Hardware
+from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.roles.factory import Assets
+from rlhf_ray.roles.protocols import Request, Sampling
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), pytest.mark.usefixtures("own_ray")]
+
+PPO = (
+    "algorithm.name=ppo", "algorithm.normalize_rewards=true", "learner.minibatches=2", "critic.minibatches=3",
+    "learner.epochs=2", "generator.count=2",
+)  # fmt: skip
+SHARDED = ("learner.engine=deepspeed", "learner.world_size=2", "learner.zero_stage=2")
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def completions_of(folder: Path) -> list[list[dict]]:
+    files = sorted((folder / "rollouts").glob("step_*.jsonl"), key=lambda f: int(f.stem.split("_")[1]))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def require_equal(one: Path, other: Path, tolerance: float) -> None:
+    """The same sampled completions, and the same losses."""
+    assert completions_of(one) == completions_of(other)
+    assert len(metrics_of(one)) == 3
+    for a, b in zip(metrics_of(one), metrics_of(other), strict=True):
+        names = [name for name in a if name.startswith(("loss/", "reward/", "advantage/", "value/", "grad_norm", "kl"))]
+        assert len(names) >= 5 and a["grad_norm"] > 0
+        assert {n: b[n] for n in names} == pytest.approx({n: a[n] for n in names}, abs=tolerance), a["step"]
+
+
+@pytest.mark.parametrize("overrides", [(), PPO], ids=["grpo", "ppo"])
+def test_ray_gives_the_numbers_of_a_local_run(tiny_config, tmp_path, overrides):
+    alone = [o for o in overrides if o != "generator.count=2"]
+    run_rl(tiny_config("logging.rollouts=24", *alone), tmp_path / "local")
+    run_rl(tiny_config("logging.rollouts=24", "executor=ray", *overrides), tmp_path / "ray")
+    require_equal(tmp_path / "local", tmp_path / "ray", tolerance=1e-5)
+    local, remote = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("local", "ray"))
+    assert remote["after"]["samples"] == local["after"]["samples"] and remote["status"] == "finished"
+    assert max(m["sync/canary_absdiff"] for m in metrics_of(tmp_path / "ray")) < 1e-5
+
+
+def test_what_is_sampled_does_not_depend_on_the_number_of_generators(tiny_config, tmp_path):
+    for count in (1, 2):
+        config = tiny_config("executor=ray", "logging.rollouts=24", f"generator.count={count}")
+        run_rl(config, tmp_path / str(count))
+    require_equal(tmp_path / "1", tmp_path / "2", tolerance=1e-6)
+
+
+def test_sharded_learner_gives_the_numbers_of_one_process(tiny_config, tmp_path):
+    run_rl(tiny_config("logging.rollouts=24"), tmp_path / "one")
+    run_rl(tiny_config("logging.rollouts=24", "executor=ray", *SHARDED), tmp_path / "two")
+    require_equal(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
+
+
+def test_overlapped_generation_keeps_its_bound(tiny_config, tmp_path):
+    config = tiny_config("executor=ray", "rollout.max_staleness=1", "algorithm.correction=truncate", "steps=6")
+    run_rl(config, tmp_path / "run")
+    steps = metrics_of(tmp_path / "run")
+    assert [m["staleness/max"] for m in steps[:1]] == [0] and all(m["staleness/max"] <= 1 for m in steps)
+    assert all(m["sync/canary_absdiff"] < 1e-5 for m in steps)
+
+
+def test_a_resumed_run_gives_the_numbers_of_an_undisturbed_one(tiny_config, tmp_path):
+    options = ("logging.rollouts=24", "algorithm.name=ppo", "algorithm.normalize_rewards=true")
+    run_rl(tiny_config(*options), tmp_path / "whole")
+    run_rl(tiny_config(*options, "executor=ray", "steps=2"), tmp_path / "parts")
+    run_rl(tiny_config(*options, "executor=ray"), tmp_path / "parts", resume=True)
+    require_equal(tmp_path / "whole", tmp_path / "parts", tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory) -> Assets:
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = build_tokenizer("char", [load_task("task:arithmetic").alphabet])
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = build_scratch("qwen2", vocab_size=len(tokenizer), hidden_size=32, layers=2, max_length=32, **ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Assets(str(folder), str(folder), Hardware("cpu", torch.float32))
+
+
+def some_requests(count: int) -> list[Request]:
+    return [Request(i // 4, i, (3, 4, 5), seed=i, columns={"prompt": "1+1=", "answer": "2"}) for i in range(count)]
+
+
+def test_old_batches_are_freed(tiny_config, assets):
+    references = ray._private.worker.global_worker.core_worker.get_all_reference_counts
+    config = tiny_config("executor=ray", "generator.count=2", "algorithm.kl_coef=0.01")
+    with open_roles(config, assets) as roles:
+        counts = []
+        for step in range(6):
+            roles.learner.push_weights(step)
+            batch = roles.generator.generate(some_requests(24), Sampling(6))
+            assert roles.generator.version == step and set(batch.rows.weight_version) == {step}
+            scores = roles.reward.score(batch, texts=2)
+            assert len(scores.score) == 24 and scores.texts[0][0] == "1+1="
+            batch = batch.replace(score=scores.score, logp_ref=roles.reference.logprobs(batch))
+            batch = batch.replace(**roles.advantages.estimate(batch, 0.01).columns)
+            roles.learner.update(batch, step, 0.01)
+            gc.collect()
+            counts.append(len(references()))
+        # A pulse of each worker is always under way: everything else is of the last step.
+        assert max(counts[2:]) <= counts[1] + 8, counts

@@ -1,0 +1,212 @@
+"""Workers that die, hang and fail, on a real Ray; their role is a toy, so that each case takes seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+import ray
+
+from rlhf_ray import errors
+from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
+from rlhf_ray.remote import calls, crew
+from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.failures import ForeignError, reported
+from rlhf_ray.remote.host import Host
+
+pytestmark = pytest.mark.engine
+
+# Workers cannot import a test module.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
+
+SOON = Deadline(30, "ray.call_deadline_s")
+
+
+class Toy(Host):
+    @reported
+    def echo(self, value):
+        return value
+
+    @reported
+    def wait(self, seconds):
+        time.sleep(seconds)
+        return seconds
+
+    @reported
+    def fail(self, error):
+        raise error
+
+    @reported
+    @ray.method(num_returns=2)
+    def large(self, value, fails=False):
+        if fails:
+            raise errors.RewardError("no number")
+        return [value] * 3, None
+
+    @reported
+    def fail_after_a_peers_death(self, pid):
+        """What a rank of a collective does: it waits for its peer, and hears only that the connection closed."""
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.05)
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.fixture
+def hire(own_ray, tmp_path):
+    """`hire(2)`: a watched crew of two toys."""
+    crews = []
+
+    def make(count: int) -> Crew:
+        made = Crew()
+        crews.append(made)
+        for rank in range(count):
+            made.hire(Toy, f"learner rank {rank}", {"num_cpus": 0.1}, str(tmp_path))
+        made.locate(Deadline(60, "ray.start_deadline_s"))
+        made.watch()
+        return made
+
+    yield make
+    for made in crews:
+        made.dismiss()
+
+
+def call(team: Crew, rank: int, method, *args, seconds: float = 60):
+    return team.workers[rank].start(method, *args, deadline=Deadline(seconds, "ray.call_deadline_s"))
+
+
+def dies_in(seconds: float, team: Crew, rank: int, sign: int = signal.SIGKILL) -> None:
+    threading.Timer(seconds, partial(os.kill, team.workers[rank].pid, sign)).start()
+
+
+def test_results_come_in_order(hire):
+    team = hire(2)
+    started = [call(team, 0, Toy.wait, 0.5), call(team, 1, Toy.echo, "b"), call(team, 0, Toy.echo, "c")]
+    assert team.results(started) == [0.5, "b", "c"]
+    first, value = team.next_done([call(team, 0, Toy.wait, 1), call(team, 1, Toy.echo, "quick")])
+    assert (first.worker.name, value) == ("learner rank 1", "quick")
+
+
+def test_workers_are_known_by_name_node_and_pid(hire, tmp_path):
+    team = hire(1)
+    assert str(team.workers[0]) == f"learner rank 0 (node {ray.util.get_node_ip_address()}, pid {team.workers[0].pid})"
+    assert os.path.samefile(f"/proc/{team.workers[0].pid}/cwd", tmp_path), "paths in a config mean the same everywhere"
+
+
+def test_own_errors_keep_their_type_over_ray(hire):
+    team = hire(1)
+    for kind in OWN:
+        with pytest.raises(kind) as caught:
+            team.result(call(team, 0, Toy.fail, kind("what, why, what to do")))
+        assert type(caught.value) is kind and str(caught.value) == "what, why, what to do"
+
+
+def test_foreign_errors_are_quoted(hire, monkeypatch):
+    monkeypatch.setattr(crew, "CAUSE_S", 0.5)
+    team = hire(1)
+    with pytest.raises(ForeignError, match="learner rank 0: fail failed: KeyError: 'x'\n--- traceback of the worker"):
+        team.result(call(team, 0, Toy.fail, KeyError("x")))
+    assert team.result(call(team, 0, Toy.echo, 1)) == 1, "the worker lives on"
+
+
+def test_a_killed_worker_is_named_at_once(hire):
+    team = hire(1)
+    dies_in(0.5, team, 0)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"learner rank 0 \(node .*, pid {team.workers[0].pid}\) died during wait"):
+        team.result(call(team, 0, Toy.wait, 100, seconds=200))
+    assert time.monotonic() - started < 20
+
+
+def test_the_death_of_another_worker_ends_the_wait(hire):
+    team = hire(2)
+    dies_in(0.5, team, 1)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match="learner rank 1 .* died while the run waited for wait of learner rank 0"):
+        team.result(call(team, 0, Toy.wait, 100, seconds=200))
+    assert time.monotonic() - started < 20
+
+
+def test_the_dead_rank_is_named_not_the_one_that_noticed(hire):
+    team = hire(2)
+    pid = team.workers[1].pid
+    dies_in(0.5, team, 1)
+    with pytest.raises(WorkerError, match=rf"learner rank 1 \(node .*, pid {pid}\) died"):
+        team.result(call(team, 0, Toy.fail_after_a_peers_death, pid))
+
+
+def test_a_death_between_calls_is_noticed_at_the_next(hire):
+    team = hire(2)
+    os.kill(team.workers[1].pid, signal.SIGKILL)
+    time.sleep(3)
+    with pytest.raises(WorkerError, match="learner rank 1 .* died while the run waited for wait"):
+        team.result(call(team, 0, Toy.wait, 30))
+
+
+def test_a_stopped_worker_is_noticed_by_its_silence(hire, monkeypatch):
+    monkeypatch.setattr(crew, "PULSE_S", 1.0)
+    monkeypatch.setattr(crew, "SILENCE_S", 4.0)
+    team = hire(2)
+    os.kill(team.workers[1].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match="learner rank 1 .* hangs: it gave no sign of life for 5 s"):
+        team.result(call(team, 1, Toy.echo, 1, seconds=200))
+    assert time.monotonic() - started < 20
+
+
+def test_real_limits_end_a_hung_run_within_a_minute():
+    assert crew.PULSE_S + crew.SILENCE_S + crew.CAUSE_S + calls.POLL_S < 55
+
+
+def test_a_worker_that_computes_is_not_taken_for_a_hung_one(hire, monkeypatch):
+    monkeypatch.setattr(crew, "PULSE_S", 0.5)
+    monkeypatch.setattr(crew, "SILENCE_S", 2.0)
+    team = hire(1)
+    assert team.result(call(team, 0, Toy.wait, 6)) == 6
+
+
+def test_deadline_of_a_call(hire):
+    team = hire(1)
+    with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 1 s: .* raise ray.call_deadline_s"):
+        team.result(call(team, 0, Toy.wait, 30, seconds=1))
+
+
+def test_a_group_that_loses_a_rank_is_killed_whole(hire):
+    team = hire(2)
+    group = Group(team, team.workers, Deadline(100, "ray.call_deadline_s"))
+    assert group.call(Toy.echo, 7) == 7
+    dies_in(0.5, team, 1)
+    with pytest.raises(WorkerError, match="learner rank 1"):
+        group.call(Toy.wait, 50)
+    for worker in team.workers:
+        until = time.monotonic() + 10
+        while os.path.exists(f"/proc/{worker.pid}") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not os.path.exists(f"/proc/{worker.pid}")
+
+
+def test_large_results_stay_with_the_worker(hire):
+    team = hire(1)
+    ref, started = team.workers[0].start_keeping(Toy.large, 4, deadline=SOON)
+    assert team.result(started) is None and ray.get(ref) == [4, 4, 4]
+    _, started = team.workers[0].start_keeping(Toy.large, 4, True, deadline=SOON)
+    with pytest.raises(errors.RewardError, match="no number"):
+        team.result(started)
+
+
+def test_dismissed_workers_are_gone_even_a_stopped_one(hire):
+    team = hire(2)
+    pids = [worker.pid for worker in team.workers]
+    os.kill(pids[1], signal.SIGSTOP)
+    team.dismiss()
+    until = time.monotonic() + 20  # Ray asks first, and kills a process that does not answer after 5 s
+    while any(map(os.path.exists, (f"/proc/{pid}" for pid in pids))) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -1,0 +1,243 @@
+"""Sampling: exact, keyed to the request, and honest about its probabilities."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.algo.logprobs import token_logprobs
+from rlhf_ray.errors import SyncError
+from rlhf_ray.roles.generator_hf import HFGenerator, KeyedSampler, keyed_uniform, sample_by_inversion
+from rlhf_ray.roles.protocols import Request, Sampling
+
+KINDS = ["qwen2", "gpt2", "lstm"]
+PROMPTS = [(2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 3), (9,), (4, 4, 4, 4)]
+
+
+def requests(prompts=PROMPTS) -> list[Request]:
+    return [Request(i // 2, i, tuple(p), seed=1000003 * i + 17, columns={"row": i}) for i, p in enumerate(prompts)]
+
+
+@pytest.fixture
+def generator(tiny):
+    def make(kind="qwen2", **settings) -> HFGenerator:
+        return HFGenerator(tiny(kind), pad_token_id=0, **settings)
+
+    return make
+
+
+def completions(batch) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
+
+
+# ---- the sampler ----------------------------------------------------------------------------------------------
+
+
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
+    expected = p * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def sample_counts(logits_V: torch.Tensor, sampling: Sampling, n: int = 20_000, position: int = 0) -> torch.Tensor:
+    sampler = KeyedSampler(range(n), sampling, prompt_length=3)
+    chosen = sampler(torch.zeros(n, 3 + position, dtype=torch.long), logits_V.repeat(n, 1)).argmax(-1)
+    return torch.bincount(chosen, minlength=len(logits_V)).double()
+
+
+@pytest.mark.parametrize("position", [0, 1, 7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_draws_from_the_models_distribution(temperature, position):
+    logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -3.0])
+    counts = sample_counts(logits_V, Sampling(1, temperature=temperature), position=position)
+    # 5 degrees of freedom: above 20.5 once in a thousand. The draws are fixed by the seeds, so it never flickers.
+    assert chi_square(counts, torch.softmax(logits_V / temperature, -1).double()) < 20.5
+    assert chi_square(counts, torch.softmax(logits_V / 1.2, -1).double()) > 100, "the test can fail"
+
+
+def test_neighbouring_seeds_and_positions_draw_independently():
+    grid = torch.stack([keyed_uniform(torch.arange(2000), t) for t in range(4)])
+    assert grid.min() > 0 and grid.max() < 1 and abs(float(grid.mean()) - 0.5) < 0.01
+    assert abs(float(grid.var()) - 1 / 12) < 0.003
+    corr = torch.corrcoef(grid)
+    assert (corr - torch.eye(4)).abs().max() < 0.08, "positions of one seed"
+    assert abs(float(torch.corrcoef(torch.stack([grid[0, :-1], grid[0, 1:]]))[0, 1])) < 0.08, "neighbouring seeds"
+    assert len(set(grid.flatten().tolist())) == grid.numel()
+
+
+def test_a_uniform_number_is_pinned():
+    """A resumed or re-dispatched request must draw the same tokens in any later version."""
+    expected = []
+    for seed, position in ((0, 0), (12345, 6), ((1 << 63) - 1, 2)):
+        x = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64  # SplitMix64 in plain integers
+        for _ in range(2):
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+            x ^= x >> 31
+        expected.append(((x >> 11) + 0.5) / 2**53)
+        assert float(keyed_uniform(torch.tensor([seed]), position)[0]) == expected[-1]
+
+
+def test_inversion_by_hand():
+    logp_BV = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log()
+    for u, token in ((0.1, 0), (0.2499, 0), (0.26, 2), (0.74, 2), (0.76, 3), (0.9999999, 3)):
+        assert sample_by_inversion(logp_BV, torch.tensor([u], dtype=torch.float64)).item() == token, u
+
+
+def test_inversion_never_takes_what_top_p_removed():
+    logp_BV = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    for u in (1 - 1e-9, 1 - 1e-16):
+        assert sample_by_inversion(logp_BV, torch.tensor([u], dtype=torch.float64)).item() != 2
+
+
+# ---- which tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_do_not_depend_on_batch_size_order_or_neighbours(generator, kind):
+    asked, sampling = requests(), Sampling(8, stop_token_ids=(1,))
+    together = completions(generator(kind).generate(asked, sampling))
+    assert len({tuple(c) for c in together}) > 3, "they do differ"
+    assert completions(generator(kind, batch_size=1).generate(asked, sampling)) == together
+    assert completions(generator(kind, batch_size=4).generate(asked, sampling)) == together
+    assert completions(generator(kind).generate(asked[::-1], sampling)) == together[::-1]
+    alone = [completions(generator(kind).generate([request], sampling))[0] for request in asked]
+    assert alone == together
+
+
+def test_tokens_depend_on_the_seed_and_on_nothing_that_happened_before(generator):
+    sampler, sampling = generator(), Sampling(8)
+    first = completions(sampler.generate(requests(), sampling))
+    torch.manual_seed(99)
+    assert completions(sampler.generate(requests(), sampling)) == first
+    other = [Request(r.prompt_id, r.sample_id, r.token_ids, r.seed + 1) for r in requests()]
+    assert completions(sampler.generate(other, sampling)) != first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_is_argmax(generator, tiny, kind):
+    batch = generator(kind).generate(requests(), Sampling(6, temperature=0))
+    model = tiny(kind)
+    for i in range(len(batch)):
+        row = batch.tokens[i : i + 1, : int(batch.lengths[i])]
+        best = model(input_ids=row, attention_mask=torch.ones_like(row)).logits.argmax(-1)[0, :-1]
+        mask = batch.response_mask[i, 1 : row.shape[1]]
+        assert row[0, 1:][mask].tolist() == best[mask].tolist()
+
+
+def test_top_k_and_top_p_are_respected_and_renormalised():
+    logits_V = torch.tensor([0.5, 0.3, 0.1, 0.07, 0.03]).log()
+    counts = sample_counts(logits_V, Sampling(1, top_k=2))
+    assert counts[2:].sum() == 0
+    assert chi_square(counts[:2], torch.tensor([0.625, 0.375]).double()) < 10.8
+    counts = sample_counts(logits_V, Sampling(1, top_p=0.85))  # 0.5 + 0.3 < 0.85 <= 0.5 + 0.3 + 0.1
+    assert counts[3:].sum() == 0
+    assert chi_square(counts[:3], torch.tensor([5 / 9, 3 / 9, 1 / 9]).double()) < 13.8
+
+
+def test_the_probability_after_top_k_is_the_one_sampled_with():
+    sampler = KeyedSampler([5], Sampling(1, top_k=2), prompt_length=1)
+    token = int(sampler(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[0.5, 0.3, 0.2]]).log()).argmax())
+    assert math.exp(sampler.logps[0].item()) == pytest.approx({0: 0.625, 1: 0.375}[token], rel=1e-6)
+
+
+# ---- honest probabilities -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logp_gen_is_that_of_a_transformers_forward(generator, tiny, reference_logprobs, kind, temperature):
+    batch = generator(kind).generate(requests(), Sampling(8, temperature=temperature, stop_token_ids=(1,)))
+    expected = reference_logprobs(tiny(kind), batch, temperature).detach()
+    assert (batch.logp_gen - expected).abs().max() < 1e-5
+    assert expected[batch.response_mask].min() < -1, "unlikely tokens are among them"
+
+
+def test_the_models_own_generation_settings_do_not_bend_the_distribution(tiny, reference_logprobs):
+    model = tiny()
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.eos_token_id = [1, 4, 5, 6, 7]
+    model.generation_config.suppress_tokens = [2, 3]
+    batch = HFGenerator(model, pad_token_id=0).generate(requests(), Sampling(8, stop_token_ids=(1,)))
+    assert (batch.logp_gen - reference_logprobs(tiny(), batch).detach()).abs().max() < 1e-5
+    plain = HFGenerator(tiny(), pad_token_id=0).generate(requests(), Sampling(8, stop_token_ids=(1,)))
+    assert completions(batch) == completions(plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_of_given_tokens(generator, tiny, kind):
+    rows = [[2, 3, 4, 5, 6], [7, 8], [9]]
+    ours = generator(kind).logprobs(rows)
+    for row, logps in zip(rows, ours, strict=True):
+        ids = torch.tensor([row])
+        expected = token_logprobs(tiny(kind)(input_ids=ids).logits, ids)[0].tolist()
+        assert logps == pytest.approx(expected, abs=1e-5) and logps[0] == 0
+
+
+# ---- bookkeeping ----------------------------------------------------------------------------------------------
+
+
+def test_eos_ends_a_row_and_the_limit_truncates(generator):
+    sampler = generator()
+    free = completions(sampler.generate(requests(), Sampling(6)))
+    stop = free[0][2]  # a token that row 0 samples third
+    batch = sampler.generate(requests(), Sampling(6, stop_token_ids=(stop,)))
+    for row, (ids, unstopped) in enumerate(zip(completions(batch), free, strict=True)):
+        if stop in unstopped:
+            assert ids == unstopped[: unstopped.index(stop) + 1] and not batch.truncated[row], "EOS is kept"
+        else:
+            assert ids == unstopped and len(ids) == 6 and batch.truncated[row]
+    assert not batch.truncated[0] and batch.rows.response_lengths[0] <= 3
+
+
+def test_two_stop_tokens_and_none(generator):
+    sampler = generator()
+    free = completions(sampler.generate(requests(), Sampling(6)))
+    batch = sampler.generate(requests(), Sampling(6, stop_token_ids=(free[0][1], free[1][1])))
+    assert [len(c) <= 2 for c in completions(batch)[:2]] == [True, True]
+    assert sampler.generate(requests(), Sampling(3)).truncated.all()
+
+
+def test_the_layout_of_what_comes_back(generator):
+    batch = generator().generate(requests(), Sampling(4))
+    for row, prompt in enumerate(PROMPTS):
+        assert batch.tokens[row, : len(prompt)].tolist() == list(prompt), "prompts on the left, no padding between"
+        assert not batch.response_mask[row, : len(prompt)].any()
+    assert batch.prompt_id.tolist() == [0, 0, 1, 1, 2, 2] and batch.sample_id.tolist() == list(range(6))
+    assert [c["row"] for c in batch.columns] == list(range(6))
+
+
+def test_no_requests(generator):
+    with pytest.raises(ValueError, match="no requests"):
+        generator().generate([], Sampling(4))
+
+
+# ---- weights --------------------------------------------------------------------------------------------------
+
+
+def state(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def test_new_weights_are_used_and_tagged(generator, tiny):
+    sampler, other = generator(), tiny(seed=5)
+    before = completions(sampler.generate(requests(), Sampling(6)))
+    tensors = state(other)
+    sampler.init_weight_transfer_engine({"transport": "in_process"})
+    sampler.start_weight_update()
+    sampler.update_weights({"names": list(tensors), "tensors": list(tensors.values()), "index": 0, "last": True})
+    sampler.finish_weight_update("4")
+    batch = sampler.generate(requests(), Sampling(6))
+    assert sampler.version == 4 and set(batch.rows.weight_version) == {4}
+    assert completions(batch) != before
+    assert completions(batch) == completions(HFGenerator(other, pad_token_id=0).generate(requests(), Sampling(6)))
+
+
+@pytest.mark.parametrize("use", ["generate", "logprobs"])
+def test_a_half_updated_generator_refuses_to_work(generator, tiny, use):
+    sampler, tensors = generator(), state(tiny(seed=5))
+    name = next(iter(tensors))
+    sampler.start_weight_update()
+    sampler.update_weights({"names": [name], "tensors": [tensors[name]], "index": 0, "last": False})
+    for _ in range(2):
+        with pytest.raises(SyncError, match="replace this generator"):
+            sampler.generate(requests(), Sampling(2)) if use == "generate" else sampler.logprobs([[2, 3]])

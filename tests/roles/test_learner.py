@@ -1,0 +1,428 @@
+"""The policy update against a plain re-derivation, and everything that must not change it."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.config.schema import PRESETS
+from rlhf_ray.models.lora import apply_lora
+from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.roles.generator_hf import HFGenerator
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.training import Share
+
+KINDS = ["qwen2", "gpt2", "lstm"]
+LOSSES = {"grpo": {}, "ppo-like": {"kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 3.0}}
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.engine.export()}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# ---- the first step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_starts_from_the_old_policy_exactly(tiny, learner_of, ragged, with_advantages, kind):
+    metrics = learner_of(tiny(kind)).update(with_advantages(ragged), 0, 0.0)
+    assert metrics["approx_kl"] == 0.0 and metrics["ratio/mean"] == 1.0 and metrics["ratio/max"] == 1.0
+    assert metrics["clipfrac"] == 0.0 and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_old_logprobs_are_bit_equal_to_those_of_the_update(
+    tiny, learner_of, ragged, with_advantages, kind, temperature
+):
+    """Several minibatches and micro-batches: with lr 0 nothing moves, so every ratio must be exactly 1."""
+    learner = learner_of(
+        tiny(kind), temperature=temperature, epochs=2, minibatches=3, tokens_per_microbatch=8, lr=1e-45
+    )
+    batch = with_advantages(ragged)
+    metrics = learner.update(batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
+    assert metrics["approx_kl"] == 0.0 and metrics["ratio/mean"] == 1.0 and metrics["ratio/max"] == 1.0
+    assert metrics["grad_norm"] > 0
+
+
+def test_the_first_of_several_minibatches_is_exact_and_the_later_ones_move(
+    tiny, learner_of, ragged, with_advantages
+):
+    learner = learner_of(tiny(), minibatches=3)
+    batch = with_advantages(ragged)
+    batch = batch.replace(logp_old=learner.logprobs(batch))
+    first, second = learner.shares(batch)[:2]
+    loss = lambda micro, share: learner._loss(micro, share, kl_coef=0.0, first_epoch=True)  # noqa: E731
+    _, totals = learner.optimiser_step(batch, first, loss, 1e-2)
+    assert totals.values["approx_kl_sum"] == 0.0 and totals.values["ratio_max"] == 1.0
+    _, totals = learner.optimiser_step(batch, second, loss, 1e-2)
+    assert totals.values["approx_kl_sum"] > 1e-6 and totals.values["ratio_max"] > 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs(tiny, learner_of, ragged, reference_logprobs, kind, temperature):
+    ours = learner_of(tiny(kind), temperature=temperature, tokens_per_microbatch=10).logprobs(ragged)
+    expected = reference_logprobs(tiny(kind), ragged, temperature).detach()
+    assert (ours - expected).abs().max() < 1e-5
+    assert (ours[~ragged.response_mask] == 0).all() and ours.dtype == torch.float32
+
+
+# ---- one update, derived again --------------------------------------------------------------------------------
+
+
+def plain_loss(model, batch, reference_logprobs, *, kl_coef=0.0, entropy_coef=0.0, temperature=1.0) -> torch.Tensor:
+    """PPO's objective, token by token: -min(rho A, clip(rho) A), plus KL to the reference, minus entropy."""
+    logp = reference_logprobs(model, batch, temperature)
+    total, tokens = 0.0, int(batch.response_mask.sum())
+    for i, t in batch.response_mask.nonzero().tolist():
+        rho = torch.exp(logp[i, t] - batch.logp_old[i, t])
+        adv = batch.advantages[i, t]
+        loss = -torch.minimum(rho * adv, rho.clamp(0.8, 1.2) * adv)
+        if batch.logp_ref is not None:
+            # half the squared log-ratio; its gradient counts as often as the policy would draw the token today
+            kl = 0.5 * (logp[i, t] - batch.logp_ref[i, t]) ** 2
+            loss = loss + kl_coef * (kl.detach() + rho.detach() * (kl - kl.detach()))
+        if entropy_coef:
+            row = batch.tokens[i : i + 1, : int(batch.lengths[i])]
+            p = torch.log_softmax(model(input_ids=row).logits[0, t - 1].float() / temperature, -1)
+            loss = loss + entropy_coef * (p.exp() * p).sum()
+        total = total + loss / tokens
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kl_coef", "entropy_coef", "temperature"), [(0.0, 0.0, 1.0), (0.3, 0.0, 1.0), (0.0, 0.2, 1.0), (0.3, 0.2, 0.7)]
+)
+def test_an_update_is_adam_on_the_plain_objective(
+    tiny, learner_of, ragged, with_advantages, reference_logprobs, kl_coef, entropy_coef, temperature
+):
+    batch = with_advantages(ragged)
+    # An old policy a little away, so that some ratios are outside of [0.8, 1.2].
+    old = reference_logprobs(tiny(seed=0), ragged, temperature).detach()
+    noise = torch.linspace(-0.5, 0.5, old.numel()).view(old.shape) * ragged.response_mask
+    batch = batch.replace(logp_old=old + noise)
+    if kl_coef:
+        batch = batch.replace(logp_ref=reference_logprobs(tiny(seed=3), ragged, temperature).detach())
+    algorithm = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "kl_estimator": "k2"}
+    learner = learner_of(tiny(), algorithm, temperature=temperature, tokens_per_microbatch=12)
+    metrics = learner.update(batch, 0, kl_coef)
+
+    plain = tiny()
+    adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    loss = plain_loss(
+        plain, batch, reference_logprobs, kl_coef=kl_coef, entropy_coef=entropy_coef, temperature=temperature
+    )
+    loss.backward()
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in plain.parameters() if p.grad is not None))
+    gradients = [p.grad for p in plain.parameters()]
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    total = metrics["loss/policy"] + kl_coef * metrics.get("loss/kl", 0) + entropy_coef * metrics.get("loss/entropy", 0)
+    assert total == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-7)
+    assert metrics["clipfrac"] > 0
+    adam.step()
+    mine = dict(learner.engine.module.named_parameters())
+    for (name, theirs), gradient in zip(plain.named_parameters(), gradients, strict=True):
+        # Adam's first step is the sign of the gradient: where that is almost 0, rounding decides.
+        clear = gradient.abs() > 1e-5
+        assert torch.allclose(mine[name][clear], theirs[clear], atol=1e-4), name
+    assert distance(weights(learner), weights(learner_of(tiny()))) > 5e-3, "it did move"
+
+
+def test_gradients_are_clipped_by_their_global_norm(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    free = learner_of(tiny())
+    free.engine._optimizer.step = lambda: None
+    clipped = learner_of(tiny(), max_grad_norm=0.25)
+    seen = []
+    clipped.engine._optimizer.step = lambda: seen.append(
+        math.sqrt(sum(float((p.grad**2).sum()) for p in clipped.engine.module.parameters() if p.grad is not None))
+    )
+    norm = clipped.update(batch, 0, 0.0)["grad_norm"]
+    assert norm == free.update(batch, 0, 0.0)["grad_norm"] > 0.25, "the norm that is reported is the one before"
+    assert seen == [pytest.approx(0.25, rel=1e-4)]
+
+
+# ---- what must not change the update --------------------------------------------------------------------------
+
+
+def gradients_of(learner, batch, kl_coef=0.0) -> dict[str, torch.Tensor]:
+    """The gradient an update would step with."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def step(lr: float) -> float:
+        kept.update({n: p.grad.clone() for n, p in learner.engine.module.named_parameters() if p.grad is not None})
+        learner.engine.module.zero_grad()
+        return 1.0
+
+    learner.engine.step = step
+    learner.update(batch, 0, kl_coef)
+    return kept
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum_const"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_microbatch_budget_does_not_change_the_update(
+    tiny, learner_of, ragged, with_advantages, kind, aggregation
+):
+    batch = with_advantages(ragged)
+    algorithm = {"aggregation": aggregation}
+    whole = gradients_of(learner_of(tiny(kind), algorithm, tokens_per_microbatch=1000), batch)
+    assert max(float(g.abs().max()) for g in whole.values()) > 1e-3
+    for budget in (1, 14, 20):
+        parts = gradients_of(learner_of(tiny(kind), algorithm, tokens_per_microbatch=budget), batch)
+        assert distance(whole, parts) < 1e-6, budget
+
+
+def test_gradient_checkpointing_does_not_change_the_update(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    plain = gradients_of(learner_of(tiny()), batch)
+    model = tiny()
+    engine = TorchEngine(model, gradient_checkpointing=True)
+    learner = learner_of(model, engine=engine)
+    batch = batch.replace(logp_old=learner.logprobs(batch))
+    assert distance(plain, gradients_of(learner, batch)) < 1e-6
+    assert learner.update(batch, 0, 0.0)["approx_kl"] == 0.0
+
+
+@pytest.mark.parametrize("algorithm", LOSSES, ids=str)
+def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_advantages, algorithm):
+    batch = with_advantages(ragged)
+    batch = batch.replace(logp_ref=torch.full(batch.tokens.shape, -2.0) * batch.response_mask)
+    plain, padded = (learner_of(tiny(), LOSSES[algorithm], tokens_per_microbatch=14) for _ in range(2))
+    shares = padded.shares
+
+    def with_dummies(b) -> list[Share]:
+        return [
+            Share((*s.microbatches, (0,), (5,)), s.real, s.total_tokens, s.total_sequences) for s in shares(b)
+        ]
+
+    padded.shares = with_dummies
+    first, second = plain.update(batch, 0, 0.1), padded.update(batch, 0, 0.1)
+    assert first == second
+    assert distance(weights(plain), weights(padded)) == 0.0
+    assert torch.equal(plain.logprobs(batch), padded.logprobs(batch))
+
+
+class TwoRanks:
+    """Stands in for one of two ranks: keeps its losses apart, adds nothing up."""
+
+    def __init__(self, model, rank: int) -> None:
+        self.engine, self.rank, self.world_size = TorchEngine(model, max_grad_norm=1e9), rank, 2
+        self.device, self.module, self.calls = self.engine.device, self.engine.module, []
+
+    def __call__(self, **inputs):
+        self.calls.append("forward")
+        return self.engine(**inputs)
+
+    def backward(self, loss, *, last):
+        self.calls.append(f"backward{' last' if last else ''}")
+        self.engine.backward(loss, last=last)
+
+    def step(self, lr):
+        self.calls.append("step")
+        return 1.0
+
+    def all_reduce(self, value, op="sum"):
+        return value.clone()
+
+
+def test_two_ranks_share_the_gradient_and_make_the_same_calls(tiny, learner_of, ragged, with_advantages):
+    """The sum of both ranks' gradients is the gradient of one process, with equally many collectives."""
+    batch = with_advantages(ragged)
+    whole = gradients_of(learner_of(tiny(), tokens_per_microbatch=7), batch)
+    engines = [TwoRanks(tiny(), rank) for rank in range(2)]
+    for engine in engines:
+        learner = learner_of(None, engine=engine, tokens_per_microbatch=7)
+        learner.update(batch, 0, 0.0)
+    assert engines[0].calls == engines[1].calls
+    assert engines[0].calls[-3:] == ["forward", "backward last", "step"]
+    summed = {}
+    for engine in engines:
+        for name, p in engine.module.named_parameters():
+            summed[name] = summed.get(name, 0) + p.grad
+    assert distance(whole, summed) < 1e-6
+    partial = [learner_of(None, engine=e, tokens_per_microbatch=7).logprobs(batch) for e in engines]
+    joined = partial[0] + partial[1]
+    assert (joined - learner_of(tiny()).logprobs(batch)).abs().max() < 1e-5
+    assert ((partial[0] != 0) & (partial[1] != 0)).sum() == 0, "each row is computed by one rank"
+
+
+# ---- the algorithms -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_an_update(tiny, learner_of, ragged, with_advantages, name):
+    batch = with_advantages(ragged)
+    learner = learner_of(tiny(), {"name": name})
+    batch = batch.replace(logp_old=learner.logprobs(batch), logp_ref=learner.logprobs(batch) - 0.1)
+    before = weights(learner)
+    metrics = learner.update(batch, 0, learner.algorithm.kl_coef)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["kl_ref"] == pytest.approx(0.1 * 21 / 6, rel=1e-5), "21 tokens in 6 answers"
+    assert distance(before, weights(learner)) > 0
+
+
+def test_options_reach_the_loss(tiny, learner_of):
+    learner = learner_of(tiny(), {"name": "dapo", "clip_low": 0.1, "dual_clip": 3.0})
+    assert learner.policy_loss_options == {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 3.0}
+    assert learner_of(tiny(), {"name": "reinforce"}).policy_loss_options == {}
+
+
+def test_a_better_answer_becomes_likelier(tiny, learner_of, ragged, with_advantages):
+    learner, batch = learner_of(tiny(), lr=1e-3), with_advantages(ragged)
+    before = learner.logprobs(batch).sum(1)
+    for step in range(5):
+        learner.update(batch, step, 0.0)
+    change = learner.logprobs(batch).sum(1) - before
+    assert (change[::2] > 0).all() and (change[1::2] < 0).all()
+
+
+def test_truncated_importance_weights_scale_the_loss(tiny, learner_of, ragged, with_advantages):
+    """The generator was e^0.5 times less sure than the learner: every token counts min(e^0.5, 1.2)."""
+    batch = with_advantages(ragged)
+    learner = learner_of(tiny(), {"correction": "truncate", "correction_cap": 1.2})
+    batch = batch.replace(logp_gen=learner.logprobs(batch) - 0.5 * batch.response_mask)
+    weighted = gradients_of(learner, batch)
+    plain = gradients_of(learner_of(tiny()), batch)
+    assert distance({n: 1.2 * g for n, g in plain.items()}, weighted) < 1e-5
+    metrics = learner_of(tiny()).update(batch, 0, 0.0)
+    assert metrics["mismatch/absdiff_max"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["mismatch/kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-4)
+    assert metrics["mismatch/ess"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_masked_importance_weights_drop_what_is_too_far_on_either_side(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    logp = learner_of(tiny()).logprobs(batch)
+    kept = gradients_of(learner_of(tiny(), {"correction": "mask", "correction_cap": 2.0}), batch.replace(logp_gen=logp))
+    assert distance(kept, gradients_of(learner_of(tiny()), batch)) < 1e-5
+    for gap in (-0.8, 0.8):  # e^0.8 = 2.2 is above 2, e^-0.8 = 0.45 below 1/2
+        far = batch.replace(logp_gen=logp + gap * batch.response_mask)
+        dropped = gradients_of(learner_of(tiny(), {"correction": "mask", "correction_cap": 2.0}), far)
+        assert max(float(g.abs().max()) for g in dropped.values()) == 0.0
+
+
+def test_entropy_is_that_of_the_sampling_distribution(tiny, learner_of, ragged, with_advantages):
+    for temperature in (1.0, 0.5):
+        total = 0.0
+        for i, t in ragged.response_mask.nonzero().tolist():
+            p = torch.softmax(tiny()(input_ids=ragged.tokens[i : i + 1, :t]).logits[0, -1] / temperature, -1)
+            total += float(-(p * p.log()).sum().detach())
+        metrics = learner_of(tiny(), temperature=temperature).update(with_advantages(ragged), 0, 0.0)
+        assert metrics["entropy"] == pytest.approx(total / 21, rel=1e-4)
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    learner = learner_of(tiny(), minibatches=3)
+    batch = batch.replace(logp_old=learner.logprobs(batch))
+    poisoned = batch.advantages.clone()
+    poisoned[0, 2] = math.nan  # group 0
+    before = weights(learner)
+    metrics = learner.update(batch.replace(advantages=poisoned), 0, 0.0)
+    assert metrics["skipped_steps"] == 1.0 and math.isfinite(metrics["grad_norm"])
+    after = weights(learner)
+    assert learner.engine.steps == 2 and distance(before, after) > 0
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_when_every_step_is_skipped_nothing_changes(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    learner = learner_of(tiny())
+    before = weights(learner)
+    metrics = learner.update(batch.replace(advantages=batch.advantages * math.nan), 0, 0.0)
+    assert metrics["skipped_steps"] == 1.0 and math.isnan(metrics["grad_norm"])
+    assert distance(before, weights(learner)) == 0.0
+
+
+# ---- the learning rate ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [  # lr 1, warm-up over steps 0-1, then 8 steps to step 10
+        ("constant", {0: 0.5, 1: 1.0, 2: 1.0, 9: 1.0}),
+        ("linear", {0: 0.5, 1: 1.0, 2: 1.0, 4: 0.75, 6: 0.5, 10: 0.0, 12: 0.0}),
+        ("cosine", {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.5, 4: (1 + math.cos(math.pi / 4)) / 2, 10: 0.0}),
+    ],
+)
+def test_learning_rates(tiny, learner_of, schedule, expected):
+    learner = learner_of(tiny(), lr=1.0, lr_schedule=schedule, lr_warmup_steps=2)
+    for step, lr in expected.items():
+        assert learner.learning_rate(step) == pytest.approx(lr, abs=1e-12), step
+
+
+def test_the_rate_is_used_and_reported(tiny, learner_of, ragged, with_advantages):
+    learner = learner_of(tiny(), lr=1.0, lr_schedule="linear")
+    before = weights(learner)
+    assert learner.update(with_advantages(ragged), 10, 0.0)["lr"] == 0.0
+    assert distance(before, weights(learner)) == 0.0
+
+
+# ---- weights leave --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_push_generator_and_learner_agree(tiny, learner_of, ragged, with_advantages, kind, tie):
+    learner = learner_of(tiny(kind, tie_embeddings=tie, sharpness=1.0))
+    generator = HFGenerator(tiny(kind, tie_embeddings=tie, sharpness=1.0), pad_token_id=0)
+    learner.connect(generator)
+    fixed = [[2, 3, 4, 5], [6, 7], [8, 9, 10, 2, 3, 4]]
+    for step in range(3):
+        learner.update(with_advantages(ragged), step, 0.0)
+        stale = generator.logprobs(fixed)
+        metrics = learner.push_weights(step + 1)
+        assert metrics["sync/gb_per_s"] > 0
+        ours, theirs = learner.canary_logprobs(fixed), generator.logprobs(fixed)
+        assert [len(row) for row in ours] == [4, 2, 6] and generator.version == step + 1
+        for mine, others, old in zip(ours, theirs, stale, strict=True):
+            assert mine == pytest.approx(others, abs=1e-6) and mine != pytest.approx(old, abs=1e-4)
+
+
+def test_lora_trains_adapters_and_pushes_the_merged_weights(tiny, learner_of, ragged, with_advantages):
+    base = tiny(sharpness=1.0)
+    frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = apply_lora(base, r=2, alpha=8.0, seed=1)
+    learner = learner_of(model, lr=0.05)
+    generator = HFGenerator(tiny(sharpness=1.0), pad_token_id=0)
+    learner.connect(generator)
+    batch = with_advantages(ragged)
+    assert learner.update(batch, 0, 0.0)["approx_kl"] == 0.0
+    learner.update(batch, 1, 0.0)
+    learner.push_weights(1)
+    fixed = [[2, 3, 4, 5], [6, 7]]
+    for mine, others in zip(learner.canary_logprobs(fixed), generator.logprobs(fixed), strict=True):
+        assert mine == pytest.approx(others, abs=1e-5)
+    before = HFGenerator(tiny(sharpness=1.0), pad_token_id=0).logprobs(fixed)[0]
+    assert generator.logprobs(fixed)[0] != pytest.approx(before, abs=1e-3)
+    for name, tensor in model.get_base_model().state_dict().items():
+        plain = name.replace(".base_layer", "")
+        if plain in frozen:
+            assert torch.equal(tensor, frozen[plain]), "the base is frozen"
+
+
+def test_save_and_load_continue_bit_for_bit(tiny, learner_of, ragged, with_advantages, tmp_path):
+    batch = with_advantages(ragged)
+    one, other = learner_of(tiny()), learner_of(tiny(seed=4))
+    one.update(batch, 0, 0.0)
+    one.save(tmp_path)
+    other.load(tmp_path)
+    assert one.update(batch, 1, 0.0) == other.update(batch, 1, 0.0)
+    assert distance(weights(one), weights(other)) == 0.0
+
+
+def test_a_batch_is_not_changed_by_an_update(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    kept = copy.deepcopy(batch)
+    learner_of(tiny(), epochs=2).update(batch.replace(logp_old=torch.zeros(batch.tokens.shape)), 0, 0.0)
+    assert torch.equal(batch.advantages, kept.advantages) and torch.equal(batch.tokens, kept.tokens)

@@ -1,0 +1,203 @@
+"""The judge: decoding, weights, and reward models of several shapes in any padding."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from rlhf_ray.batch import build_batch
+from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.errors import RewardError
+from rlhf_ray.models.loading import load_reward_model
+from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.rewards.compose import RewardFunction, RewardSet
+from rlhf_ray.roles.protocols import Request
+from rlhf_ray.roles.reward import Reward, RewardModel
+
+CORPUS = ["the film was good", "the film was bad , really bad", "a very good and long story", "bad"]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return build_tokenizer("word", CORPUS)
+
+
+@pytest.fixture
+def batch(words):
+    """Two rows of the prompt "the film was": "good <eos>" and "bad , really bad"."""
+    ids = lambda text: words(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    requests = [
+        Request(0, i, tuple(ids("the film was")), i, {"prompt": "the film was", "label": label})
+        for i, label in enumerate("xy")
+    ]
+    completions = [[*ids("good"), words.eos_token_id], ids("bad , really bad")]
+    return build_batch(
+        requests, completions, [[0.0] * len(c) for c in completions], truncated=[False, True], weight_version=0
+    )
+
+
+def test_functions_see_texts_ids_and_columns(words, batch):
+    seen = {}
+
+    def spy(prompts, completions, completion_ids, label, **columns):
+        seen.update(locals())
+        return [1.0, 2.0]
+
+    scores = Reward(RewardSet([RewardFunction("spy", spy)]), words).score(batch)
+    assert seen["prompts"] == ["the film was"] * 2 and seen["completions"] == ["good", "bad, really bad"]
+    assert [len(ids) for ids in seen["completion_ids"]] == [2, 4], "EOS is among the ids, not in the text"
+    assert seen["label"] == ["x", "y"]
+    assert scores.score.tolist() == [1.0, 2.0] and scores.score.dtype == torch.float32
+    assert scores.texts == ()
+
+
+def test_weights_and_the_parts(words, batch):
+    functions = RewardSet([
+        RewardFunction("short", lambda completions: [float(len(c) < 8) for c in completions], weight=2.0),
+        RewardFunction("len", lambda completion_ids: [len(ids) for ids in completion_ids], weight=-0.5),
+    ])  # fmt: skip
+    scores = Reward(functions, words).score(batch, texts=1)
+    assert scores.score.tolist() == [2 * 1 - 0.5 * 2, 0 - 0.5 * 4]
+    assert {name: values.tolist() for name, values in scores.by_function.items()} == {"short": [1, 0], "len": [2, 4]}
+    assert scores.texts == (("the film was", "good"),)
+
+
+class Judge:
+    """Stands in for a reward model: keeps the texts, gives fixed scores."""
+
+    def __init__(self, scores, weight=1.0):
+        self.config, self.scores, self.texts = RewardModelConfig(path="judge", weight=weight), scores, []
+
+    def score(self, texts):
+        self.texts += texts
+        return self.scores
+
+
+def test_the_model_adds_its_weighted_score_and_reads_whole_texts(words, batch):
+    judge = Judge([0.5, -1.0], weight=4.0)
+    scores = Reward(RewardSet([RewardFunction("one", lambda completions: [1.0, 1.0])]), words, model=judge).score(batch)
+    assert judge.texts == ["the film was good", "the film was bad, really bad"], "with the blank between the words"
+    assert scores.score.tolist() == [3.0, -3.0]
+    assert scores.by_function["reward_model"].tolist() == [0.5, -1.0]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_lossless_tokenizers_need_no_blank(kind, batch):
+    tokenizer = build_tokenizer(kind, [*CORPUS, "+="], vocab_size=300 if kind == "bpe" else None)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    request = Request(0, 0, tuple(ids("1+1=")), 0, {"prompt": "1+1="})
+    judge, rows = Judge([0.0]), build_batch([request], [ids("od")], [[0.0] * len(ids("od"))], truncated=[False],
+                                            weight_version=0)  # fmt: skip
+    Reward(RewardSet([]), tokenizer, model=judge).score(rows)
+    assert judge.texts == ["1+1=od"], "the prompt is kept as it was given, unknown characters too"
+
+
+def test_special_tokens_of_a_prompt_stay(words):
+    """A chat template's markers decode to nothing; the judge must see the prompt as the template wrote it."""
+    ids = words("film was", add_special_tokens=False)["input_ids"]
+    request = Request(0, 0, (words.eos_token_id, *ids), 0, {"prompt": "<|user|>film was<|assistant|>"})
+    good = words("good", add_special_tokens=False)["input_ids"]
+    judge, rows = Judge([0.0]), build_batch([request], [good], [[0.0]], truncated=[False], weight_version=0)
+    Reward(RewardSet([]), words, model=judge).score(rows)
+    assert judge.texts == ["<|user|>film was<|assistant|> good"]
+
+
+def test_a_model_that_gives_no_number(words, batch):
+    with pytest.raises(RewardError, match="reward_model: row 1 scored nan; check the folder judge"):
+        Reward(RewardSet([]), words, model=Judge([0.5, math.nan])).score(batch)
+
+
+# ---- reward models --------------------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+MODELS = {
+    "bert": lambda labels: BertForSequenceClassification(
+        BertConfig(**SIZES, num_attention_heads=2, max_position_embeddings=32, num_labels=labels)),
+    "distilbert": lambda labels: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=40, dim=16, hidden_dim=16, n_layers=2, n_heads=2, max_position_embeddings=32,
+                         num_labels=labels)),
+    "qwen2": lambda labels: Qwen2ForSequenceClassification(
+        Qwen2Config(**SIZES, num_attention_heads=2, num_key_value_heads=2, num_labels=labels)),
+    "gpt2": lambda labels: GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=labels)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def judge(words, tmp_path):
+    """A reward model through a folder, as a run loads it; `words` pads on the left, as policies do."""
+
+    def make(kind: str, labels: int = 1, **settings) -> RewardModel:
+        torch.manual_seed(0)
+        model = MODELS[kind](labels)
+        with torch.no_grad():  # untrained heads hardly tell texts apart
+            for p in model.parameters():
+                p.mul_(3.0)
+        model.save_pretrained(tmp_path / kind)
+        words.save_pretrained(tmp_path / kind)
+        network, tokenizer = load_reward_model(tmp_path / kind)
+        return RewardModel(network, tokenizer, RewardModelConfig(path=str(tmp_path / kind), **settings))
+
+    return make
+
+
+def logits_alone(judge: RewardModel, text: str) -> list[float]:
+    """By the plain model, one text at a time: no padding."""
+    return judge.model(**judge.tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0].tolist()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_label_is_the_score_whatever_the_padding(judge, kind):
+    model = judge(kind)
+    expected = [logits_alone(model, text)[0] for text in CORPUS]
+    assert model.score(CORPUS) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-3
+    in_pairs = judge(kind, batch_size=2).score(CORPUS[::-1])[::-1]
+    assert in_pairs == pytest.approx(expected, abs=1e-5), "neither do neighbours matter"
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen2", "distilbert"])
+def test_two_labels(judge, kind):
+    pairs = [logits_alone(judge(kind, labels=2), text) for text in CORPUS]
+    odds = [good - bad for bad, good in pairs]
+    assert judge(kind, labels=2).score(CORPUS) == pytest.approx(odds, abs=1e-5)
+    probability = [math.exp(good) / (math.exp(good) + math.exp(bad)) for bad, good in pairs]
+    assert judge(kind, labels=2, output="prob").score(CORPUS) == pytest.approx(probability, abs=1e-5)
+    logs = [math.log(p) for p in probability]
+    assert judge(kind, labels=2, output="logprob").score(CORPUS) == pytest.approx(logs, abs=1e-5)
+
+
+def test_three_labels_the_last_is_the_good_one(judge):
+    a, b, c = logits_alone(judge("bert", labels=3), CORPUS[0])
+    expected = math.exp(c) / (math.exp(a) + math.exp(b) + math.exp(c))
+    assert judge("bert", labels=3, output="prob").score(CORPUS[:1]) == pytest.approx([expected], abs=1e-6)
+
+
+def test_one_label_as_a_probability(judge):
+    logit = logits_alone(judge("bert"), CORPUS[0])[0]
+    assert judge("bert", output="prob").score(CORPUS[:1]) == pytest.approx([1 / (1 + math.exp(-logit))], abs=1e-6)
+
+
+def test_a_long_text_loses_its_beginning_not_its_answer(judge):
+    model = judge("bert", max_length=4)
+    assert model.score(["the film was a very long story"]) == pytest.approx(
+        [logits_alone(model, "a very long story")[0]], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_text_longer_than_the_models_positions(judge, kind):
+    model = judge(kind, max_length=512)
+    assert model.score([" ".join(["good"] * 100)]) == pytest.approx(
+        [logits_alone(model, " ".join(["good"] * 32))[0]], abs=1e-5
+    )

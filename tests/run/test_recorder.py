@@ -1,0 +1,129 @@
+"""What a step leaves behind."""
+
+import json
+
+import pytest
+import torch
+
+from rlhf_ray.batch import Rows
+from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.roles.protocols import Scores
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.recorder import Recorder, rollout_rows
+
+ROWS = Rows(prompt_id=(3, 3), lengths=(5, 3), response_lengths=(4, 2), truncated=(True, False), weight_version=(0, 0))
+SCORES = Scores(torch.tensor([1.0, 0.5]), {"exact": torch.tensor([1.0, 0.0])}, (("p", "one"), ("p", "two")))
+
+
+def settings(**changes) -> RunConfig:
+    tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": [], "samples_every": 2}}
+    return RunConfig.model_validate({**tree, **changes})
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    def make(resume: bool = False, **changes) -> Recorder:
+        return Recorder(settings(**changes), RunDirectory(tmp_path / "run", resume=resume))
+
+    return make
+
+
+def test_a_step(recorder, tmp_path):
+    run = recorder()
+    run.timer.add("step", 2.0)
+    run.timer.add("generate", 0.5)
+    run.log(1, {"reward/mean": 0.75}, ROWS, SCORES)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row == {
+        "step": 1, "reward/mean": 0.75, "time/step": 2, "time/generate": 0.5, "perf/tokens_per_s": 4,
+        "perf/samples_per_s": 1, "perf/padding_frac": pytest.approx(0.2),
+    }  # fmt: skip
+    assert run.timer.take() == {}, "the next step starts from 0"
+    assert (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().count("\n") == 2
+    assert "path: m" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_rollout_rows():
+    assert rollout_rows(ROWS, SCORES, 1) == [{
+        "prompt_id": 3, "prompt": "p", "completion": "one", "reward": 1.0, "rewards": {"exact": 1.0}, "tokens": 4,
+        "truncated": True,
+    }]  # fmt: skip
+    assert len(rollout_rows(ROWS, SCORES, 5)) == 2
+
+
+def test_rollouts_may_be_switched_off(recorder, tmp_path):
+    run = recorder(logging={"loggers": [], "rollouts": 0})
+    run.log(1, {}, ROWS, SCORES)
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
+def test_samples_are_shown_every_so_often(recorder, capsys):
+    run = recorder()
+    for step in (1, 2, 3):
+        run.log(step, {}, ROWS, SCORES)
+    assert capsys.readouterr().out.count("[1.000] p -> one") == 1
+
+
+def test_an_alarm_is_a_warning_and_an_event(recorder):
+    run = recorder()
+    with pytest.warns(UserWarning, match="step 4: mismatch: the weights differ"):
+        run.alarm("mismatch", "the weights differ", 4)
+    event = run.directory.read_events()[-1]
+    assert (event["event"], event["kind"], event["reason"], event["step"]) == (
+        "alarm", "mismatch", "the weights differ", 4,
+    )  # fmt: skip
+
+
+def test_what_is_remembered_is_measured_once(recorder):
+    assert recorder().remember("before", lambda: {"accuracy": 0.5}) == {"accuracy": 0.5}
+    resumed = recorder(resume=True)
+    assert resumed.remember("before", lambda: pytest.fail("again")) == {"accuracy": 0.5}
+    assert resumed.remember("other", lambda: {"x": 1}) == {"x": 1}
+
+
+def test_the_end(recorder, tmp_path):
+    run = recorder()
+    run.log(1, {}, ROWS, SCORES)
+    run.finish("finished", before={"accuracy": 0.1}, after={"accuracy": 0.9})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary.pop("seconds") >= 0
+    assert summary == {
+        "name": "run", "run_dir": str(tmp_path / "run"), "status": "finished", "steps": 1,
+        "before": {"accuracy": 0.1}, "after": {"accuracy": 0.9},
+    }  # fmt: skip
+
+
+def test_going_on_from_a_checkpoint(recorder, tmp_path):
+    run = recorder(steps=5)
+    for step in (1, 2, 3):
+        run.log(step, {}, ROWS, SCORES)
+        if step == 2:
+            run.checkpoints.save(2, lambda folder: (folder / "weights").write_text("w"), {"kl": 0.5})
+    resumed = recorder(resume=True, steps=5)
+    assert resumed.resume_point.step == 2 and resumed.resume_point.state == {"kl": 0.5}
+    assert resumed.steps_done == 2
+    assert [row["step"] for row in resumed.directory.read_metrics()] == [1, 2], "step 3 will be written again"
+
+
+def test_resume_without_a_checkpoint_starts_at_0(recorder):
+    recorder().log(1, {}, ROWS, SCORES)
+    resumed = recorder(resume=True)
+    assert resumed.resume_point is None and resumed.directory.read_metrics() == []
+
+
+@pytest.mark.parametrize("name", ["seed", "model", "warm_start"])
+def test_settings_that_made_the_policy_cannot_change(recorder, name):
+    recorder()
+    other = {"seed": 9, "model": {"path": "another"}, "warm_start": {"steps": 3}}
+    with pytest.raises(ConfigError, match=f"{name} has changed since it was made .*set it back, or start anew"):
+        recorder(resume=True, **{name: other[name]})
+
+
+def test_other_settings_may_change_and_are_noted(recorder):
+    run = recorder()
+    resumed = recorder(resume=True, learner={"lr": 0.5})
+    changes = [e["changes"] for e in resumed.directory.read_events() if e["event"] == "config_changed"]
+    assert changes == [["-  lr: 1.0e-06", "+  lr: 0.5"]]
+    assert run.directory.config_file.read_text() == dump_config(resumed.config)

@@ -1,0 +1,201 @@
+"""The commands: what they print, and that every refusal is exit status 2 and one readable paragraph."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from rlhf_ray import cli
+from rlhf_ray.config.load import load_config
+
+TINY = {
+    "name": "tiny",
+    "steps": 1,
+    "device": "cpu",
+    "model": {
+        "path": "scratch:qwen2",
+        "tokenizer": {"path": "scratch:char"},
+        "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16},
+    },
+    "data": {"path": "task:arithmetic", "max_prompt_tokens": 8},
+    "rollout": {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2},
+    "rewards": [{"function": "exact_answer"}],
+    "eval": {"size": 2},
+    "logging": {"loggers": []},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture
+def rlhf_ray(monkeypatch, capsys):
+    """Run the command in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return run
+
+
+# ---- what an import costs -------------------------------------------------------------------------------------
+
+
+def test_the_command_line_loads_no_torch_and_answers_at_once(repo_root):
+    code = "import sys, rlhf_ray.cli; print({'torch', 'transformers', 'ray', 'pydantic'} & set(sys.modules))"
+    seconds = []
+    for _ in range(5):  # a busy machine makes single measurements longer, never shorter
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo_root, check=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.stdout.strip() == "set()"
+        if seconds[-1] < 1:
+            return
+    pytest.fail(f"`import rlhf_ray.cli` took {min(seconds):.2f} s at best")
+
+
+def test_help(rlhf_ray):
+    status, out, _ = rlhf_ray("--help")
+    assert status == 0
+    for command in ("rl", "quickstart", "doctor"):
+        assert command in out
+    status, out, _ = rlhf_ray("rl", "--help")
+    assert status == 0
+    for option in ("--run-dir", "--resume", "--dry-run"):
+        assert option in out
+
+
+def test_no_arguments_show_the_help(rlhf_ray):
+    _, out, err = rlhf_ray()
+    assert "Usage" in out + err
+
+
+# ---- dry run --------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_resolved_config_and_the_plan(rlhf_ray, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = rlhf_ray("rl", tiny, "algorithm.name=ppo", "learner.lr=1e-7", "--dry-run")
+    assert status == 0 and "# placement: executor local, device cpu, float32" in out and "critic" in out
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(out)
+    assert load_config(printed) == load_config(tiny, ["algorithm.name=ppo", "learner.lr=1e-7"])
+    assert not (tmp_path / "runs").exists(), "nothing was run"
+
+
+def test_quickstart_uses_the_config_of_the_repository(rlhf_ray, repo_root):
+    status, out, _ = rlhf_ray("quickstart", "steps=7", "--dry-run")
+    assert status == 0
+    printed = yaml.safe_load(out)
+    assert printed["steps"] == 7 and printed["name"] == "grpo-arithmetic"
+    assert cli._quickstart_config() == repo_root / "configs" / "grpo_arithmetic.yaml"
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_table(rlhf_ray, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "rl", str(tiny), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "1 steps in" in out and "accuracy" in out and "before" in out
+    assert f"run directory: {tmp_path}/run\n" in out
+    assert f"Everything is in {tmp_path}/run; the model is in {tmp_path}/run/model\n" in out, "paths in one piece"
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def sample(completion: str) -> dict:
+    return {"prompt": "p", "completion": completion, "reward": 0.5}
+
+
+def test_a_metric_that_is_there_only_once_does_not_break_the_table(capsys):
+    """accuracy exists only while all rewards are 0 or 1."""
+    summary = {
+        "steps": 1, "seconds": 1.0, "run_dir": "x",
+        "before": {"reward": 0.0, "accuracy": 0.0, "samples": [sample("was")]},
+        "after": {"reward": 0.25, "distinct_1": 1, "samples": [sample("[/red] is")]},
+    }  # fmt: skip
+    cli._print_summary(summary)
+    out = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:4]] for line in out.splitlines()
+            if line.count("│") == 4}  # fmt: skip
+    assert rows["accuracy"] == ["0.000", ""] and rows["distinct_1"] == ["", "1.000"]
+    assert rows["reward"] == ["0.000", "0.250"] and "[/red] is  [0.50]" in out
+
+
+def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, tiny, monkeypatch):
+    def run_rl(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_ray.build.run_rl", run_rl)
+    status, _, err = rlhf_ray("rl", tiny)
+    assert status == 130 and err == "rlhf-ray: interrupted; go on with the same command and --resume auto\n"
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["learner.leraning_rate=1", "rollout.group_size=1"], "2 problems"),
+        (["learner.rl=1"], "learner.rl: unknown key; did you mean learner.lr?"),
+        (["data.path=gone.jsonl"], "gone.jsonl: no such file; give an existing"),
+        (["rewards.0.function=sentimant"], "did you mean 'sentiment'"),
+        (["model.tokenizer.path=./gone"], "./gone: no such folder; give an existing model folder"),
+        (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
+        (["device=cuda"], "device=cuda: torch sees no CUDA device; check the driver"),
+    ],
+)
+def test_bad_input_is_status_2_and_one_paragraph(rlhf_ray, tiny, tmp_path, monkeypatch, overrides, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, err = rlhf_ray("rl", tiny, *overrides, "--run-dir", tmp_path / "run")
+    assert status == 2 and err.startswith("rlhf-ray: ") and expected in err
+    assert "Traceback" not in err + out and "\n\n" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_typo_in_the_name_of_the_file(rlhf_ray, tiny):
+    status, _, err = rlhf_ray("rl", str(tiny).replace("tiny.yaml", "tinny.yaml"))
+    assert status == 2 and f"did you mean {tiny}?" in err
+
+
+def test_resume_takes_auto_or_never(rlhf_ray, tiny):
+    status, _, err = rlhf_ray("rl", tiny, "--resume", "yes")
+    assert status == 2 and "must be 'auto' or 'never'" in err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(tiny, monkeypatch):
+    def run_rl(*args, **kwargs):
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("rlhf_ray.build.run_rl", run_rl)
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "rl", str(tiny)])
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.system
+def test_the_installed_command(tiny, tmp_path, repo_root):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "--run-dir", str(tmp_path / "run")],
+        capture_output=True, text=True, cwd=repo_root, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run(
+        [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "--run-dir", str(tmp_path / "run")],
+        capture_output=True, text=True, cwd=repo_root, timeout=300,
+    )  # fmt: skip
+    assert again.returncode == 2 and "holds another run" in again.stderr and "Traceback" not in again.stderr

