@@ -1,0 +1,76 @@
+"""Settings of a dataset for supervised training, reward models and preferences: what it is, how it is read and cleaned.
+
+Prompts for reinforcement learning have a section of their own (`DataConfig` in config/schema.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.schema import Section
+
+DataType = Literal[
+    "prompt",
+    "prompt_completion",
+    "instruction",
+    "text",
+    "labelled",
+    "messages",
+    "preference",
+    "ranked",
+    "unpaired",
+    "verl",
+]
+
+
+class ColumnsConfig(Section):
+    """Names of the columns, where they differ from the usual ones (`columns.prompt: question`)."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    messages: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    margin: str | None = None
+    label: str | None = None
+    completions: str | None = Field(None, description="ranked: the list of answers, best first")
+    scores: str | None = Field(None, description="ranked: their scores, where the list is in no order")
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+
+
+class CleaningConfig(Section):
+    """What is left out, and counted by reason. What is switched off stays in; an empty row is then an error."""
+
+    duplicates: bool = Field(True, description="rows that say exactly what an earlier row said")
+    empty: bool = Field(True, description="rows whose text is empty or blank")
+    identical: bool = Field(True, description="pairs whose chosen and rejected answers are the same")
+    min_response_tokens: int = Field(1, ge=0, description="shorter answers are left out; EOS does not count")
+
+
+class DatasetConfig(Section):
+    """`path` is a .jsonl/.csv/.parquet/.txt file or a Hugging Face dataset name (owner/name, owner/name:subset)."""
+
+    path: str
+    split: str = Field("train", description="of a Hugging Face dataset")
+    eval_path: str | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")
+    eval_split: str = Field("test", description="of eval_path, where that is a Hugging Face dataset")
+    eval_size: int = Field(0, ge=0, description="rows held out, never with a prompt that is also trained on")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    type: Literal["auto"] | DataType = Field("auto", description="auto: from the columns of the first row")
+    columns: ColumnsConfig = ColumnsConfig()
+    template: Literal["auto", "chat", "alpaca", "none"] = Field(
+        "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
+    )
+    chat_template: str | None = Field(
+        None, description="a .jinja file or a built-in name (zephyr); empty: the tokenizer's own"
+    )
+    system_prompt: str | None = Field(None, description="chat: first message of conversations that have none")
+    learn: Literal["all", "last"] = Field("all", description="conversations: which of the assistant's turns")
+    max_length: int = Field(2048, gt=1, description="tokens of a whole sequence, EOS included")
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    cleaning: CleaningConfig = CleaningConfig()
