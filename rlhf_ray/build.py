@@ -19,11 +19,14 @@ from rlhf_ray.loops.rl import train
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
 from rlhf_ray.models.devices import Hardware, choose_hardware
+from rlhf_ray.models.flops import device_name, peak_flops
 from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import load_reward
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
 from rlhf_ray.roles.protocols import Roles, Sampling
+from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
 from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
@@ -47,6 +50,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         )
         assets = Assets(policy, tokenizer_path, hardware)
         with open_roles(config, assets) as roles:
+            run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, _sampling(config, tokenizer, config.eval.temperature),
                 seed=config.seed,
@@ -186,9 +190,20 @@ def open_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
             reference=make_reference(config, assets) if config.uses_reference else None,
             critic=make_critic(config, assets) if config.uses_critic else None,
             replicas=(generator,),
+            device_name=device_name(assets.hardware.device),
         )
     finally:
         generator.close()
+
+
+def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:
+    """What the steps compute with, for `perf/mfu` and `cost/device_hours`."""
+    policy = saved_size(assets.policy, "policy", config.model.lora)
+    critic = policy and Size(policy.base, policy.base)  # LoRA is the policy's alone
+    if config.critic.path is not None:
+        critic = saved_size(config.critic.path)
+    peak = None if roles.device_name is None else peak_flops(roles.device_name, assets.hardware.dtype)
+    return Workload(policy, critic, roles.devices, peak)
 
 
 def _sampling(config: RunConfig, tokenizer: Any, temperature: float | None = None) -> Sampling:

@@ -6,36 +6,18 @@ The models are built on the meta device (shapes without numbers), so this costs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM with AutoConfig
-from rlhf_ray.config.schema import LoraConfig, RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.warm_start import make_tokenizer
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.size import Size, saved_size, size_of
 
-Kind = Literal["policy", "classifier"]
 ADAM_BYTES = 8  # two moments a trained parameter, float32
 MASTER_BYTES = 4  # gradients, and the float32 copy of weights that are computed with in bfloat16
-
-
-@dataclass(frozen=True)
-class Size:
-    """Parameters of a model, and how many of them are trained."""
-
-    parameters: int
-    trained: int
-
-    @property
-    def base(self) -> int:
-        """Without the adapters."""
-        return self.parameters - self.trained if self.trained < self.parameters else self.parameters
 
 
 @dataclass(frozen=True)
@@ -143,41 +125,13 @@ def model_size(config: RunConfig) -> Size | None:
     kind, vocab_size = config.model.path.removeprefix("scratch:"), _vocab_size(config)
     with torch.device("meta"):
         model = build_scratch(kind, vocab_size=vocab_size, **config.model.scratch.model_dump())
-    return _size_of(model, config.model.lora)
-
-
-def saved_size(path: str, kind: Kind, lora: LoraConfig | None = None) -> Size | None:
-    """Size of a model in a folder or in the local Hub cache; None where there is none."""
-    factory = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
-    try:
-        shape = AutoConfig.from_pretrained(path, local_files_only=True)
-        with torch.device("meta"):
-            return _size_of(factory.from_config(shape), lora)
-    except (OSError, ValueError, KeyError):
-        return None
+    return size_of(model, config.model.lora)
 
 
 def _vocab_size(config: RunConfig) -> int:
     # word and bpe learn their words from the data: the bound is near enough, and costs no reading.
     learned = config.model.tokenizer.path in ("scratch:word", "scratch:bpe")
     return config.model.tokenizer.vocab_size if learned else len(make_tokenizer(config))
-
-
-def _size_of(model: PreTrainedModel, lora: LoraConfig | None) -> Size:
-    parameters = sum(p.numel() for p in model.parameters())  # a tied weight comes once
-    if lora is None:
-        return Size(parameters, parameters)
-    adapters = sum(lora.r * sum(layer.weight.shape) for layer in _adapted(model, lora))
-    return Size(parameters + adapters, adapters)
-
-
-def _adapted(model: PreTrainedModel, lora: LoraConfig) -> list[nn.Module]:
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
-    if lora.target_modules == "all-linear":
-        return list(linear.values())
-    wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    return [module for name, module in linear.items() if name.rpartition(".")[2] in wanted]
 
 
 def human(count: int | None) -> str:

@@ -68,6 +68,13 @@ def gpus_of_cluster(address: str | None) -> int | None:
         return int(ray.cluster_resources().get("GPU", 0))
 
 
+def accelerator_name() -> str | None:
+    """The kind of GPU that the connected cluster has, as Ray names it (`H100`); None if there are several or none."""
+    prefix = "accelerator_type:"
+    kinds = {name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def require_reachable(address: str) -> None:
     """Raises PlacementError if nothing listens at host:port: Ray itself would try for a long time."""
     if address == "auto":

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.remote.batcher import BatchHost
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.client import GeneratorsClient
-from rlhf_ray.remote.cluster import connected, worker_environment
+from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.handles import (
     RemoteAdvantages,
@@ -66,7 +67,7 @@ def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
             _build(crew, plan, config, _everywhere(assets), transport)
             crew.watch()
-            yield _handles(crew, config)
+            yield dataclasses.replace(_handles(crew, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
             crew.dismiss(farewell)
@@ -115,6 +116,13 @@ def _lend_gpus(crew: Crew, plan: Plan, places: Mapping[str, Place], deadline: De
             gpus = tuple(gpu for owner in seat.borrows for gpu in places[owner].gpus)
             calls.append(by_name[seat.name].start(Host.use_gpus, gpus, deadline=deadline))
     crew.results(calls)
+
+
+def _devices(crew: Crew, plan: Plan, device: str) -> dict[str, Any]:
+    """What the run occupies, as `Roles` has it."""
+    if device == "cuda":
+        return {"devices": plan.total("GPU"), "device_name": accelerator_name()}
+    return {"devices": float(len({worker.node for worker in crew.workers})), "device_name": device}
 
 
 def _sync_deadline(config: RunConfig) -> Deadline:

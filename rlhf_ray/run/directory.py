@@ -129,17 +129,17 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary_file.read_text(encoding="utf-8"))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, **noted: Any) -> None:
         """Forget what came after `step`, the step of the checkpoint the run goes on from.
 
-        The steps that follow will be run and written again; events stay, they did happen.
+        The steps that follow will be run and written again; events stay, they did happen. `noted` goes into the event.
         """
         gone = keep_lines(self.metrics_file, lambda row: int(row.get("step", 0)) <= step)
         for path in self.rollouts.glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
         self.summary_file.unlink(missing_ok=True)  # it told of an end that is no longer the end
-        self.event("resumed", step=step, metric_rows_dropped=gone)
+        self.event("resumed", step=step, metric_rows_dropped=gone, **noted)
 
 
 def newest_run(name: str, root: str | Path = "runs") -> Path | None:

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, StorageError
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.checkpoint import Checkpoints
+from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.metrics import Metrics
 from rlhf_ray.run.progress import Progress
@@ -26,6 +27,11 @@ from rlhf_ray.run.timer import Timer
 
 # The sections that decide which weights a run starts from.
 _MADE_BY = ("seed", "model", "warm_start")
+# Stand in every row, also where nothing of the kind has happened.
+_COUNTS = ("dropped_stale", "fault/restarts", "fault/retries", "fault/dropped")
+_PARTS = (
+    "step", "generate", "reward", "ref_logp", "old_logp", "values", "update", "weight_sync", "wait", "ckpt", "eval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,27 @@ class Recorder:
         self.resume_point = None if found is None else ResumePoint(*found)
         directory.write_config(dump_config(config))
         step = self.resume_point.step if self.resume_point else None
+        self.workload = Workload()
+        self._spent_before = spent_before(directory) if directory.resumed else Spent()
+        self.started = time.monotonic()
         if directory.resumed:
-            directory.rewind(step or 0)
+            directory.rewind(step or 0, **asdict(self._spent_before))
         self.metrics = Metrics(
             directory, ["jsonl", *config.logging.loggers], config=config.model_dump(mode="json"), resume_step=step
         )
         self.progress = Progress(config.name, config.steps, done=step or 0)
         self.progress.note(f"run directory: {directory.path}" + (f", from step {step}" if step else ""))
         self.steps_done = step or 0
-        self.started = time.monotonic()
 
     def warm_start_progress(self) -> Callable[[int, float], None]:
         """A bar of its own for the supervised steps before the run."""
         self._show(Progress("warm start", self.config.warm_start.steps))
         return lambda step, loss: self.progress.update(step, {"loss": loss})
+
+    @property
+    def spent(self) -> Spent:
+        """Time so far, over all parts of the run."""
+        return self._spent_before.plus(time.monotonic() - self.started, self.workload.devices)
 
     def begin(self) -> None:
         """The steps begin: the time left is reckoned from here."""
@@ -76,11 +89,16 @@ class Recorder:
 
     def log(self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores) -> None:
         """One finished step: numbers to the loggers, completions to rollouts/, a line to the screen."""
-        metrics = {**metrics, **self.timer.take()}
-        seconds = max(metrics.get("time/step", 0.0), 1e-9)
+        nothing = dict.fromkeys([*_COUNTS, *(f"time/{part}" for part in _PARTS)], 0.0)
+        metrics = {**nothing, **metrics, **self.timer.take()}
+        seconds = max(metrics["time/step"], 1e-9)
         metrics["perf/tokens_per_s"] = sum(rows.lengths) / seconds
         metrics["perf/samples_per_s"] = len(rows) / seconds
-        metrics["perf/padding_frac"] = 1 - sum(rows.lengths) / (len(rows) * max(rows.lengths))
+        mfu = self.workload.mfu(self.config, rows, step - 1, seconds)
+        if mfu is not None:
+            metrics["perf/mfu"] = mfu
+        spent = self.spent
+        metrics["cost/hours"], metrics["cost/device_hours"] = spent.seconds / 3600, spent.device_hours
         self.metrics.log(step, metrics)
         self.steps_done = step
         self.progress.update(step, metrics)
@@ -111,7 +129,8 @@ class Recorder:
             "run_dir": str(self.directory.path),
             "status": status,
             "steps": self.steps_done,
-            "seconds": round(time.monotonic() - self.started, 3),
+            "seconds": round(self.spent.seconds, 3),
+            "device_hours": self.spent.device_hours,
         }
         try:
             self.directory.write_summary({**summary, **details})

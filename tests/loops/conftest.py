@@ -120,7 +120,7 @@ def read_rows() -> Callable[[Path], list[dict[str, Any]]]:
 
     def read(run_dir: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        clocks = ("time/", "perf/tokens_per_s", "perf/samples_per_s", "perf/peak", "sync/gb_per_s", "cost/")
+        clocks = ("time/", "perf/tokens_per_s", "perf/samples_per_s", "perf/peak", "perf/mfu", "sync/gb_per_s", "cost/")
         return [{name: x for name, x in row.items() if not name.startswith(clocks)} for row in rows]
 
     return read

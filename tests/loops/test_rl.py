@@ -51,20 +51,25 @@ def test_the_metrics_are_there_by_their_names(ppo_run):
     wanted = {
         "reward/mean", "reward/std", "reward/min", "reward/max", "reward/repetition_penalty", "groups/all_correct",
         "groups/all_wrong", "groups/mixed", "response_len/mean", "response_len/max", "truncated_frac", "loss/policy",
-        "loss/value", "entropy", "ratio/mean", "ratio/max", "clipfrac", "approx_kl", "kl_ref", "kl_coef",
+        "loss/value", "loss/kl", "loss/entropy", "entropy", "ratio/mean", "ratio/max", "clipfrac", "approx_kl",
+        "kl_ref", "kl_coef",
         "advantage/mean", "advantage/std", "grad_norm", "lr", "value/explained_variance", "mismatch/kl",
         "mismatch/absdiff_mean", "mismatch/absdiff_max", "mismatch/ess", "sync/canary_absdiff", "sync/gb_per_s",
-        "staleness/mean", "staleness/max", "time/step", "time/generate", "time/reward", "time/ref_logp",
-        "time/old_logp", "time/values", "time/update", "time/weight_sync", "perf/tokens_per_s", "perf/samples_per_s",
-        "perf/padding_frac",
+        "staleness/mean", "staleness/max", "dropped_stale", "time/step", "time/generate", "time/reward",
+        "time/ref_logp", "time/old_logp", "time/values", "time/update", "time/weight_sync", "time/wait", "time/ckpt",
+        "time/eval", "perf/tokens_per_s", "perf/samples_per_s", "perf/mfu", "perf/peak_mem_gb", "perf/padding_frac",
+        "fault/restarts", "fault/retries", "fault/dropped", "cost/device_hours",
     }  # fmt: skip
     for row in rows:
         assert not wanted - set(row), row["step"]
         assert all(math.isfinite(value) for value in row.values())
         assert row["sync/canary_absdiff"] < 1e-5 and row["mismatch/absdiff_max"] < 1e-5
-        assert row["staleness/max"] == 0
+        assert row["staleness/max"] == 0 and 0 <= row["perf/padding_frac"] < 1 and 0 < row["perf/mfu"] < 1
+        assert row["loss/entropy"] < 0, "of the terms, without their coefficients"
+    assert 0 < rows[0]["cost/device_hours"] < rows[1]["cost/device_hours"] < rows[2]["cost/device_hours"]
     assert "eval/reward" in rows[1] and "eval/reward" not in rows[0]
-    assert "time/ckpt" in rows[2], "of the checkpoint after step 2"
+    assert rows[1]["time/eval"] > 0 == rows[0]["time/eval"]
+    assert rows[2]["time/ckpt"] > 0 == rows[1]["time/ckpt"], "of the checkpoint after step 2"
 
 
 def test_the_policy_starts_at_its_reference_and_leaves_it(ppo_run):

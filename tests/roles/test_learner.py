@@ -204,9 +204,42 @@ def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_
 
     padded.shares = with_dummies
     first, second = plain.update(batch, 0, 0.1), padded.update(batch, 0, 0.1)
+    assert second.pop("perf/padding_frac") > first.pop("perf/padding_frac")
     assert first == second
     assert distance(weights(plain), weights(padded)) == 0.0
     assert torch.equal(plain.logprobs(batch), padded.logprobs(batch))
+
+
+@pytest.mark.parametrize(("budget", "padding"), [
+    (1, 0.0),  # each row by itself
+    (1000, 1 - 35 / 54),  # 6 + 4 + 7 + 2 + 7 + 9 tokens in one micro-batch of 6 rows, 9 wide
+])
+def test_padding_is_that_of_the_microbatches(tiny, learner_of, ragged, with_advantages, budget, padding):
+    learner = learner_of(tiny(), tokens_per_microbatch=budget)
+    assert ragged.lengths.tolist() == [6, 4, 7, 2, 7, 9]
+    assert learner.update(with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(padding)
+
+
+def test_a_dummy_microbatch_counts_as_padding(tiny, learner_of, ragged, with_advantages):
+    learner = learner_of(tiny(), tokens_per_microbatch=1)
+    shares = learner.shares
+    learner.shares = lambda b: [Share((*s.microbatches, (3,)), s.real, s.total_tokens, s.total_sequences)
+                                for s in shares(b)]  # fmt: skip
+    assert learner.update(with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(1 - 35 / 37)
+
+
+def test_terms_that_the_loss_does_not_have_are_reported(tiny, learner_of, ragged, with_advantages):
+    """Without their coefficients; and they change nothing."""
+    batch = with_advantages(ragged)
+    plain = learner_of(tiny())
+    metrics = plain.update(batch, 0, 0.0)
+    assert metrics["loss/kl"] == 0 and metrics["loss/entropy"] == pytest.approx(-metrics["entropy"])
+    # The KL in the reward: k1, the mean over tokens of logp - ref = logp + 3.
+    learner = learner_of(tiny(), {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.1})
+    logp = learner.logprobs(ragged)
+    metrics = learner.update(batch.replace(logp_ref=-3.0 * batch.response_mask, logp_old=logp), 0, 0.1)
+    assert metrics["loss/kl"] == pytest.approx(float(logp.sum() / ragged.response_mask.sum()) + 3, rel=1e-5)
+    assert distance(weights(plain), weights(learner)) == 0
 
 
 class TwoRanks:

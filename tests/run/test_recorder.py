@@ -9,7 +9,9 @@ from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.size import Size
 from rlhf_ray.roles.protocols import Scores
+from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder, rollout_rows
 
@@ -36,13 +38,36 @@ def test_a_step(recorder, tmp_path):
     run.timer.add("generate", 0.5)
     run.log(1, {"reward/mean": 0.75}, ROWS, SCORES)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert 0 < row["cost/device_hours"] < 1e-2 and row.pop("cost/hours") == pytest.approx(row["cost/device_hours"])
+    nothing = {name: 0 for name in row if name.startswith(("fault/", "dropped_", "time/"))}
+    assert nothing.keys() >= {"fault/restarts", "fault/retries", "fault/dropped", "dropped_stale", "time/wait"}
     assert row == {
-        "step": 1, "reward/mean": 0.75, "time/step": 2, "time/generate": 0.5, "perf/tokens_per_s": 4,
-        "perf/samples_per_s": 1, "perf/padding_frac": pytest.approx(0.2),
+        **nothing, "step": 1, "reward/mean": 0.75, "time/step": 2, "time/generate": 0.5, "perf/tokens_per_s": 4,
+        "perf/samples_per_s": 1, "cost/device_hours": row["cost/device_hours"],
     }  # fmt: skip
     assert run.timer.take() == {}, "the next step starts from 0"
     assert (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().count("\n") == 2
     assert "path: m" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_what_a_role_counts_is_not_covered_up(recorder, tmp_path):
+    run = recorder()
+    run.log(1, {"fault/retries": 2, "time/reward": 0.5}, ROWS, SCORES)
+    row = run.directory.read_metrics()[0]
+    assert (row["fault/retries"], row["fault/restarts"], row["time/reward"]) == (2, 0, 0.5)
+
+
+def test_device_hours_and_utilisation(recorder, monkeypatch):
+    clock = iter([100.0, 136.0])
+    monkeypatch.setattr("rlhf_ray.run.recorder.time.monotonic", lambda: next(clock))
+    run = recorder()
+    # 10 parameters: 2 x 10 to generate, 6 x 10 to train, 8 tokens, in 2 s, on 4 devices of 20 FLOP/s
+    run.workload = Workload(Size(10, 10), devices=4, peak_flops=20.0)
+    run.timer.add("step", 2.0)
+    run.log(1, {}, ROWS, SCORES)
+    row = run.directory.read_metrics()[0]
+    assert row["perf/mfu"] == pytest.approx(8 * 80 / (2 * 4 * 20))
+    assert row["cost/hours"] == pytest.approx(0.01) and row["cost/device_hours"] == pytest.approx(0.04)
 
 
 def test_rollout_rows():
@@ -88,7 +113,7 @@ def test_the_end(recorder, tmp_path):
     run.log(1, {}, ROWS, SCORES)
     run.finish("finished", before={"accuracy": 0.1}, after={"accuracy": 0.9})
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary.pop("seconds") >= 0
+    assert summary.pop("seconds") >= 0 and summary.pop("device_hours") > 0
     assert summary == {
         "name": "run", "run_dir": str(tmp_path / "run"), "status": "finished", "steps": 1,
         "before": {"accuracy": 0.1}, "after": {"accuracy": 0.9},

@@ -1,0 +1,83 @@
+"""What a run costs: its seconds and device-hours over all its parts, and how well they were used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_ray.batch import Rows
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.models.size import Size
+from rlhf_ray.run.directory import RunDirectory
+
+FORWARD = 2  # operations a parameter and token: one multiplication, one addition
+TRAIN = 6  # and twice as many for the gradients of activations and of weights (Kaplan et al. 2020, section 2.1)
+TRAIN_ADAPTERS = 4  # frozen weights need no gradients of their own
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Time that a run has taken so far."""
+
+    seconds: float = 0.0
+    device_hours: float = 0.0
+
+    def plus(self, seconds: float, devices: float) -> Spent:
+        return Spent(self.seconds + seconds, self.device_hours + devices * seconds / 3600)
+
+
+def spent_before(directory: RunDirectory) -> Spent:
+    """What the earlier parts of a resumed run took, as far as they could still write it down.
+
+    Asked before `directory.rewind`: the steps that will be repeated were paid for all the same.
+    """
+    seconds, device_hours = [0.0], [0.0]
+    if directory.summary_file.exists():
+        summary = directory.read_summary()
+        seconds.append(summary.get("seconds", 0.0))
+        device_hours.append(summary.get("device_hours", 0.0))
+    for row in directory.read_metrics()[-1:]:
+        seconds.append(3600 * row.get("cost/hours", 0.0))
+        device_hours.append(row.get("cost/device_hours", 0.0))
+    for event in directory.read_events():  # a part that was killed before its first step
+        if event.get("event") == "resumed":
+            seconds.append(event.get("seconds", 0.0))
+            device_hours.append(event.get("device_hours", 0.0))
+    return Spent(max(seconds), max(device_hours))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The models that a step computes with, and the devices it has for that.
+
+    Attributes:
+        policy, critic: None where the size is not known.
+        devices: accelerators that the run occupies; on CPU, machines.
+        peak_flops: of one device, FLOP/s; None where it is not known.
+    """
+
+    policy: Size | None = None
+    critic: Size | None = None
+    devices: float = 1.0
+    peak_flops: float | None = None
+
+    def mfu(self, config: RunConfig, rows: Rows, step: int, seconds: float) -> float | None:
+        """Model FLOPs utilisation of step number `step` (from 0): a share of what the devices could have done.
+
+        Counts parameters x tokens, prompts included and padding not: generator and every forward pass 2, training 6
+        (4 with LoRA). Attention's quadratic part, the reward model and evaluations are left out.
+        """
+        if self.policy is None or self.peak_flops is None or (config.uses_critic and self.critic is None):
+            return None
+        work = self._operations(config, self.policy, step) * sum(rows.lengths)
+        return work / (seconds * self.devices * self.peak_flops)
+
+    def _operations(self, config: RunConfig, policy: Size, step: int) -> float:
+        """Of one token of a completion or its prompt."""
+        forwards = 1 + config.uses_reference + config.uses_old_logprobs
+        work = float(FORWARD * policy.base * forwards)
+        if self.critic is not None and config.uses_critic:
+            work += self.critic.parameters * (FORWARD + TRAIN * config.critic.epochs)
+        if not config.uses_critic or step >= config.critic.warmup_steps:
+            factor = TRAIN if policy.trained == policy.parameters else TRAIN_ADAPTERS
+            work += factor * policy.parameters * config.learner.epochs
+        return work
