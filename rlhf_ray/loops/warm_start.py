@@ -99,7 +99,7 @@ def warm_start(
         batch_size=settings.batch_size,
         lr=settings.lr,
         seed=config.seed,
-        target_loss=settings.target_loss,
+        target_accuracy=settings.target_accuracy,
         ignored_token=tokenizer.unk_token_id,
         on_step=report,
     )

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-# The aim is 1; five steps on two shared cores scatter by a tenth, so what fails here is a regression, not the noise.
-LEAST_RATIO = 0.85
+# Quiet machines show 1.3 to 1.6: below 1 something has become slow.
+LEAST_RATIO = 1.0
 
 
 @pytest.mark.system
