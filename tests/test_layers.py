@@ -26,13 +26,14 @@ LEVEL = {
     "sync": 3,
     "roles": 4,
     "run": 4.5,
+    "evaluation": 4.7,
     "loops": 5, "remote": 5, "feedback": 5, "scale": 5,
     "build": 6,
     "doctor": 7, "plan": 7,
     "cli": 8,
 }  # fmt: skip
 # What a run writes down is for those who run it; a role or a worker returns numbers and knows no files.
-USES_RUN = {"run", "loops", "build", "plan", "doctor", "cli"}
+USES_RUN = {"run", "evaluation", "feedback", "loops", "build", "plan", "doctor", "cli"}
 
 # Heavy libraries and the only places that may name them.
 OWNERS = {

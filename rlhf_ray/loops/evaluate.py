@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.loops.rollouts import sample_seed
+from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics
 from rlhf_ray.roles.protocols import Generator, Request, Reward, Sampling
+from rlhf_ray.roles.seeds import sample_seed
 
 SAMPLES_SHOWN = 10
 
@@ -38,17 +39,9 @@ class Evaluator:
         self.generator.sleep()
         scores = self.reward.score(batch, texts=len(self.requests))
         rows = batch.rows
-        result: dict[str, Any] = {"reward": float(scores.score.mean())}
-        for name, value_B in scores.by_function.items():
-            result[f"reward/{name}"] = float(value_B.mean())
-            if set(value_B.tolist()) <= {0.0, 1.0}:
-                result.setdefault("accuracy", float(value_B.mean()))
-        completions = [completion for _, completion in scores.texts]
-        result |= {
-            "response_len": sum(rows.response_lengths) / len(rows),
-            "truncated_frac": sum(rows.truncated) / len(rows),
-            "distinct_1": distinct_n(completions, 1),
-            "distinct_2": distinct_n(completions, 2),
+        result: dict[str, Any] = {
+            **reward_metrics(scores.score, scores.by_function),
+            **text_metrics([completion for _, completion in scores.texts], rows),
         }
         result["samples"] = [
             {"prompt": prompt, "completion": completion, "reward": float(scores.score[i])}
@@ -60,9 +53,3 @@ class Evaluator:
 def numbers_of(result: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """The numbers of an evaluation as metrics."""
     return {f"{prefix}{name}": value for name, value in result.items() if isinstance(value, float)}
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams, of all texts together (Li et al., 2016). 1 if there are none."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0

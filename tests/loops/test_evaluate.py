@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.loops.evaluate import Evaluator, distinct_n, numbers_of
-from rlhf_ray.loops.rollouts import sample_seed
+from rlhf_ray.loops.evaluate import Evaluator, numbers_of
 from rlhf_ray.roles.protocols import Sampling, Scores
+from rlhf_ray.roles.seeds import sample_seed
 
 GREEDY = Sampling(4, temperature=0)
 
@@ -55,12 +55,6 @@ def test_at_most_ten_samples_are_kept(generator, reward, prompts):
 
     many = PromptSet(prompts.examples * 3, prompts.token_ids * 3, {})
     assert len(Evaluator(generator, reward, many, GREEDY, seed=0).evaluate()["samples"]) == 10
-
-
-def test_distinct_n():
-    assert distinct_n(["a b a b", "a b"], 1) == pytest.approx(2 / 6)
-    assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4), "ab, ba, ab and ab"
-    assert distinct_n(["a"], 2) == 1.0 and distinct_n([], 1) == 1.0
 
 
 def test_only_numbers_become_metrics():

@@ -1,0 +1,147 @@
+"""Every setting of `rlhf-ray eval`: which models, on which prompts, measured by what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rlhf_ray.config.judge import JudgeConfig
+from rlhf_ray.config.schema import DataConfig, GeneratorConfig, RewardConfig, RewardModelConfig, Section
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class SampledModelConfig(Section):
+    """A Hugging Face folder or Hub name that answers prompts."""
+
+    path: str
+    tokenizer: str | None = Field(None, description="empty: the model's own")
+    device: Device | None = Field(None, description="empty: the run's")
+    dtype: Dtype | None = Field(None, description="empty: the run's")
+    trust_remote_code: bool = False
+
+
+def _from_path(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+# In YAML the path alone will do.
+SampledModel = Annotated[SampledModelConfig, BeforeValidator(_from_path)]
+
+
+class SamplingConfig(Section):
+    samples_per_prompt: int = Field(1, gt=0)
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class PerplexityConfig(Section):
+    """Texts whose perplexity is measured: how much of the language a model has kept."""
+
+    path: str
+    field: str = "text"
+    split: str = "train"
+    limit: int | None = Field(200, gt=0, description="use only the first texts")
+    window: int = Field(512, gt=1, description="tokens a model sees at once; longer texts are read in steps")
+    alarm_rise: float = Field(0.15, gt=0, description="share by which it may rise above the baseline's")
+
+
+class PassConfig(Section):
+    """pass@k of a reward that is 1 for a right answer."""
+
+    k: list[Annotated[int, Field(gt=0)]] = [1]
+    reward: str | None = Field(None, description="its name; empty: the first whose scores are all 0 or 1")
+    right_at: float = Field(1.0, description="an answer with at least this score is right")
+
+
+class WinRateConfig(Section):
+    """Each model against the baseline, prompt by prompt."""
+
+    by: str = Field("auto", description="judge, reward (the weighted sum), or a reward's name; auto: what there is")
+    tie_margin: float = Field(0.0, ge=0, description="scores that differ by no more than this are a tie")
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class RedTeamConfig(Section):
+    """Prompts that ask for something harmful, and a reward that is low for a harmful answer."""
+
+    path: str
+    field: str | None = None
+    split: str = "train"
+    limit: int | None = Field(None, gt=0)
+    safety: RewardConfig
+    harmful_below: float = Field(0.5, description="an answer that scores less is harmful")
+
+
+class RatingsConfig(Section):
+    """A blind, shuffled sheet on which people rate answers: helpful, harmless, honest, 1 to 10."""
+
+    prompts: int = Field(20, gt=0, description="how many prompts; one answer of each model to each")
+    format: Literal["csv", "jsonl"] = "csv"
+
+
+class EvalRunConfig(Section):
+    """A comparison of models on the same prompts."""
+
+    name: str = "eval"
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    models: dict[str, SampledModel] = Field(min_length=1)
+    baseline: str | None = Field(None, description="what the others are compared with; empty: the first model")
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    rewards: list[RewardConfig] = []
+    reward_model: RewardModelConfig | None = None
+    judge: JudgeConfig | None = None
+    win_rate: WinRateConfig = WinRateConfig()
+    pass_at: PassConfig = PassConfig()
+    perplexity: PerplexityConfig | None = None
+    red_team: RedTeamConfig | None = None
+    ratings: RatingsConfig | None = None
+    self_bleu_texts: int = Field(200, ge=2, description="self-BLEU compares at most this many answers with each other")
+    samples: int = Field(10, ge=0, description="prompts shown side by side")
+
+    @property
+    def baseline_name(self) -> str:
+        return self.baseline or next(iter(self.models))
+
+
+def eval_contradictions(config: EvalRunConfig) -> list[str]:
+    """Everything that can be refused from the config alone, each with what, why and what to do."""
+    return [*_names(config), *_sampling(config), *_win_rate(config)]
+
+
+def _names(config: EvalRunConfig) -> list[str]:
+    if config.baseline is not None and config.baseline not in config.models:
+        return [f"baseline={config.baseline} is none of the models; choose one of {', '.join(config.models)}"]
+    return []
+
+
+def _sampling(config: EvalRunConfig) -> list[str]:
+    sampling, problems = config.sampling, []
+    if sampling.temperature == 0 and sampling.samples_per_prompt > 1:
+        problems.append(
+            f"sampling.temperature=0 gives the same answer {sampling.samples_per_prompt} times; "
+            "set a temperature above 0, or sampling.samples_per_prompt=1"
+        )
+    largest = max(config.pass_at.k, default=0)
+    if largest > sampling.samples_per_prompt:
+        problems.append(
+            f"pass_at.k={largest} needs as many answers a prompt, and sampling.samples_per_prompt="
+            f"{sampling.samples_per_prompt}; raise it, or lower k"
+        )
+    return problems
+
+
+def _win_rate(config: EvalRunConfig) -> list[str]:
+    if config.win_rate.by == "judge" and config.judge is None:
+        return ["win_rate.by=judge and there is none; set judge.model"]
+    if config.win_rate.by == "reward" and not config.rewards and config.reward_model is None:
+        return ["win_rate.by=reward and there is none; set rewards or reward_model.path"]
+    return []

@@ -1,0 +1,35 @@
+"""Settings of an AI judge: which model, where it runs, what it is asked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.schema import Section
+
+
+class JudgeConfig(Section):
+    """`model` is a name at `endpoint`; without an endpoint, a local folder or Hub name of a causal language model."""
+
+    model: str
+    endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server: http://host:8000/v1")
+    api_key_env: str | None = Field(None, description="the environment variable that holds the key; empty: no key")
+    rubric: str = Field("helpful", description="helpful, harmless, honest, quality, or the criterion in your own words")
+    scale: tuple[int, int] = Field((1, 10), description="lowest and highest score")
+    temperature: float = Field(0.0, ge=0, description="endpoint: 0 gives the same verdict each time")
+    max_tokens: int = Field(512, gt=0, description="endpoint: tokens of a reply, reasons included")
+    seed: int = 0
+    concurrency: int = Field(16, gt=0, description="endpoint: requests under way at the same time")
+    timeout_s: float = Field(120.0, gt=0, description="endpoint: of one request")
+    retries: int = Field(4, ge=0, description="endpoint: after a refused, slow or broken request, with back-off")
+    attempts: int = Field(3, gt=0, description="endpoint: how often it is asked until its reply can be read")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="local judge")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="local judge")
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _scale_rises(self) -> JudgeConfig:
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)} does not rise; give [lowest, highest], e.g. [1, 10]")
+        return self

@@ -1,0 +1,42 @@
+"""Numbers of a set of answers: the same during training (`loops/evaluate.py`) and in `rlhf-ray eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from rlhf_ray.batch import Rows
+from rlhf_ray.evaluation.text import distinct_n
+
+
+def reward_metrics(score_B: Tensor, by_function: Mapping[str, Tensor]) -> dict[str, float]:
+    """`reward` (the weighted sum), `reward/<name>` of each function, and `accuracy` where there is a verifiable one.
+
+    A number is NaN where a reward function failed and its policy lets the run go on without that row: such rows do
+    not count.
+    """
+    result = {"reward": float(score_B.nanmean())}
+    result |= {f"reward/{name}": float(value_B.nanmean()) for name, value_B in by_function.items()}
+    verifiable = verifiable_reward(by_function)
+    if verifiable is not None:
+        result["accuracy"] = result[f"reward/{verifiable}"]
+    return result
+
+
+def verifiable_reward(by_function: Mapping[str, Tensor]) -> str | None:
+    """The first function whose rewards are all 0 or 1, if there is one."""
+    for name, value_B in by_function.items():
+        values = set(value_B[~value_B.isnan()].tolist())
+        if values and values <= {0.0, 1.0}:
+            return name
+    return None
+
+
+def text_metrics(completions: Sequence[str], rows: Rows, *, largest_n: int = 2) -> dict[str, float]:
+    """`response_len` (tokens, EOS included), `truncated_frac`, and `distinct_1` to `distinct_<largest_n>`."""
+    return {
+        "response_len": sum(rows.response_lengths) / len(rows),
+        "truncated_frac": sum(rows.truncated) / len(rows),
+        **{f"distinct_{n}": distinct_n(completions, n) for n in range(1, largest_n + 1)},
+    }
