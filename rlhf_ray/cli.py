@@ -63,8 +63,9 @@ def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: st
     if dry_run:
         from rlhf_ray.plan import describe_plan
 
+        plan = describe_plan(settings)  # first, for it may refuse
         print(dump_config(settings))
-        print(describe_plan(settings))
+        print(plan)
         return
     if settings.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, announces what it found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf_ray.config.load import check_device
 from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.warm_start import make_tokenizer
@@ -32,8 +33,13 @@ class PlannedRole:
 
 
 def describe_plan(config: RunConfig) -> str:
-    """The placement and the memory estimate, for people."""
+    """The placement and the memory estimate, for people.
+
+    Raises:
+        ConfigError: listing what does not fit the device that `auto` stands for here.
+    """
     hardware, found = expected_hardware(config)
+    check_device(config, hardware.device)
     policy = model_size(config)
     lines = [f"# placement: executor {config.executor}, device {hardware.device}, {_dtype_name(hardware)}{found}"]
     if policy is None:
@@ -46,10 +52,29 @@ def describe_plan(config: RunConfig) -> str:
         lines.append(f"#   {role.name:<10} {role.engine:<16} processes: {count:<9} memory each: {human(role.bytes)}")
     if config.executor == "local":
         lines.append("#   (local: all roles share one process and one device)")
+    else:
+        lines.append(_on_ray(config, hardware.device))
     lines.append(
         "# memory: weights, gradients and optimiser state. Activations come on top (learner.tokens_per_microbatch sets "
         "them), and the generator's KV cache"
     )
+    return "\n".join(lines)
+
+
+def _on_ray(config: RunConfig, device: str) -> str:
+    """What the run asks of the cluster: the very bundles that it will reserve."""
+    try:
+        from rlhf_ray.remote.placement import choose_transport, plan_seats
+    except ImportError:
+        return "#   (ray: not installed here, so its placement is not worked out; pip install 'rlhf-ray[ray]')"
+    transport = choose_transport(config, device)
+    plan = plan_seats(config, device, transport)
+    wanted = " and ".join(f"{plan.total(kind):g} {kind}s" for kind in ("GPU", "CPU") if plan.total(kind))
+    lines = [f"#   ray: {wanted} in {len(plan.bundles)} bundles, each on one machine; weights by {transport}"]
+    for number in range(len(plan.bundles)):
+        names = [seat.name + (" (shares)" if seat.borrows else "") for seat in plan.seats if seat.bundle == number]
+        share = ", ".join(f"{amount:g} {kind}" for kind, amount in sorted(plan.bundles[number].items(), reverse=True))
+        lines.append(f"#     {share}: {', '.join(names)}")
     return "\n".join(lines)
 
 

@@ -148,6 +148,26 @@ def test_a_plan_for_gpus_may_be_made_without_them(config, monkeypatch):
         expected_hardware(config("device=mps", "dtype=bfloat16"))
 
 
+def test_a_cluster_is_planned_with_the_bundles_of_the_run(config):
+    pytest.importorskip("ray")
+    separate = ("executor=ray", "device=cuda", "generator.engine=vllm", "generator.tensor_parallel=2")
+    lines = describe_plan(config(*separate)).splitlines()
+    start = lines.index("#   ray: 3 GPUs and 2 CPUs in 4 bundles, each on one machine; weights by nccl")
+    assert lines[start + 1 : start + 5] == [
+        "#     1 GPU, 0.5 CPU: learner rank 0", "#     2 GPU, 0.5 CPU: generator 0", "#     0.5 CPU: reward",
+        "#     0.5 CPU: batches",
+    ]  # fmt: skip
+    shared = describe_plan(config("executor=ray", "device=cuda", "generator.engine=vllm", "ray.colocate=true"))
+    assert "ray: 1 GPUs and 2 CPUs in 1 bundles" in shared and "generator 0 (shares)" in shared
+    assert "weights by cuda_ipc" in shared
+
+
+def test_a_dry_run_refuses_what_auto_does_not_fit(config, monkeypatch):
+    monkeypatch.setattr("rlhf_ray.plan.choose_hardware", lambda *_, **__: Hardware("mps", torch.float32))
+    with pytest.raises(ConfigError, match="which is mps here: 2 problems"):
+        describe_plan(config("learner.engine=deepspeed", "generator.engine=vllm"))
+
+
 def test_human():
     assert [human(n) for n in (None, 0, 1023, 1536, 3 << 20, 5 << 30, 1 << 41)] == [
         "unknown", "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.0 GiB", "2.0 TiB",

@@ -29,6 +29,7 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
         *_training(config, device),
         *_generation(config, device),
         *_transport(config, device),
+        *_placement(config, device),
     ]
 
 
@@ -205,6 +206,10 @@ def _training(config: RunConfig, device: str) -> list[str]:
             )
         if section.engine == "deepspeed" and device == "mps":
             problems.append(f"{name}.engine=deepspeed has no MPS backend; set {name}.engine=torch or device=cpu")
+    if config.dtype == "bfloat16" and device == "mps":
+        problems.append(
+            "dtype=bfloat16 on MPS loses log-probabilities to rounding and is slower there; set dtype=float32 or auto"
+        )
     return problems
 
 
@@ -249,4 +254,38 @@ def _transport(config: RunConfig, device: str) -> list[str]:
         return [f"sync.transport={transport} moves CUDA memory and device={device}; use shared_memory"]
     if transport in ("nccl", "cuda_ipc") and config.executor == "local":
         return [f"sync.transport={transport} connects processes and executor=local is one; use in_process"]
+    if transport in ("nccl", "cuda_ipc") and config.generator.engine == "hf":
+        return [
+            f"sync.transport={transport} ends in vLLM, and generator.engine=hf receives by shared_memory only; "
+            "set sync.transport=shared_memory (or auto), or generator.engine=vllm"
+        ]
+    if transport == "cuda_ipc" and not config.ray.colocate:
+        return [
+            "sync.transport=cuda_ipc shares the memory of one GPU, and generator and learner have GPUs of their own; "
+            "set ray.colocate=true, or sync.transport=nccl"
+        ]
+    if transport == "nccl" and config.ray.colocate:
+        return [
+            "sync.transport=nccl cannot have two processes on one GPU, which is what ray.colocate means; "
+            "set sync.transport=cuda_ipc"
+        ]
     return []
+
+
+def _placement(config: RunConfig, device: str) -> list[str]:
+    """Colocated on CUDA each GPU belongs to a learner rank, and everybody else borrows it."""
+    if config.executor != "ray" or not config.ray.colocate or device != "cuda":
+        return []
+    ranks, each, problems = config.learner.world_size, config.generator.tensor_parallel, []
+    if config.generator.count * each > ranks or ranks % each:
+        problems.append(
+            f"ray.colocate: {config.generator.count} generators of {each} GPUs share the GPUs of learner.world_size="
+            f"{ranks} ranks, which must be at least as many and a multiple of tensor_parallel; raise "
+            "learner.world_size, or lower generator.count or generator.tensor_parallel"
+        )
+    if config.uses_critic and config.critic.world_size > ranks:
+        problems.append(
+            f"ray.colocate: critic.world_size={config.critic.world_size} exceeds learner.world_size={ranks}, so two "
+            "critic ranks would share a GPU; lower it"
+        )
+    return problems

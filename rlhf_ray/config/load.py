@@ -13,26 +13,29 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config.checks import contradictions
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
 from rlhf_ray.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), schema: type[Config] = RunConfig
+) -> Config:
     """Read `path`, apply `a.b=value` overrides (values are YAML), validate.
 
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), wrong value and contradiction.
     """
     tree = read_yaml(Path(path))
+    _forget_preset(tree, overrides)
     problems = []
     for override in overrides:
         try:
             apply_override(tree, override)
         except ConfigError as error:
             problems.append(str(error))
-    return parse_config(tree, RunConfig, source=str(path), problems=problems)
+    return parse_config(tree, schema, source=str(path), problems=problems)
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,23 +78,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _forget_preset(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Make room for the preset of an algorithm.name that is given as an override.
+
+    A resolved config (`--dry-run`, a run's config.yaml) holds all that its own preset filled in, and would leave
+    nothing for the new one to fill. What the old name gives anyway is dropped; what differs from it was set by hand.
+    """
+    section = tree.get("algorithm")
+    if not isinstance(section, dict) or not any(text.startswith("algorithm.name=") for text in overrides):
+        return
+    try:
+        given = AlgorithmConfig(name=section.get("name", "grpo")).model_dump(mode="json")
+    except ValidationError:
+        return  # a name that is none; if the override mends it, the rest of the section was set by hand
+    tree["algorithm"] = {
+        key: value for key, value in section.items() if key == "name" or key not in given or value != given[key]
+    }
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set `learner.lr=1e-6` in the tree. A list item is reached by its index: `rewards.0.weight=2`."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override '{override}' is not of the form section.key=value")
-    value = _parse_value(text, override)
+    set_value(tree, dotted, _parse_value(text, override), f"override '{override}'")
+
+
+def set_value(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Set one setting by its dotted name. `source` begins the error if there is no such place."""
     node: Any = tree
     keys = dotted.split(".")
     for key in keys[:-1]:
-        node = _child(node, key, override)
+        node = _child(node, key, source)
     if isinstance(node, list):
-        _child(node, keys[-1], override)
+        _child(node, keys[-1], source)
         node[int(keys[-1])] = value
     elif isinstance(node, dict):
         node[keys[-1]] = value
     else:
-        raise ConfigError(f"override '{override}': {'.'.join(keys[:-1])} is a value, not a section")
+        raise ConfigError(f"{source}: {'.'.join(keys[:-1])} is a value, not a section")
 
 
 def _parse_value(text: str, override: str) -> Any:
@@ -101,16 +126,16 @@ def _parse_value(text: str, override: str) -> Any:
         raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from error
 
 
-def _child(node: Any, key: str, override: str) -> Any:
+def _child(node: Any, key: str, source: str) -> Any:
     if isinstance(node, list):
         if not key.isdecimal() or int(key) >= len(node):
-            raise ConfigError(f"override '{override}': '{key}' is not an index into a list of {len(node)}")
+            raise ConfigError(f"{source}: '{key}' is not an index into a list of {len(node)}")
         return node[int(key)]
     if isinstance(node, dict):
         if node.get(key) is None:
             node[key] = {}
         return node[key]
-    raise ConfigError(f"override '{override}': '{key}' lies below a value, not a section")
+    raise ConfigError(f"{source}: '{key}' lies below a value, not a section")
 
 
 def parse_config(

@@ -6,15 +6,27 @@ Sections are frozen and refuse unknown keys. `config/load.py` reads YAML and ove
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python, and so pydantic, takes true for 1: `steps: true` would be a run of one step."""
+        kind = cls.model_fields[info.field_name].annotation
+        kinds = (kind, *get_args(kind))  # of `int | None` and of Literal[0, 1] too
+        wanted = any(one in (int, float) or type(one) is int for one in kinds)
+        if isinstance(value, bool) and wanted and bool not in kinds:
+            raise PydanticCustomError("number_expected", "input should be a number")
+        return value
 
 
 class ScratchConfig(Section):
@@ -73,7 +85,9 @@ class WarmStartConfig(Section):
     batch_size: int = Field(128, gt=0)
     lr: float = Field(1e-3, gt=0)
     max_length: int = Field(64, gt=1, description="tokens; longer texts are cut")
-    target_loss: float | None = Field(None, gt=0, description="stop early at this loss, in nats a token")
+    target_accuracy: float | None = Field(
+        None, gt=0, le=1, description="stop early when this share of the completions would be written right greedily"
+    )
 
 
 class RolloutConfig(Section):
@@ -81,6 +95,13 @@ class RolloutConfig(Section):
     group_size: int = Field(8, gt=0, description="answers sampled for each prompt")
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, gt=0)
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="of the members of a group, in turn; empty: all at temperature"
+    )
+    reference_answers: int = Field(
+        0, ge=0, description="members of each group that are not sampled but taken from reference_field"
+    )
+    reference_field: str = Field("answer", description="column with a good answer, or with a list of them")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_staleness: int = Field(0, ge=0, description="weight versions that generation may run behind learning")
@@ -120,7 +141,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"advantage": "grpo"},
     "ppo": {"advantage": "gae", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.05, "whiten_advantages": True},
     "dr_grpo": {"advantage": "dr_grpo", "aggregation": "seq_sum_const"},
-    "dapo": {"advantage": "grpo", "clip_high": 0.28, "aggregation": "token_mean"},
+    "dapo": {
+        "advantage": "grpo",
+        "clip_high": 0.28,
+        "aggregation": "token_mean",
+        "resample_rounds": 3,
+        "overlong_buffer": 0.2,
+    },
     "gspo": {
         "advantage": "grpo",
         "policy_loss": "gspo",
@@ -133,6 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce": {"advantage": "reinforce", "policy_loss": "policy_gradient"},
     "reinforce_pp": {"advantage": "reinforce_pp", "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.01},
     "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline"},
+    "remax": {"advantage": "remax", "policy_loss": "policy_gradient", "aggregation": "seq_sum_const"},
 }
 
 
@@ -140,13 +168,15 @@ class AlgorithmConfig(Section):
     """`name` fills in the other fields (see PRESETS); each may still be set by hand."""
 
     name: Literal[
-        "grpo", "ppo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
-    ] = "grpo"
+        "grpo", "ppo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline",
+        "remax",
+    ] = "grpo"  # fmt: skip
     advantage: Literal[
-        "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k", "gae"
+        "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "remax", "pass_at_k", "gae"
     ] = "grpo"
     normalize_std: bool = Field(True, description="grpo: divide by the standard deviation of the group")
     k: int = Field(4, gt=0, description="pass_at_k: answers of which the best counts")
+    moving_baseline: bool = Field(False, description="reinforce: subtract the mean of past rewards, not the batch's")
     whiten_advantages: bool = False
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
@@ -159,11 +189,23 @@ class AlgorithmConfig(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     kl_coef: float = Field(0.0, ge=0, description="0: the reference model is not even loaded")
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_controller: Literal["fixed", "adaptive", "scheduled"] = "fixed"
     kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL of a whole completion, in nats")
+    kl_target_end: float | None = Field(None, gt=0, description="scheduled: kl_target moves here over the run")
     kl_horizon: int = Field(10_000, gt=0, description="adaptive: samples in which it moves by 20 % or less")
+    resample_rounds: int = Field(
+        0, ge=0, description="dynamic sampling: how often to replace prompts whose answers all earn the same"
+    )
+    overlong_buffer: float = Field(
+        0.0, ge=0, le=1, description="last share of max_new_tokens in which a length penalty grows to -1; 0: none"
+    )
     reward_clip: float | None = Field(None, gt=0)
-    normalize_rewards: bool = Field(False, description="divide rewards by their running standard deviation")
+    normalize_rewards: Literal["none", "running", "source", "group"] = Field(
+        "none",
+        description="divide rewards by the standard deviation of all so far, or of all so far from the same source; "
+        "or centre and divide them within each group",
+    )
+    source_field: str = Field("data_source", description="normalize_rewards=source: column that names the source")
     correction: Literal["none", "truncate", "mask"] = Field(
         "none", description="importance weights for differences between generator and learner"
     )

@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.errors import PlacementError
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -66,30 +66,20 @@ class Plan:
 
 
 def choose_transport(config: RunConfig, device: str) -> str:
-    """sync.transport, `auto` resolved. Raises ConfigError for one that this placement cannot serve."""
-    transport = config.sync.transport
-    if transport == "auto":
-        if device != "cuda" or config.generator.engine == "hf":
-            return "shared_memory"
-        return "cuda_ipc" if config.ray.colocate else "nccl"
-    if transport == "cuda_ipc" and not config.ray.colocate:
-        raise ConfigError(
-            "sync.transport=cuda_ipc shares the memory of one GPU, and generator and learner have GPUs of their own; "
-            "set ray.colocate=true, or sync.transport=nccl"
-        )
-    if transport == "nccl" and config.ray.colocate:
-        raise ConfigError(
-            "sync.transport=nccl cannot have two processes on one GPU, which is what ray.colocate means; "
-            "set sync.transport=cuda_ipc"
-        )
-    return transport
+    """sync.transport, `auto` resolved. What a placement cannot serve, config/checks.py has refused."""
+    if config.sync.transport != "auto":
+        return config.sync.transport
+    if device != "cuda" or config.generator.engine == "hf":
+        return "shared_memory"
+    return "cuda_ipc" if config.ray.colocate else "nccl"
 
 
 def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:
     """A seat for every worker of this config.
 
     Separate: each worker has its own bundle; with shared_memory the generators and learner rank 0, which sends,
-    have one bundle in common. Colocated on CUDA: each GPU belongs to a learner rank and the others borrow it.
+    have one bundle in common. Colocated on CUDA: each GPU belongs to a learner rank and the others borrow it; that
+    their numbers fit has been checked with the config.
     """
     if device == "cuda" and config.ray.colocate:
         return _colocated(config)
@@ -118,17 +108,6 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
 
 def _colocated(config: RunConfig) -> Plan:
     ranks, each = config.learner.world_size, config.generator.tensor_parallel
-    if config.generator.count * each > ranks or ranks % each:
-        raise ConfigError(
-            f"ray.colocate: {config.generator.count} generators of {each} GPUs share the GPUs of learner.world_size="
-            f"{ranks} ranks, which must be at least as many and a multiple of tensor_parallel; raise "
-            "learner.world_size, or lower generator.count or generator.tensor_parallel"
-        )
-    if config.uses_critic and config.critic.world_size > ranks:
-        raise ConfigError(
-            f"ray.colocate: critic.world_size={config.critic.world_size} exceeds learner.world_size={ranks}, so two "
-            "critic ranks would share a GPU; lower it"
-        )
     cpus, plan = max(config.ray.cpus_per_worker, LEAST_CPUS), Plan()
     for name, accelerators in _roster(config):
         role, number = name.split()[0], int(name.split()[-1]) if name[-1].isdigit() else 0

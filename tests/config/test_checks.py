@@ -11,6 +11,8 @@ SCRATCH = ("model.path=scratch:qwen2", "model.tokenizer.path=scratch:char", "dat
 LSTM = (*SCRATCH, "model.path=scratch:lstm")
 RAY = ("executor=ray",)
 LATE = (*RAY, "rollout.max_staleness=1", "algorithm.correction=truncate")
+VLLM = (*RAY, "generator.engine=vllm")
+SHARED = (*VLLM, "ray.colocate=true", "device=cuda")
 DEEPSPEED = (*RAY, "learner.engine=deepspeed")
 
 # (settings that contradict each other, the start of the message, what it must name as a way out, a way out)
@@ -91,7 +93,29 @@ CASES = {
     "in process on ray": ([*RAY, "sync.transport=in_process"], "sync.transport=in_process passes tensors by reference",
                           "use shared_memory", [*RAY, "sync.transport=shared_memory"]),
     "nccl on cpu": ([*RAY, "sync.transport=nccl", "device=cpu"], "sync.transport=nccl moves CUDA memory",
-                    "use shared_memory", [*RAY, "sync.transport=nccl", "device=cuda"]),
+                    "use shared_memory", [*VLLM, "sync.transport=nccl", "device=cuda"]),
+    "nccl to hf": ([*RAY, "sync.transport=nccl", "device=cuda"],
+                   "sync.transport=nccl ends in vLLM, and generator.engine=hf receives by shared_memory only",
+                   "set sync.transport=shared_memory", [*RAY, "sync.transport=shared_memory", "device=cuda"]),
+    "ipc between gpus": ([*VLLM, "sync.transport=cuda_ipc"], "sync.transport=cuda_ipc shares the memory of one GPU",
+                         "set ray.colocate=true", [*VLLM, "sync.transport=cuda_ipc", "ray.colocate=true"]),
+    "nccl on one gpu": ([*VLLM, "sync.transport=nccl", "ray.colocate=true"],
+                        "sync.transport=nccl cannot have two processes on one GPU", "set sync.transport=cuda_ipc",
+                        [*VLLM, "sync.transport=nccl"]),
+    "colocated generators": ([*SHARED, "generator.count=2"],
+                             "ray.colocate: 2 generators of 1 GPUs share the GPUs of learner.world_size=1",
+                             "raise learner.world_size",
+                             [*SHARED, "generator.count=2", "learner.engine=deepspeed", "learner.world_size=2"]),
+    "colocated tensor parallel": (
+        [*SHARED, "learner.engine=deepspeed", "learner.world_size=3", "generator.tensor_parallel=2"],
+        "ray.colocate: 1 generators of 2 GPUs share the GPUs of learner.world_size=3", "a multiple of tensor_parallel",
+        [*SHARED, "learner.engine=deepspeed", "learner.world_size=4", "generator.tensor_parallel=2"]),
+    "colocated critic": (
+        [*SHARED, "algorithm.name=ppo", "critic.engine=deepspeed", "critic.world_size=2"],
+        "ray.colocate: critic.world_size=2 exceeds learner.world_size=1", "lower it",
+        [*SHARED, "algorithm.name=ppo", "critic.engine=deepspeed", "critic.world_size=2", "device=cpu"]),
+    "bfloat16 on mps": (["device=mps", "dtype=bfloat16"], "dtype=bfloat16 on MPS loses log-probabilities",
+                        "set dtype=float32 or auto", ["device=mps", "dtype=auto"]),
     "ipc locally": (["sync.transport=cuda_ipc"], "sync.transport=cuda_ipc connects processes", "use in_process",
                     ["sync.transport=in_process"]),
 }  # fmt: skip

@@ -193,9 +193,29 @@ def test_the_algorithm_as_an_override_over_a_file_with_other_fields(write, tree)
     assert (ppo.clip_high, ppo.kl_coef) == (0.3, 0.01), "from the file"
 
 
+@pytest.mark.parametrize("old", ["grpo", "gspo", "ppo"])
+def test_the_algorithm_as_an_override_over_a_dumped_config(load, write, old):
+    """A dump holds every field of its algorithm; only what differs from its preset was set by hand."""
+    same = load(f"algorithm.name={old}", "algorithm.gamma=0.9")
+    ppo = load("algorithm.name=ppo", "algorithm.gamma=0.9")
+    explicit = load("algorithm.name=ppo", "algorithm.gamma=0.9", "algorithm.kl_coef=0.3")
+    dumped = write(dump_config(same))
+    assert load_config(dumped) == same
+    assert load_config(dumped, ["algorithm.name=ppo"]) == ppo
+    assert load_config(dumped, ["algorithm.kl_coef=0.3", "algorithm.name=ppo"]) == explicit
+
+
 def test_a_name_that_is_no_name(load):
     with pytest.raises(ConfigError, match="algorithm.name: input should be 'grpo'"):
         load("algorithm.name=[ppo]")
+
+
+@pytest.mark.parametrize("setting", ["steps", "learner.lr", "data.limit", "learner.zero_stage", "eval.temperature"])
+def test_true_is_no_number(load, setting):
+    with pytest.raises(ConfigError) as error:
+        load(f"{setting}=true")
+    assert problems(error) == [f"{setting}: input should be a number (got True)"]
+    assert load("sync.canary=false", "rewards.0.args.flag=true").sync.canary is False
 
 
 # ---- round trip -----------------------------------------------------------------------------------------------
@@ -237,7 +257,7 @@ def test_auto_that_turns_out_to_be_mps(load):
 
 
 def test_auto_that_turns_out_to_have_no_cuda(load):
-    config = load("executor=ray", "sync.transport=nccl")
+    config = load("executor=ray", "generator.engine=vllm", "sync.transport=nccl")
     check_device(config, "cuda")
     with pytest.raises(ConfigError, match="sync.transport=nccl moves CUDA memory and device=cpu; use shared_memory"):
         check_device(config, "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.errors import PlacementError
 from rlhf_ray.remote.placement import Plan, Seat, check_fit, choose_transport, plan_seats
 
 PPO = ("algorithm.name=ppo", "algorithm.kl_coef=0.05")
@@ -68,17 +68,6 @@ def test_colocated_workers_borrow_the_learners_gpus(tiny_config):
     }
 
 
-@pytest.mark.parametrize(("overrides", "says"), [
-    (("generator.count=2",), "2 generators of 1 GPUs share the GPUs of learner.world_size=1"),
-    ((*SHARDED, "learner.world_size=3", "generator.tensor_parallel=2"), "a multiple of tensor_parallel"),
-    (("algorithm.name=ppo", "critic.engine=deepspeed", "critic.world_size=2"), "critic.world_size=2 exceeds"),
-])  # fmt: skip
-def test_colocation_that_cannot_be(tiny_config, overrides, says):
-    config = tiny_config("executor=ray", *VLLM, "ray.colocate=true", *overrides)
-    with pytest.raises(ConfigError, match=says):
-        plan_seats(config, "cuda", "cuda_ipc")
-
-
 @pytest.mark.parametrize(("overrides", "device", "transport"), [
     ((), "cpu", "shared_memory"),
     (VLLM, "cpu", "shared_memory"),
@@ -90,14 +79,6 @@ def test_colocation_that_cannot_be(tiny_config, overrides, says):
 ])  # fmt: skip
 def test_transport(tiny_config, overrides, device, transport):
     assert choose_transport(tiny_config("executor=ray", "device=auto", *overrides), device) == transport
-
-
-def test_transports_that_the_placement_cannot_serve(tiny_config):
-    on_gpu = ("executor=ray", "device=auto", *VLLM)
-    with pytest.raises(ConfigError, match="set ray.colocate=true, or sync.transport=nccl"):
-        choose_transport(tiny_config(*on_gpu, "sync.transport=cuda_ipc"), "cuda")
-    with pytest.raises(ConfigError, match="set sync.transport=cuda_ipc"):
-        choose_transport(tiny_config(*on_gpu, "sync.transport=nccl", "ray.colocate=true"), "cuda")
 
 
 THREE_GPUS = Plan([
