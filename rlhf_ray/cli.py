@@ -39,6 +39,28 @@ def rl(
 
 
 @app.command()
+def pipeline(
+    config: Annotated[Path, typer.Argument(help="a YAML file with stages, e.g. configs/pipeline_reviews.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="e.g. seed=1, or sft.learner.lr=1e-4")] = None,
+    run_dir: RunDir = None,
+    resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:
+    """Several commands in a row, each fed by those before it: sft -> pairs -> rm -> rl -> eval."""
+    from rlhf_ray.pipeline import describe_pipeline, run_pipeline
+
+    if dry_run:
+        print(describe_pipeline(config, overrides or []))
+        return
+    try:
+        summary = run_pipeline(config, overrides or [], run_dir, resume=_wants_resume(resume))
+    except KeyboardInterrupt:
+        print("rlhf-ray: interrupted; go on with the same command and --resume auto", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"{len(summary['stages'])} stages in {summary['seconds']:.0f} s; everything is in {summary['run_dir']}")
+
+
+@app.command()
 def quickstart(
     overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never", dry_run: DryRun = False
 ) -> None:
@@ -57,8 +79,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool) -> None:
     from rlhf_ray.config.load import dump_config, load_config
 
-    if resume not in ("auto", "never"):
-        raise typer.BadParameter("must be 'auto' or 'never'", param_hint="--resume")
     settings = load_config(config, overrides)
     if dry_run:
         from rlhf_ray.plan import describe_plan
@@ -75,11 +95,17 @@ def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: st
 
     disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
     try:
-        summary = run_rl(settings, run_dir, resume=resume == "auto")
+        summary = run_rl(settings, run_dir, resume=_wants_resume(resume))
     except KeyboardInterrupt:  # here, for typer would end with a bare exit status
-        print("rlhf-ray: interrupted; go on with the same command and --resume auto", file=sys.stderr)
+        print("rlhf-ray: interrupted", file=sys.stderr)  # the run itself has said how to go on
         raise typer.Exit(130) from None
     _print_summary(summary)
+
+
+def _wants_resume(resume: str) -> bool:
+    if resume not in ("auto", "never"):
+        raise typer.BadParameter("must be 'auto' or 'never'", param_hint="--resume")
+    return resume == "auto"
 
 
 def _quickstart_config() -> Path:

@@ -1,5 +1,6 @@
 """The commands: what they print, and that every refusal is exit status 2 and one readable paragraph."""
 
+import json
 import subprocess
 import sys
 import time
@@ -135,13 +136,16 @@ def test_a_metric_that_is_there_only_once_does_not_break_the_table(capsys):
     assert rows["reward"] == ["0.000", "0.250"] and "[/red] is  [0.50]" in out
 
 
-def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, tiny, monkeypatch):
-    def run_rl(*args, **kwargs):
+def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, tiny, tmp_path, monkeypatch):
+    def train(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf_ray.build.run_rl", run_rl)
-    status, _, err = rlhf_ray("rl", tiny)
-    assert status == 130 and err == "rlhf-ray: interrupted; go on with the same command and --resume auto\n"
+    monkeypatch.setattr("rlhf_ray.build.train", train)
+    status, out, err = rlhf_ray("rl", tiny, "--run-dir", tmp_path / "run")
+    assert status == 130 and err.endswith("rlhf-ray: interrupted\n")
+    assert "interrupted after step 0 of 1, before its first checkpoint (the first is due after step 50): " in out
+    assert "--resume auto begins again at step 0, from the policy that is already made" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------

@@ -143,11 +143,11 @@ class RunDirectory:
 
 
 def newest_run(name: str, root: str | Path = "runs") -> Path | None:
-    """The newest `root/<name>-<time>` that holds a run that got to its first step, or was killed; or None."""
+    """The newest `root/<name>-<time>` of a run that got to its first step, or was stopped or killed; or None."""
     pattern = re.compile(re.escape(_safe(name)) + r"-\d{8}-\d{6}(-\d+)?")
     folder = Path(root)
     runs = [p for p in folder.iterdir() if pattern.fullmatch(p.name)] if folder.is_dir() else []
-    runs = [p for p in runs if any((p / mark).exists() for mark in MARKS) and not failed_at_start(p)]
+    runs = [p for p in runs if any((p / mark).exists() for mark in MARKS) and not ended_at_start(p, "failed")]
     return max(runs, key=lambda p: p.name, default=None)  # by the time in the name: a late report touches the folder
 
 
@@ -160,7 +160,7 @@ def _check_free(path: Path, resume: bool) -> bool:
     if not any((path / mark).exists() for mark in MARKS):
         raise ConfigError(f"{path}: is not empty and holds no run; a run would mix its files with what lies "
                           "there; set --run-dir to a new or empty folder")  # fmt: skip
-    if not resume and failed_at_start(path):
+    if not resume and ended_at_start(path, "failed", "interrupted"):
         _clear(path)
         return False
     if not resume:
@@ -169,14 +169,14 @@ def _check_free(path: Path, resume: bool) -> bool:
     return True
 
 
-def failed_at_start(path: Path) -> bool:
-    """Whether the run there ended with an error before its first step: nothing would be lost with it."""
+def ended_at_start(path: Path, *statuses: str) -> bool:
+    """Whether the run there ended before its first step, in one of these ways: no step would be lost with it."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     steps = any((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else False
-    return summary.get("status") == "failed" and summary.get("steps") == 0 and not steps
+    return summary.get("status") in statuses and summary.get("steps") == 0 and not steps
 
 
 def _clear(path: Path) -> None:

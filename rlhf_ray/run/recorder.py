@@ -10,23 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.errors import ConfigError, StorageError
+from rlhf_ray.errors import StorageError
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.metrics import Metrics
 from rlhf_ray.run.progress import Progress
+from rlhf_ray.run.resume import refuse_other_beginnings
 from rlhf_ray.run.storage import to_json, write_atomically
 from rlhf_ray.run.timer import Timer
 
-# The sections that decide which weights a run starts from.
-_MADE_BY = ("seed", "model", "warm_start")
 # Stand in every row, also where nothing of the kind has happened.
 _COUNTS = ("dropped_stale", "fault/restarts", "fault/retries", "fault/dropped")
 _PARTS = (
@@ -52,7 +49,7 @@ class Recorder:
             directory.checkpoints, config.checkpoint.keep, on_event=lambda kind, fields: directory.event(kind, **fields)
         )
         if directory.resumed:
-            _refuse_another_policy(config, directory)
+            refuse_other_beginnings(config, directory)
         found = self.checkpoints.latest() if directory.resumed else None
         self.resume_point = None if found is None else ResumePoint(*found)
         directory.write_config(dump_config(config))
@@ -138,11 +135,31 @@ class Recorder:
             self.close()
 
     def fail(self, error: BaseException) -> None:
-        """`finish` for a run that `error` has ended; never hides that error behind one of its own."""
+        """`finish` for a run that `error` (or somebody's Ctrl-C) has ended; never hides that behind one of its own."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            self.progress.close()
+            self.progress.note(self._after_interruption())
         try:
-            self.finish("failed", error=f"{type(error).__name__}: {error}")
+            if interrupted:
+                self.finish("interrupted")
+            else:
+                self.finish("failed", error=f"{type(error).__name__}: {error}")
         except StorageError as second:
             warnings.warn(f"the end of the run could not be written down: {second}", stacklevel=2)
+
+    def _after_interruption(self) -> str:
+        """What --resume auto will do, for it may be less than people hope."""
+        done = f"interrupted after step {self.steps_done} of {self.config.steps}"
+        saved = max(self.checkpoints.steps(), default=0)
+        if saved:
+            return f"{done}; the same command with --resume auto goes on from the checkpoint of step {saved}"
+        every = self.config.checkpoint.every
+        first = f"the first is due after step {every}" if every else "checkpoint.every=0 makes one at the end only"
+        return (
+            f"{done}, before its first checkpoint ({first}): the same command with --resume auto begins again at step 0"
+            + (", from the policy that is already made" if self.directory.start.is_dir() else "")
+        )
 
     def close(self) -> None:
         self.progress.close()
@@ -164,19 +181,3 @@ def rollout_rows(rows: Rows, scores: Scores, count: int) -> list[dict[str, Any]]
         }
         for i, (prompt, completion) in enumerate(scores.texts[:count])
     ]
-
-
-def _refuse_another_policy(config: RunConfig, directory: RunDirectory) -> None:
-    """The weights in start/ and in the checkpoints were made by these settings: others would silently not apply."""
-    try:
-        old = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return  # the first attempt did not get that far
-    new = config.model_dump(mode="json")
-    changed = [name for name in _MADE_BY if isinstance(old, dict) and name in old and old[name] != new[name]]
-    if changed:
-        raise ConfigError(
-            f"{directory.path}: --resume auto goes on with the policy that is there, and {', '.join(changed)} "
-            f"{'has' if len(changed) == 1 else 'have'} changed since it was made (see its config.yaml); "
-            "set it back, or start anew in another --run-dir"
-        )

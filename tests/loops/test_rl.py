@@ -139,7 +139,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_config, tmp_path, stop_at, read_
     stop_at(3, when)
     with pytest.raises(KeyboardInterrupt):
         run_rl(config, parts)
-    assert json.loads((parts / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((parts / "summary.json").read_text())["status"] == "interrupted"
     resumed = run_rl(config, parts, resume=True)
     assert same(weights(whole), weights(parts))
     assert read_rows(parts) == read_rows(whole) and len(read_rows(parts)) == 4

@@ -93,11 +93,12 @@ def test_summary_and_rollouts_are_plain_json(tmp_path):
     assert rows == [{"completion": "line\nbreak ✓", "reward": None}, {"completion": ""}]
 
 
-def test_a_run_that_failed_before_its_first_step_makes_room(tmp_path):
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_run_that_ended_before_its_first_step_makes_room(tmp_path, status):
     run = RunDirectory(tmp_path / "a")
     run.write_config("name: a\n")
     run.start.mkdir()
-    run.write_summary({"status": "failed", "steps": 0})
+    run.write_summary({"status": status, "steps": 0})
     (run.path / "notes.txt").write_text("mine")
     assert not RunDirectory(run.path).resumed
     assert [p.name for p in run.path.iterdir()] == ["notes.txt"], "what the run wrote is gone, nothing else"
@@ -130,3 +131,5 @@ def test_the_newest_run_is_none_that_failed_at_its_start(tmp_path):
         run.write_config("name: a\n")
     run.write_summary({"status": "failed", "steps": 0})
     assert newest_run("a", tmp_path).name == "a-20250101-000000"
+    run.write_summary({"status": "interrupted", "steps": 0})
+    assert newest_run("a", tmp_path).name == "a-20250102-000000", "a warm start may be what somebody wants to keep"

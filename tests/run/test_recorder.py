@@ -1,9 +1,11 @@
 """What a step leaves behind."""
 
 import json
+import re
 
 import pytest
 import torch
+import yaml
 
 from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
@@ -144,6 +146,66 @@ def test_settings_that_made_the_policy_cannot_change(recorder, name):
     other = {"seed": 9, "model": {"path": "another"}, "warm_start": {"steps": 3}}
     with pytest.raises(ConfigError, match=f"{name} has changed since it was made .*set it back, or start anew"):
         recorder(resume=True, **{name: other[name]})
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"rollout": {"prompts_per_step": 16}}, "rollout.prompts_per_step has"),
+    ({"rollout": {"group_size": 4}}, "rollout.group_size has"),
+    ({"data": {"path": "other", "split": "test", "limit": 3}}, "data.path, data.split, data.limit have"),
+    ({"data": {"path": "d", "eval_size": 3}}, "data.eval_size has"),  # the held-out rows are cut off the prompts
+    ({"data": {"path": "d", "max_prompt_tokens": 9, "overlong_prompts": "drop"}}, "data.overlong_prompts have"),
+])  # fmt: skip
+def test_settings_that_order_the_prompts_cannot_change(recorder, changes, named):
+    recorder()
+    with pytest.raises(ConfigError, match=f"in the stream of prompts .*{named} changed since.*set it back, or start"):
+        recorder(resume=True, **changes)
+
+
+def test_everything_that_cannot_change_is_named_at_once(recorder):
+    recorder()
+    with pytest.raises(ConfigError, match="seed has changed since it was made; it also goes on in the stream"):
+        recorder(resume=True, seed=5, rollout={"group_size": 2})
+
+
+def test_what_leaves_the_prompts_as_they_are_may_change(recorder):
+    recorder()
+    run = recorder(resume=True, data={"path": "d", "max_prompt_tokens": 9}, rollout={"temperature": 0.5})
+    tree = yaml.safe_load(run.directory.config_file.read_text())
+    del tree["data"]["overlong_prompts"], tree["rollout"]["group_size"]  # written by a version that had no such setting
+    run.directory.config_file.write_text(yaml.safe_dump(tree))
+    recorder(resume=True, data={"path": "d", "max_prompt_tokens": 9})
+
+
+@pytest.mark.parametrize(("saved", "every", "says"), [
+    (2, 2, "interrupted after step 3 of 9; the same command with --resume auto goes on from the checkpoint of step 2"),
+    (0, 50, "3 of 9, before its first checkpoint .the first is due after step 50.: .* auto begins again at step 0$"),
+    (0, 0, "before its first checkpoint .checkpoint.every=0 makes one at the end only.: .*begins again at step 0$"),
+])  # fmt: skip
+def test_an_interrupted_run_says_what_will_happen(recorder, capsys, saved, every, says):
+    run = recorder(steps=9, checkpoint={"every": every})
+    for step in (1, 2, 3):
+        run.log(step, {}, ROWS, SCORES)
+    if saved:
+        run.checkpoints.save(saved, lambda folder: (folder / "weights").write_text("w"), {})
+    run.fail(KeyboardInterrupt())
+    assert re.search(says, capsys.readouterr().out.splitlines()[-1])
+    summary = run.directory.read_summary()
+    assert (summary["status"], summary["steps"]) == ("interrupted", 3) and "error" not in summary
+
+
+def test_seconds_are_those_of_all_parts(recorder, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("rlhf_ray.run.recorder.time.monotonic", lambda: clock[0])
+    first = recorder()
+    clock[0] = 160.0
+    first.fail(KeyboardInterrupt())
+    second = recorder(resume=True)
+    clock[0] = 165.0
+    second.log(1, {}, ROWS, SCORES)  # then killed: the row is all it left
+    third = recorder(resume=True)
+    clock[0] = 195.0
+    third.finish("finished")
+    assert third.directory.read_summary()["seconds"] == 60 + 5 + 30
 
 
 def test_other_settings_may_change_and_are_noted(recorder):

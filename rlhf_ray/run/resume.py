@@ -1,0 +1,73 @@
+"""What a resumed run may not change: the settings whose effect is already in its weights, or in its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.run.directory import RunDirectory
+
+# The sections that decide which weights a run starts from.
+POLICY = ("seed", "model", "warm_start")
+# The settings that decide which prompts come, in which order, and how they are numbered.
+STREAM = ("data", "rollout.prompts_per_step", "rollout.group_size")
+
+
+def refuse_other_beginnings(config: RunConfig, directory: RunDirectory) -> None:
+    """Compare `config` with what the run in `directory` was last started with.
+
+    Raises:
+        ConfigError: naming every setting that would silently not apply to what is there already.
+    """
+    try:
+        old = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return  # the first attempt did not get that far
+    if not isinstance(old, dict):
+        return
+    new, problems = config.model_dump(mode="json"), []
+    if changed := _changed(old, new, POLICY):
+        problems.append(f"goes on with the policy that is there, and {_have(changed)} since it was made")
+    if changed := _changes_of_stream(old, new):
+        problems.append(
+            f"goes on in the stream of prompts where the run stopped, and {_have(changed)} since: some prompts would "
+            "be left out and others used twice"
+        )
+    if problems:
+        raise ConfigError(
+            f"{directory.path}: --resume auto {'; it also '.join(problems)} (see its config.yaml); "
+            "set it back, or start anew in another --run-dir"
+        )
+
+
+def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name in STREAM:
+        section = _at(new, name)
+        names += [f"{name}.{key}" for key in section] if isinstance(section, dict) else [name]
+    changed = _changed(old, new, names)
+    if _at(old, "data.overlong_prompts") == "error" == _at(new, "data.overlong_prompts"):
+        # None was left out for its length, so a higher limit changes nothing.
+        changed = [name for name in changed if name != "data.max_prompt_tokens"]
+    return changed
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of `names` that both trees have and that differ; a setting that an older version did not know does not."""
+    return [name for name in names if (before := _at(old, name, ...)) is not ... and before != _at(new, name)]
+
+
+def _at(tree: Any, dotted: str, missing: Any = None) -> Any:
+    for key in dotted.split("."):
+        if not isinstance(tree, Mapping) or key not in tree:
+            return missing
+        tree = tree[key]
+    return tree
+
+
+def _have(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
