@@ -37,13 +37,15 @@ class PromptSet:
     examples: tuple[Example, ...]
     token_ids: tuple[tuple[int, ...], ...]
     dropped: dict[str, int]
+    answers: tuple[tuple[tuple[int, ...], ...], ...] = ()  # token ids of each prompt's reference answers, if asked for
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def slice(self, start: int, end: int) -> PromptSet:
         """Rows start..end-1; what was dropped counts for the whole."""
-        return PromptSet(self.examples[start:end], self.token_ids[start:end], self.dropped)
+        part = slice(start, end)
+        return PromptSet(self.examples[part], self.token_ids[part], self.dropped, self.answers[part])
 
 
 def load_prompts(
@@ -56,13 +58,14 @@ def load_prompts(
     overlong: Literal["error", "drop"] = "error",
     split: str = "train",
     limit: int | None = None,
+    reference_field: str | None = None,
 ) -> PromptSet:
     """Prompts of a file, a Hugging Face dataset or a built-in task (`task:arithmetic`).
 
     `field` names the column; None takes the first of prompt, messages and text that the first row has.
     `prompt_words` cuts the prompt to that many words; texts with nothing left to write are dropped and counted.
     A prompt of more than `max_prompt_tokens` is refused, or dropped and counted. `limit` keeps the first rows
-    only. Raises DataError, which names file and line.
+    only. `reference_field` names the column with good answers. Raises DataError, which names file and line.
     """
     dropped = {"short": 0, "long": 0}
     examples, ids = [], []
@@ -88,7 +91,11 @@ def load_prompts(
             break
     if not examples:
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
-    return PromptSet(tuple(examples), tuple(ids), {why: count for why, count in dropped.items() if count})
+    answers = () if reference_field is None else tuple(
+        encode_answers(example, tokens, tokenizer, reference_field)
+        for example, tokens in zip(examples, ids, strict=True)
+    )  # fmt: skip
+    return PromptSet(tuple(examples), tuple(ids), {why: count for why, count in dropped.items() if count}, answers)
 
 
 def load_texts(source: str, *, field: str = "text", split: str = "train") -> list[str]:
@@ -108,6 +115,34 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
     if not ids:
         raise DataError(f"{example.where}: the prompt {example.prompt!r} has no tokens; remove the row")
     return ids
+
+
+def encode_answers(
+    example: Example, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, field: str
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids, EOS at the end, of the answers in one column: a text, or a list of texts.
+
+    A text that repeats the prompt counts from behind it. Raises DataError.
+    """
+    value = example.columns.get(field)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise DataError(
+            f"{example.where}: column {field!r} holds {value!r}, not an answer or a list of answers; mend the row, or "
+            "set rollout.reference_field to a column of the data"
+        )
+    return tuple(_encode_answer(text.removeprefix(example.prompt), example, tuple(prompt), tokenizer) for text in texts)
+
+
+def _encode_answer(
+    text: str, example: Example, prompt: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    # Encoded behind its prompt, as the policy would have written it, if the prompt's own tokens stay what they are.
+    whole = tuple(tokenizer(example.prompt + text, add_special_tokens=not example.templated)["input_ids"])
+    joins = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+    ids = whole[len(prompt) :] if joins else tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    eos = tokenizer.eos_token_id
+    return ids if ids[-1:] == (eos,) else (*ids, eos)
 
 
 def _examples(source: str, tokenizer: PreTrainedTokenizerBase, field: str | None, split: str) -> Iterable[Example]:

@@ -1,0 +1,186 @@
+"""From text to token ids, and which of them are learned.
+
+The rule: **prompt and answer are tokenized apart.** The generator is given the prompt's tokens and appends its own, so
+a token that reaches over the boundary can never come out of it. Tokenizing "2+2=" and "4" together may give a token
+"=4": training would then learn an answer after a prompt (without its "=") that no generation ever starts from. The
+same pieces make the prompts of reinforcement learning, so both see the same tokens, by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.data.columns import Messages, Text
+from rlhf_ray.data.dialogues import ASSISTANT, dialogue_messages, is_dialogue
+from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.templates import ChatTemplate, Piece, alpaca_prompt
+from rlhf_ray.data.types import Instruction, Prompt
+from rlhf_ray.errors import DataError, ModelError
+
+Style = Literal["auto", "chat", "alpaca", "none"]
+_ANCHOR = "\n"
+
+
+class Encoder:
+    """Prompts, answers, conversations and texts as token ids of one tokenizer, under one template.
+
+    `style`: `chat` puts everything that has a prompt into the chat template, `alpaca` into the instruction template,
+    `none` takes texts as they are, `auto` decides by what the row is. DataErrors from here name no place: add it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        style: Style = "auto",
+        system_prompt: str | None = None,
+        learn: Literal["all", "last"] = "all",
+    ):
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no EOS token, so no answer could end; set eos_token in its config")
+        self._tokenizer, self._style = tokenizer, style
+        self._system_prompt, self._learn = system_prompt, learn
+        self._chat: ChatTemplate | None = None
+        self._marks_beginnings = _marks_beginnings(tokenizer)
+
+    def prompt(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
+        """(text, token ids) that the generator gets. Raises DataError for a prompt without tokens."""
+        messages = self._as_messages(prompt)
+        pieces = [Piece(self._plain(prompt))] if messages is None else self._template().prompt(messages)
+        ids = self._encode(pieces, templated=messages is not None).token_ids
+        text = "".join(piece.text for piece in pieces)
+        if not ids:
+            raise DataError(f"the prompt {text!r} has no tokens; remove the row")
+        return text, ids
+
+    def answer(self, prompt: Prompt, answer: Text) -> TokenizedExample:
+        """Prompt + answer + EOS, of which the answer and EOS are learned."""
+        messages = self._as_messages(prompt)
+        if messages is None:
+            if not isinstance(answer, str):
+                raise DataError("the answer is messages, but the prompt is not; write both alike")
+            return self._encode([Piece(self._plain(prompt)), Piece(answer, 0)], templated=False, end=True)
+        whole = [*messages, *_answer_messages(prompt, answer)]
+        turns = [i for i, message in enumerate(whole) if i >= len(messages) and message["role"] == "assistant"]
+        sequences = self._template().conversation(whole, turns)
+        if len(sequences) > 1:
+            raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
+        return self._encode(sequences[0], templated=True, end=True)
+
+    def conversation(self, messages: Messages) -> list[TokenizedExample]:
+        """Sequences in which the assistant's turns (all, or the last) are learned; see ChatTemplate.conversation."""
+        messages = self._with_system_prompt(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        if not turns:
+            raise DataError("the conversation holds no answer of the assistant, so there is nothing to learn")
+        sequences = self._template().conversation(messages, turns if self._learn == "all" else turns[-1:])
+        return [self._encode(pieces, templated=True, end=True) for pieces in sequences]
+
+    def text(self, text: str) -> TokenizedExample:
+        """A whole text and EOS, all learned."""
+        ids = [*self._beginning(text), self._tokenizer.eos_token_id]
+        return TokenizedExample(tuple(ids), (True,) * len(ids))
+
+    def _template(self) -> ChatTemplate:
+        if self._style in ("alpaca", "none"):
+            raise DataError(f"these are chat messages, and data.template={self._style} has no place for them; set chat")
+        if self._chat is None:
+            self._chat = ChatTemplate(self._tokenizer)
+        return self._chat
+
+    def _as_messages(self, prompt: Prompt) -> Messages | None:
+        """The prompt as a conversation, where the chat template is to write it; else None."""
+        if not isinstance(prompt, tuple):
+            if self._style != "chat":
+                return None
+            text = _joined(prompt) if isinstance(prompt, Instruction) else prompt
+            prompt = dialogue_messages(text) if is_dialogue(text) else ({"role": "user", "content": text},)
+        if not prompt:
+            raise DataError("the prompt has no question; remove the row")
+        return self._with_system_prompt(prompt)
+
+    def _with_system_prompt(self, messages: Messages) -> Messages:
+        if self._system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return ({"role": "system", "content": self._system_prompt}, *messages)
+
+    def _plain(self, prompt: Prompt) -> str:
+        if isinstance(prompt, Instruction):
+            return _joined(prompt) if self._style == "none" else alpaca_prompt(prompt.instruction, prompt.input)
+        assert isinstance(prompt, str)
+        return alpaca_prompt(prompt) if self._style == "alpaca" else prompt
+
+    def _encode(self, pieces: Sequence[Piece], *, templated: bool, end: bool = False) -> TokenizedExample:
+        """The pieces' tokens, one piece after another; with `end`, EOS follows where the last piece has none."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for number, piece in enumerate(pieces):
+            if number == 0:
+                # A chat template has written its special tokens already: a second BOS would be wrong.
+                added = self._plain_ids(piece.text) if templated else self._beginning(piece.text)
+            else:
+                added = self._continuation(piece.text)
+            ids += added
+            learned += self._learned(piece, added)
+        eos = self._tokenizer.eos_token_id
+        # A template may end an answer with EOS and a line break.
+        if end and not (eos in added if templated else added[-1:] == [eos]):
+            ids.append(eos)
+            learned.append(True)
+        return TokenizedExample(tuple(ids), tuple(learned))
+
+    def _learned(self, piece: Piece, ids: Sequence[int]) -> list[bool]:
+        if piece.learned_from is None:
+            return [False] * len(ids)
+        if piece.learned_from == 0:
+            return [True] * len(ids)
+        offsets = self._tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        # From the end: where a first blank was anchored away, the ids are fewer than the offsets.
+        return [begin >= piece.learned_from for begin, _ in offsets[len(offsets) - len(ids) :]]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _beginning(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer puts before a text, but not those that it puts after it."""
+        ids = self._tokenizer(text)["input_ids"]
+        eos = self._tokenizer.eos_token_id
+        if ids and ids[-1] == eos and self._plain_ids(text)[-1:] != [eos]:
+            return ids[:-1]
+        return ids
+
+    def _continuation(self, text: str) -> list[int]:
+        """Tokens of a text that goes on where another ended."""
+        if self._marks_beginnings:
+            anchor, anchored = self._plain_ids(_ANCHOR), self._plain_ids(_ANCHOR + text)
+            if anchored[: len(anchor)] == anchor:
+                return anchored[len(anchor) :]
+        return self._plain_ids(text)
+
+
+def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether "a" alone is other tokens than "a" after something, as in Llama 2, which puts a blank before any text.
+
+    There an answer tokenized by itself would begin with a blank that nobody wrote.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    anchor, both = ids(_ANCHOR), ids(f"{_ANCHOR}a")
+    return both[: len(anchor)] == anchor and both[len(anchor) :] != ids("a")
+
+
+def _answer_messages(prompt: Prompt, answer: Text) -> Messages:
+    if isinstance(answer, tuple):
+        return answer
+    if isinstance(prompt, str) and is_dialogue(prompt):
+        return dialogue_messages(ASSISTANT + answer)
+    return ({"role": "assistant", "content": answer.strip()},)
+
+
+def _joined(prompt: Instruction) -> str:
+    return f"{prompt.instruction}\n\n{prompt.input}" if prompt.input else prompt.instruction
