@@ -13,7 +13,7 @@ from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.cleaning import TIED, UNWANTED, Cleaner, CleaningReport
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
-from rlhf_ray.data.rows import Row, read_rows
+from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.types import (
     AnswerRow,
@@ -48,7 +48,9 @@ def load_supervised(
     encoder = _encoder(data, tokenizer)
 
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedExample]:
-        for example in _demonstrations(record, encoder, cleaner, where):
+        with placed(where):
+            examples = _demonstrations(record, encoder, cleaner)
+        for example in examples:
             if cleaner.is_answered(example) and (kept := cleaner.fitting(example, where=where)):
                 yield kept[0]
 
@@ -66,7 +68,8 @@ def load_pairs(
 
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedPair]:
         for pair in _comparisons(record, cleaner, where):
-            chosen, rejected = (encoder.answer(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
+            with placed(where):
+                chosen, rejected = (encoder.answer(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
             if cleaner.is_answered(chosen, rejected) and (kept := cleaner.fitting(chosen, rejected, where=where)):
                 yield TokenizedPair(*kept, margin=pair.margin)
 
@@ -104,13 +107,13 @@ def _labelled_text(record: Record, where: str) -> tuple[str, int]:
     label = getattr(record, "label", None)
     if isinstance(record, TextRow) and label is not None:
         return record.text, label
-    if isinstance(record, AnswerRow) and label is not None:
-        if isinstance(record.prompt, str) and isinstance(record.completion, str):
-            return record.prompt + record.completion, label
+    texts = (record.prompt, record.completion) if isinstance(record, AnswerRow) and label is not None else ()
+    if texts and all(isinstance(text, str) for text in texts):
+        return "".join(texts), label
     raise DataError(f"{where}: a classifier needs a text and its label; name them with data.columns")
 
 
-def _demonstrations(record: Record, encoder: Encoder, cleaner: Cleaner, where: str) -> Sequence[TokenizedExample]:
+def _demonstrations(record: Record, encoder: Encoder, cleaner: Cleaner) -> Sequence[TokenizedExample]:
     if isinstance(record, TextRow):
         return [encoder.text(record.text)]
     if isinstance(record, ConversationRow):
@@ -125,8 +128,8 @@ def _demonstrations(record: Record, encoder: Encoder, cleaner: Cleaner, where: s
     if isinstance(record, RankedRow):
         return [encoder.answer(record.prompt, record.completions[0])]
     raise DataError(
-        f"{where}: a prompt without an answer (type prompt), so there is nothing to learn; add a field 'completion', "
-        "or name the one that has it with data.columns.completion"
+        "a prompt without an answer (type prompt), so there is nothing to learn; add a field 'completion', or name "
+        "the one that has it with data.columns.completion"
     )
 
 
@@ -165,21 +168,12 @@ def _read(
     items = []
     for row, record in cleaner.records(rows, None if data.type == "auto" else data.type, data.columns):
         prompt = repr(prompt_of(record))
-        items += [(prompt, item) for item in _named(row, encode, record, cleaner)]
+        items += [(prompt, item) for item in encode(record, cleaner, row.where)]
     report = cleaner.report(source, len(items))
     if not items:
         raise DataError(f"nothing usable in {report}; check the file and data.* limits")
     on_report(report)
     return items
-
-
-def _named(row: Row, encode: Encode[Item], record: Record, cleaner: Cleaner) -> list[Item]:
-    try:
-        return list(encode(record, cleaner, row.where))
-    except DataError as error:
-        if str(error).startswith(row.where):
-            raise
-        raise DataError(f"{row.where}: {error}") from error
 
 
 def _split(items: Sequence[tuple[str, Item]], data: DatasetConfig, seed: int) -> tuple[list[Item], list[Item]]:

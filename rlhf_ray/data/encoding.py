@@ -70,6 +70,12 @@ class Encoder:
             raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
         return self._encode(sequences[0], templated=True, end=True)
 
+    def completion(self, prompt: Prompt, answer: Text) -> tuple[int, ...]:
+        """The answer's tokens alone, as a policy would write them after `prompt`: EOS is the last."""
+        example = self.answer(prompt, answer)
+        ids = example.token_ids[len(self.prompt(prompt)[1]) :]
+        return ids[: ids.index(self._tokenizer.eos_token_id) + 1]
+
     def conversation(self, messages: Messages) -> list[TokenizedExample]:
         """Sequences in which the assistant's turns (all, or the last) are learned; see ChatTemplate.conversation."""
         messages = self._with_system_prompt(messages)

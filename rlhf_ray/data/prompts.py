@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.data.rows import Row, read_rows
+from rlhf_ray.config.data import ColumnsConfig, DataType
+from rlhf_ray.data.columns import Columns
+from rlhf_ray.data.encoding import Encoder, Style
+from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.tasks import is_task, load_task
+from rlhf_ray.data.templates import set_chat_template
+from rlhf_ray.data.types import Prompt, detect, parse, prompt_of
 from rlhf_ray.errors import ConfigError, DataError
 
-_DETECTED_FIELDS = ("prompt", "messages", "text")
+_PROMPT_COLUMN: dict[DataType, str] = {"text": "text", "labelled": "text", "messages": "messages"}
+_TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions get these from the rollout
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt as text, with the other columns of its row (they reach the reward functions).
+    """One prompt as the generator gets it, with the other columns of its row (they reach the reward functions).
 
-    `templated` is True where a chat template wrote the text, special tokens included. `where` is `file:line`.
+    `where` is `file:line`.
     """
 
     prompt: str
     columns: dict[str, Any]
-    templated: bool = False
     where: str = ""
 
 
@@ -59,48 +64,58 @@ def load_prompts(
     split: str = "train",
     limit: int | None = None,
     reference_field: str | None = None,
+    template: Style = "auto",
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
 ) -> PromptSet:
     """Prompts of a file, a Hugging Face dataset or a built-in task (`task:arithmetic`).
 
-    `field` names the column; None takes the first of prompt, messages and text that the first row has.
-    `prompt_words` cuts the prompt to that many words; texts with nothing left to write are dropped and counted.
-    A prompt of more than `max_prompt_tokens` is refused, or dropped and counted. `limit` keeps the first rows
-    only. `reference_field` names the column with good answers. Raises DataError, which names file and line.
+    Any dataset type is a source of prompts (data/types.py); an answer that ends a conversation is left out. `field`
+    names the column instead. `prompt_words` cuts each text to that many words; texts with nothing left to write are
+    dropped and counted. A prompt of more than `max_prompt_tokens` is refused, or dropped and counted. `limit` keeps
+    the first rows only. `reference_field` names the column with good answers. `template`, `chat_template` and
+    `system_prompt` are those of data/encoding.py; the tokenizer gets the chat template.
+    Raises DataError, which names file and line.
     """
+    set_chat_template(tokenizer, chat_template)
+    encoder = Encoder(tokenizer, style=template, system_prompt=system_prompt)
     dropped = {"short": 0, "long": 0}
-    examples, ids = [], []
-    for example in _examples(source, tokenizer, field, split):
+    examples, ids, answers = [], [], []
+    for prompt, columns, where in _asked(source, field, split):
         if prompt_words is not None:
-            cut = first_words(example.prompt, prompt_words)
-            if cut is None:
+            if not isinstance(prompt, str):
+                raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
+            columns = {**columns, "text": prompt}
+            prompt = first_words(prompt, prompt_words)
+            if prompt is None:
                 dropped["short"] += 1
                 continue
-            example = Example(cut, {**example.columns, "text": example.prompt}, False, example.where)
-        tokens = tuple(encode_prompt(example, tokenizer))
+        with placed(where):
+            text, tokens = encoder.prompt(prompt)
         if max_prompt_tokens is not None and len(tokens) > max_prompt_tokens:
             if overlong == "error":
                 raise DataError(
-                    f"{example.where}: the prompt has {len(tokens)} tokens, the limit is {max_prompt_tokens}; "
+                    f"{where}: the prompt has {len(tokens)} tokens, the limit is {max_prompt_tokens}; "
                     "raise data.max_prompt_tokens, shorten the prompt, or set data.overlong_prompts=drop"
                 )
             dropped["long"] += 1
             continue
-        examples.append(example)
+        examples.append(Example(text, columns, where))
         ids.append(tokens)
+        if reference_field is not None:
+            with placed(where):
+                answers.append(_reference_answers(prompt, columns.get(reference_field), encoder))
         if len(examples) == limit:
             break
     if not examples:
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
-    answers = () if reference_field is None else tuple(
-        encode_answers(example, tokens, tokenizer, reference_field)
-        for example, tokens in zip(examples, ids, strict=True)
-    )  # fmt: skip
-    return PromptSet(tuple(examples), tuple(ids), {why: count for why, count in dropped.items() if count}, answers)
+    counts = {why: count for why, count in dropped.items() if count}
+    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers))
 
 
 def load_texts(source: str, *, field: str = "text", split: str = "train") -> list[str]:
     """The whole texts of one column: the corpus for a tokenizer and for a supervised warm start."""
-    return [_text_of(row, field) for row in read_rows(source, split=split)]
+    return [Columns(row, ColumnsConfig(text=field)).text("text") for row in read_rows(source, split=split)]
 
 
 def first_words(text: str, count: int) -> str | None:
@@ -109,122 +124,32 @@ def first_words(text: str, count: int) -> str | None:
     return " ".join(words[:count]) if len(words) > count else None
 
 
-def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one prompt. A chat template has written its special tokens already: a second BOS would be wrong."""
-    ids = tokenizer(example.prompt, add_special_tokens=not example.templated)["input_ids"]
-    if not ids:
-        raise DataError(f"{example.where}: the prompt {example.prompt!r} has no tokens; remove the row")
-    return ids
+def _asked(source: str, field: str | None, split: str) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
+    """(prompt, the row's other columns, where) of every prompt of a source."""
+    if is_task(source):
+        for pair in load_task(source).split(split):
+            yield pair.prompt, dict(pair.columns), f"{source}:{pair.prompt}"
+        return
+    names = ColumnsConfig(prompt=field)
+    kind: DataType | None = None if field is None else "prompt"
+    for row in read_rows(source, split=split):
+        kind = kind or detect(row, names)
+        copied = Columns(row, names).name(_PROMPT_COLUMN.get(kind, "prompt"))
+        columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
+        for record in parse(row, kind, names):
+            yield prompt_of(record), columns, row.where
 
 
-def encode_answers(
-    example: Example, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, field: str
-) -> tuple[tuple[int, ...], ...]:
-    """Token ids, EOS at the end, of the answers in one column: a text, or a list of texts.
-
-    A text that repeats the prompt counts from behind it. Raises DataError.
-    """
-    value = example.columns.get(field)
+def _reference_answers(prompt: Prompt, value: Any, encoder: Encoder) -> tuple[tuple[int, ...], ...]:
+    """Token ids, EOS at the end, of a text or a list of texts; one that repeats the prompt counts from behind it."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise DataError(
-            f"{example.where}: column {field!r} holds {value!r}, not an answer or a list of answers; mend the row, or "
-            "set rollout.reference_field to a column of the data"
+            f"the reference answer is {value!r}, not a text or a list of texts; mend the row, or set "
+            "rollout.reference_field to a column of the data"
         )
-    return tuple(_encode_answer(text.removeprefix(example.prompt), example, tuple(prompt), tokenizer) for text in texts)
-
-
-def _encode_answer(
-    text: str, example: Example, prompt: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, ...]:
-    # Encoded behind its prompt, as the policy would have written it, if the prompt's own tokens stay what they are.
-    whole = tuple(tokenizer(example.prompt + text, add_special_tokens=not example.templated)["input_ids"])
-    joins = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-    ids = whole[len(prompt) :] if joins else tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    eos = tokenizer.eos_token_id
-    return ids if ids[-1:] == (eos,) else (*ids, eos)
-
-
-def _examples(source: str, tokenizer: PreTrainedTokenizerBase, field: str | None, split: str) -> Iterable[Example]:
-    if is_task(source):
-        for pair in load_task(source).split(split):
-            yield Example(pair.prompt, dict(pair.columns), where=f"{source}:{pair.prompt}")
-        return
-    for row in read_rows(source, split=split):
-        field = field or _detect(row)
-        yield _example(row, field, tokenizer)
-
-
-def _detect(row: Row) -> str:
-    for name in _DETECTED_FIELDS:
-        if name in row.fields:
-            return name
-    raise DataError(
-        f"{row.where}: none of the fields {', '.join(_DETECTED_FIELDS)}; the row has "
-        f"{', '.join(map(repr, row.fields)) or 'none'}; set data.field to the one with the prompt"
-    )
-
-
-def _example(row: Row, field: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    value = row.fields.get(field)
-    columns = {k: v for k, v in row.fields.items() if k != field}
-    if isinstance(value, (list, tuple)):
-        return Example(_render_chat(value, row, field, tokenizer), columns, True, row.where)
-    return Example(_text_of(row, field), columns, False, row.where)
-
-
-def _text_of(row: Row, field: str) -> str:
-    if field not in row.fields:
-        raise DataError(
-            f"{row.where}: no field {field!r}; the row has {', '.join(map(repr, row.fields))}; "
-            "set data.field to one of these, or mend the row"
-        )
-    value = row.fields[field]
-    if not isinstance(value, str):
-        raise DataError(
-            f"{row.where}: field {field!r} is of type {type(value).__name__}, not text; give a string or chat messages"
-        )
-    if not value.strip():
-        raise DataError(f"{row.where}: field {field!r} is empty; remove the row, or fill it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{row.where}: field {field!r} holds half of a character (position {error.start}), which no tokenizer "
-            "reads; remove it, or write the file again from its source"
-        ) from error
-    return value
-
-
-def _render_chat(messages: Sequence[Any], row: Row, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Chat messages to text that ends where the assistant's answer begins; an answer in the row is left out."""
-    problem = _chat_problem(messages)
-    if problem:
-        raise DataError(
-            f'{row.where}: field {field!r} {problem}; write a list like [{{"role": "user", "content": "Hello"}}]'
-        )
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{row.where}: field {field!r} holds chat messages, but this tokenizer has no chat template; "
-            "use an instruction-tuned model, set tokenizer.chat_template, or give plain text prompts"
-        )
-    turns = list(messages)
-    if turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-def _chat_problem(messages: Sequence[Any]) -> str | None:
-    if not messages:
-        return "is an empty list of messages"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "holds a message without a role"
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            return "holds a message without content"
-    if len(messages) == 1 and messages[0]["role"] == "assistant":
-        return "holds an answer but no question"
-    return None
+    begins = prompt if isinstance(prompt, str) else ""
+    return tuple(encoder.completion(prompt, text.removeprefix(begins)) for text in texts)
 
 
 def _explain(dropped: dict[str, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ class Row:
 
     fields: dict[str, Any]
     where: str
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """A DataError in here says where its row is."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:

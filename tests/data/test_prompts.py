@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_ray.data.prompts import encode_prompt, first_words, load_prompts, load_texts
+from rlhf_ray.data.prompts import first_words, load_prompts, load_texts
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import char_tokenizer
 
@@ -87,9 +87,9 @@ def test_bos_is_added_to_plain_text_but_not_after_a_template(write, tokenizer):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
     tokenizer.chat_template = TEMPLATE
     source = write({"prompt": "ab"}, {"prompt": [{"role": "user", "content": "hi"}]})
-    plain, chat = load_prompts(source, tokenizer).examples
-    assert encode_prompt(plain, tokenizer) == [1, 6, 7]
-    assert encode_prompt(chat, tokenizer)[0] == 4
+    plain, chat = load_prompts(source, tokenizer).token_ids
+    assert plain == (1, 6, 7)
+    assert chat[0] == 4
 
 
 def test_long_prompts_are_refused_or_counted(write, tokenizer):
