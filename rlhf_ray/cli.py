@@ -87,19 +87,28 @@ def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: st
         print(dump_config(settings))
         print(plan)
         return
-    if settings.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, announces what it found
-    from transformers.utils.logging import disable_progress_bar
-
+    _quiet_libraries(settings.device)
     from rlhf_ray.build import run_rl
 
-    disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
     try:
         summary = run_rl(settings, run_dir, resume=_wants_resume(resume))
     except KeyboardInterrupt:  # here, for typer would end with a bare exit status
         print("rlhf-ray: interrupted", file=sys.stderr)  # the run itself has said how to go on
         raise typer.Exit(130) from None
     _print_summary(summary)
+
+
+def _quiet_libraries(device: str) -> None:
+    """Called before a command imports what computes."""
+    import torch
+
+    # Transformers imports DeepSpeed, where it is installed, to see whether it is there; and DeepSpeed looks for an
+    # accelerator and announces what it found, unless it has been told.
+    found = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", found)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
 
 
 def _wants_resume(resume: str) -> bool:

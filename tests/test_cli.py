@@ -1,6 +1,7 @@
 """The commands: what they print, and that every refusal is exit status 2 and one readable paragraph."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -191,13 +192,25 @@ def test_a_fault_of_the_program_keeps_its_traceback(tiny, monkeypatch):
         cli.main()
 
 
+@pytest.mark.parametrize(("device", "cuda", "expected"), [
+    ("auto", False, "cpu"), ("auto", True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu"),
+])  # fmt: skip
+def test_deepspeed_is_told_its_accelerator(monkeypatch, device, cuda, expected):
+    monkeypatch.setenv("DS_ACCELERATOR", "undone afterwards")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    cli._quiet_libraries(device)
+    assert os.environ["DS_ACCELERATOR"] == expected
+
+
 @pytest.mark.system
 def test_the_installed_command(tiny, tmp_path, repo_root):
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "--run-dir", str(tmp_path / "run")],
+        [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "device=auto", "--run-dir", str(tmp_path / "run")],
         capture_output=True, text=True, cwd=repo_root, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "accelerator" not in (done.stdout + done.stderr).lower(), "DeepSpeed has nothing to announce"
     again = subprocess.run(
         [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "--run-dir", str(tmp_path / "run")],
         capture_output=True, text=True, cwd=repo_root, timeout=300,

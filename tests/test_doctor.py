@@ -1,5 +1,4 @@
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from rlhf_ray import doctor
 from rlhf_ray.doctor import Check, Probe
 
 BAD = Probe(False, "ImportError: libcudart.so.13: cannot open shared object file")
-LATE = Probe(False, "no answer within 25 s", late=True)
+LATE = Probe(False, "no answer within 90 s", late=True)
 
 
 def devices(cuda=(), mps=False):
@@ -146,7 +145,7 @@ def test_the_command_prints_json_and_returns_the_exit_status(monkeypatch, capsys
 def test_this_machine(tmp_path):
     started = time.monotonic()
     checks = doctor.diagnose(tmp_path)
-    assert time.monotonic() - started < 30 + 30 * (os.getloadavg()[0] > 2 * (os.cpu_count() or 1))
+    assert time.monotonic() - started < doctor.PROBE_SECONDS + 15
     names = ["python", "packages", "devices", "ray", "vllm", "deepspeed", "peft", "gloo", "nccl", "shared memory",
              "disk", "hub cache"]  # fmt: skip
     assert [check.name for check in checks] == names
