@@ -151,7 +151,7 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         problem, steps = self._inspect(folder)
-        self._agree(problem, "resume with the settings that wrote it, or from another checkpoint")
+        self._agree(problem and f"{problem}; resume with the settings that wrote it, or from another checkpoint")
         try:
             with _quiet():
                 path, _ = self._deepspeed.load_checkpoint(str(folder), tag=TAG)
@@ -164,12 +164,12 @@ class DeepSpeedEngine:
             raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / TAG}; resume from another one")
         self.steps = steps
 
-    def _agree(self, problem: str | None, remedy: str) -> None:
+    def _agree(self, problem: str | None) -> None:
         """Raise CheckpointError on every rank if any has a problem: one that raised alone would leave the
         others waiting for it in the next collective."""
         anywhere = self.all_reduce(torch.tensor(0 if problem is None else 1), "max")
         if anywhere.item():
-            raise CheckpointError(f"{problem or 'another learner rank failed, its error says why'}; {remedy}")
+            raise CheckpointError(problem or "another learner rank failed; its error says why, and what to do")
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -204,8 +204,10 @@ class DeepSpeedEngine:
             try:
                 write_pretrained(self.module, state, folder, tokenizer)
             except OSError as error:
-                problem = f"the model cannot be written to {folder} ({error})"
-        self._agree(problem, "make room or name another folder, and export again")
+                problem = f"the model cannot be written to {folder} ({error}); make room, or name another folder"
+            except ModelError as error:  # caught, for the other ranks are waiting
+                problem = str(error)
+        self._agree(problem)
 
     def close(self) -> None:
         self._deepspeed.destroy()

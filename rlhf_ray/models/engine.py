@@ -217,8 +217,18 @@ def write_pretrained(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write `state` with the config of `module` as a folder that `from_pretrained` reads."""
+    """Write `state` with the config of `module` as a folder that `from_pretrained` reads.
+
+    Raises ModelError for weights that are not finite: such a folder loads without a word, and answers nonsense.
+    """
     weights = {name: tensor.detach().to("cpu") for name, tensor in state}
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(
+            f"{len(broken)} of {len(weights)} weights are not finite (the first is {broken[0]}), so no model was written "
+            f"to {folder}: the training has diverged; go on from an earlier checkpoint (write its name, such as "
+            "step_100, into checkpoints/latest) with a lower learning rate"
+        )
     model = plain_model(module)
     folder.mkdir(parents=True, exist_ok=True)
     use_cache = getattr(model.config, "use_cache", None)

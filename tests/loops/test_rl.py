@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray import build
 from rlhf_ray.build import run_rl
-from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.errors import ConfigError, ModelError, RewardError
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
@@ -18,7 +18,7 @@ from rlhf_ray.run.recorder import Recorder
 
 PPO = (
     "algorithm.name=ppo", "algorithm.kl_controller=adaptive", "algorithm.kl_horizon=64", "algorithm.kl_target=0.01",
-    "algorithm.normalize_rewards=true", "learner.minibatches=2", "learner.epochs=2", "critic.lr=1e-2",
+    "algorithm.normalize_rewards=running", "learner.minibatches=2", "learner.epochs=2", "critic.lr=1e-2",
 )  # fmt: skip
 
 
@@ -273,6 +273,23 @@ def test_an_exception_in_the_loop_ends_the_run_cleanly(tiny_config, tmp_path, mo
     assert summary["status"] == "failed" and summary["steps"] == 1 and "no answers" in summary["error"]
     assert run_rl(tiny_config(*settings), tmp_path / "a", resume=True)["steps"] == 3
     assert [row["step"] for row in read_rows(tmp_path / "a")] == [1, 2, 3]
+
+
+def test_a_run_that_has_diverged_is_not_finished(tiny_config, tmp_path, monkeypatch):
+    real = Learner.update
+
+    def diverge(self, *args):
+        metrics = real(self, *args)
+        with torch.no_grad():
+            next(self.engine.module.parameters()).fill_(math.nan)
+        return metrics
+
+    monkeypatch.setattr(Learner, "update", diverge)
+    config = tiny_config("steps=1", "eval.size=2", "sync.canary=false")
+    with pytest.raises(ModelError, match="weights are not finite"):
+        run_rl(config, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "a" / "model").exists()
 
 
 def test_a_canary_that_dies_is_an_alarm_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch):

@@ -191,6 +191,15 @@ def test_lora_trains_adapters_only_and_exports_them_merged(tmp_path: Path) -> No
         torch.testing.assert_close(loaded(input_ids=ids).logits, engine(input_ids=ids).logits, atol=1e-5, rtol=0)
 
 
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    engine = TorchEngine(tiny())
+    with torch.no_grad():
+        next(engine.module.parameters())[3, 2] = float("inf")
+    with pytest.raises(ModelError, match=r"weights are not finite .the first is .*embed_tokens.weight.* lower learning"):
+        engine.save_pretrained(tmp_path / "model", None)
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_critic_trains_and_its_folder_loads(tmp_path: Path) -> None:
     engine = TorchEngine(ValueModel.from_policy(tiny()), gradient_checkpointing=True)
     losses = [loss for loss, _ in train(engine, [0] * 5)]
