@@ -1,62 +1,87 @@
-"""Reward functions by name, and their weighted sum."""
+"""Several reward functions: their weighted sum, and what happens to rows for which one of them failed."""
 
 from __future__ import annotations
 
-import asyncio
-import difflib
-import hashlib
-import importlib
-import importlib.util
-import inspect
 import math
-import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.errors import ConfigError, RewardError
-from rlhf_ray.rewards.builtin import BUILTIN
+from rlhf_ray.rewards.adapters import Adapter
+from rlhf_ray.rewards.calling import Inputs, IsolatedFunction, RewardFunction, bind, start, together
+from rlhf_ray.rewards.failures import FailurePolicy, Outcome
+from rlhf_ray.rewards.loading import check_builtin, default_name, is_builtin, is_http
 
 # Names that every function receives anyway, so that a dataset column cannot come under them a second time.
 _OWN_ARGUMENTS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 
+# Before the first repetition of a call; doubled for each further one.
+_FIRST_PAUSE_S = 0.1
+
 
 @dataclass(frozen=True)
-class RewardFunction:
-    """A function in TRL's convention, with its fixed arguments and its weight in the sum."""
+class Rewards:
+    """Scores of a batch. NaN where a function failed and its policy is to drop the group."""
 
-    name: str
-    function: Callable[..., Any]
-    weight: float = 1.0
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    def call(self, inputs: Mapping[str, Any]) -> Any:
-        """What the function returns (a coroutine, if it is async), given those inputs that it takes."""
-        given = {**inputs, **self.args}
-        parameters = inspect.signature(self.function).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return self.function(**given)
-        return self.function(**{p.name: given[p.name] for p in parameters if p.name in given})
+    total: list[float]  # [B] weighted sum
+    by_function: dict[str, list[float]]  # name -> [B] unweighted
+    keep: list[bool]  # [B] False: the row's group was dropped
+    stats: dict[str, float]  # fault/retries, fault/dropped (groups), fault/defaulted (rows)
+    events: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_reward(
-    function: str, *, weight: float = 1.0, args: Mapping[str, Any] | None = None, name: str | None = None
+    function: str,
+    *,
+    weight: float = 1.0,
+    args: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    policy: FailurePolicy = FailurePolicy(),
+    isolated: bool = False,
+    timeout_s: float = 300.0,
+    adapter: Adapter = "auto",
 ) -> RewardFunction:
-    """`function` is a built-in name, `package.module:function`, or `path/to/file.py:function`.
+    """`function` is a built-in name, `package.module:function`, `path/to/file.py:function`, or a reward server's URL.
 
-    `args` are passed to every call. `name` labels its metric (default: the function's name).
-    Raises ConfigError if there is no such function.
+    Args:
+        args: passed to every call.
+        name: labels its metric; default: the function's name.
+        isolated: run it in a process of its own, which is killed if a call takes longer than `timeout_s`.
+        adapter: whose convention the function follows; `auto` looks at the names of its parameters.
+    Raises:
+        ConfigError: there is no such function, or its arguments do not fit.
     """
-    found = _find(function)
-    if not callable(found):
-        raise ConfigError(f"reward {function!r} is a {type(found).__name__}, not a function; name a function")
-    clash = set(args or {}) & _OWN_ARGUMENTS
-    if clash:
+    args = dict(args or {})
+    if clash := set(args) & _OWN_ARGUMENTS:
         raise ConfigError(f"reward {function!r}: args may not set {sorted(clash)}; each call brings its own")
-    return RewardFunction(name or function.rpartition(":")[2], found, weight, dict(args or {}))
+    settings = {"weight": weight, "policy": policy, "timeout_s": timeout_s}
+    name = name or default_name(function)
+    if is_http(function):
+        from rlhf_ray.rewards.http_client import HttpReward
+
+        return RewardFunction(name, HttpReward(function, timeout_s=timeout_s, **args), **settings)
+    if not isolated:
+        return replace(bind(function, adapter, args), name=name, **settings)
+    if is_builtin(function):
+        check_builtin(function)
+    return RewardFunction(name, IsolatedFunction(function, adapter, args, timeout_s), **{**settings, "timeout_s": None})
+
+
+def reward_of(config: RewardConfig) -> RewardFunction:
+    """The function of one entry of a config's `rewards`. Raises ConfigError."""
+    isolated = config.isolated
+    if isolated is None:
+        isolated = not (is_builtin(config.function) or is_http(config.function))
+    retries = config.retries if config.retries is not None else 2 * (config.on_failure == "retry")
+    args = {**config.args, **({"token_env": config.token_env} if config.token_env else {})}
+    return load_reward(
+        config.function, weight=config.weight, args=args, name=config.name, isolated=isolated,
+        timeout_s=config.timeout_s, adapter=config.adapter,
+        policy=FailurePolicy(config.on_failure, retries, config.default_score),
+    )  # fmt: skip
 
 
 class RewardSet:
@@ -77,139 +102,105 @@ class RewardSet:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         columns: Sequence[Mapping[str, Any]],
-    ) -> tuple[list[float], dict[str, list[float]]]:
-        """(weighted sum of each row, each function's unweighted scores). Async functions run side by side.
+        groups: Sequence[Any] | None = None,
+    ) -> Rewards:
+        """Weighted sums and each function's unweighted scores. Async and isolated functions run side by side.
 
-        `columns` has one mapping a row; a function receives each column as a list, None where a row lacks it.
-        Raises RewardError, which names function and row, for anything but one finite number a row.
+        Args:
+            columns: one mapping a row; a function receives each column as a list, None where a row lacks it.
+            groups: [B] rows with equal labels answer the same prompt; default: rows with equal prompts.
+        Raises:
+            RewardError: names function and row, where a function gave no finite number and its policy is to raise;
+                or if no group is left.
         """
-        rows = len(completions)
-        names = dict.fromkeys(key for row in columns for key in row if key not in _OWN_ARGUMENTS)
-        inputs = {
-            "prompts": list(prompts),
-            "completions": list(completions),
-            "completion_ids": [list(ids) for ids in completion_ids],
-            **{key: [row.get(key) for row in columns] for key in names},
+        groups = list(prompts if groups is None else groups)
+        outcomes = self._outcomes(_inputs(prompts, completions, completion_ids, columns), groups)
+        events = [event for name, outcome in outcomes.items() for event in self._apply_policy(name, outcome)]
+        scores = {name: _filled(outcome, self.functions[name].policy) for name, outcome in outcomes.items()}
+        total = [sum(f.weight * scores[name][i] for name, f in self.functions.items()) for i in range(len(groups))]
+        lost = {group for group, value in zip(groups, total, strict=True) if math.isnan(value)}
+        if lost and len(lost) == len(set(groups)):
+            raise RewardError(
+                f"every one of the {len(lost)} groups was dropped, so nothing is left to learn from: "
+                + "; ".join(event["reason"] for event in events if event["action"] == "drop_group")
+            )
+        defaulted = sum(event["rows"] for event in events if event["action"] == "default")
+        stats = {
+            "fault/retries": float(sum(outcome.retries for outcome in outcomes.values())),
+            "fault/dropped": float(len(lost)),
+            **({"fault/defaulted": float(defaulted)} if defaulted else {}),
         }
-        returned = {name: _guarded(name, function, inputs) for name, function in self.functions.items()}
-        waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
-        if waiting:
-            returned |= _wait(waiting)
-        scores = {name: _checked(name, value, rows) for name, value in returned.items()}
-        total = [sum(f.weight * scores[name][i] for name, f in self.functions.items()) for i in range(rows)]
-        return [float(value) for value in total], scores
+        return Rewards([float(value) for value in total], scores, [g not in lost for g in groups], stats, events)
+
+    def close(self) -> None:
+        """End the processes of isolated functions."""
+        for function in self.functions.values():
+            function.close()
+
+    def _outcomes(self, inputs: Inputs, groups: Sequence[Any]) -> dict[str, Outcome]:
+        outcomes = self._called(dict.fromkeys(self.functions, inputs))
+        most = max((function.policy.retries for function in self.functions.values()), default=0)
+        for attempt in range(most):
+            again = {
+                name: _rows_of_failed_groups(outcome, groups)
+                for name, outcome in outcomes.items()
+                if outcome.failures and attempt < self.functions[name].policy.retries
+            }
+            if not again:
+                break
+            time.sleep(_FIRST_PAUSE_S * 2**attempt)
+            repeated = self._called({name: _selected(inputs, rows) for name, rows in again.items()})
+            outcomes |= {name: outcomes[name].mended(again[name], repeated[name]) for name in again}
+        return outcomes
+
+    def _called(self, work: Mapping[str, Inputs]) -> dict[str, Outcome]:
+        returned = {name: start(self.functions[name], inputs) for name, inputs in work.items()}
+        waiting = {name: value for name, value in returned.items() if not isinstance(value, Outcome)}
+        return {**returned, **dict(zip(waiting, together(list(waiting.values())), strict=True))}
+
+    def _apply_policy(self, name: str, outcome: Outcome) -> list[dict[str, Any]]:
+        """What to write into events.jsonl. Raises RewardError if the policy says so."""
+        policy = self.functions[name].policy
+        if not outcome.failures:
+            reason = f"reward {name!r} answered when it was asked again"
+            mended = {"reward": name, "action": "retry", "rows": 0, "retries": outcome.retries, "reason": reason}
+            return [mended] if outcome.retries else []
+        row, failure = next(iter(outcome.failures.items()))
+        reason = failure.message(name, row)
+        if policy.on_failure in ("raise", "retry"):
+            tried = f" (asked {outcome.retries + 1} times)" if outcome.retries else ""
+            raise RewardError(reason + tried) from outcome.cause
+        return [{
+            "reward": name, "action": policy.on_failure, "rows": len(outcome.failures), "retries": outcome.retries,
+            "reason": reason,
+        }]  # fmt: skip
 
 
-def _guarded(name: str, function: RewardFunction, inputs: Mapping[str, Any]) -> Any:
-    try:
-        return function.call(inputs)
-    except ConfigError:
-        raise  # a built-in explains its own wrong arguments
-    except Exception as error:
-        raise _raised(name, error, inputs) from error
+def _inputs(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Sequence[Mapping[str, Any]],
+) -> Inputs:
+    names = dict.fromkeys(key for row in columns for key in row if key not in _OWN_ARGUMENTS)
+    return {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": [list(ids) for ids in completion_ids],
+        **{key: [row.get(key) for row in columns] for key in names},
+    }
 
 
-def _raised(name: str, error: Exception, inputs: Mapping[str, Any] | None = None) -> RewardError:
-    hint = "mend the function, or catch the exception there and return a score"
-    missing = isinstance(error, TypeError) and "missing" in str(error)
-    if missing and inputs is not None:
-        hint = f"the data gives it {', '.join(inputs)}: add the column to the data, or set it in the reward's args"
-    return RewardError(f"reward {name!r} raised {type(error).__name__}: {error}; {hint}")
+def _rows_of_failed_groups(outcome: Outcome, groups: Sequence[Any]) -> list[int]:
+    """Whole groups: a function may compare the answers to one prompt with each other."""
+    failed = {groups[row] for row in outcome.failures}
+    return [row for row, group in enumerate(groups) if group in failed]
 
 
-def _wait(waiting: Mapping[str, Any]) -> dict[str, Any]:
-    async def each(name: str, awaitable: Any) -> Any:
-        try:
-            return await awaitable
-        except Exception as error:
-            raise _raised(name, error) from error
-
-    async def together() -> list[Any]:
-        return await asyncio.gather(*(each(name, value) for name, value in waiting.items()))
-
-    return dict(zip(waiting, _run(together()), strict=True))
+def _selected(inputs: Inputs, rows: Sequence[int]) -> Inputs:
+    return {name: [values[row] for row in rows] for name, values in inputs.items()}
 
 
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    # Inside a running loop (a notebook, an async actor) asyncio.run refuses: use a loop in another thread.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-def _checked(name: str, returned: Any, rows: int) -> list[float]:
-    """One finite float a row. A wrong number would quietly teach the policy something else."""
-    if hasattr(returned, "tolist"):
-        returned = returned.tolist()
-    if not isinstance(returned, (list, tuple)):
-        raise RewardError(
-            f"reward {name!r} returned a {type(returned).__name__}; it must return a list with one number a row"
-        )
-    if len(returned) != rows:
-        raise RewardError(
-            f"reward {name!r} returned {len(returned)} scores for {rows} completions; return one for each, in order"
-        )
-    return [_number(name, row, value) for row, value in enumerate(returned)]
-
-
-def _number(name: str, row: int, value: Any) -> float:
-    if value is None:
-        raise RewardError(f"reward {name!r} gave None for row {row}; return a number for every row")
-    if isinstance(value, (str, bytes)):
-        raise RewardError(f"reward {name!r} gave the text {value!r} for row {row}; return a number")
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"reward {name!r} gave a {type(value).__name__} for row {row}; return a number") from error
-    if not math.isfinite(number):
-        raise RewardError(f"reward {name!r} gave {number} for row {row}; return a finite number (guard divisions)")
-    return number
-
-
-def _find(function: str) -> Any:
-    place, colon, attribute = function.rpartition(":")
-    if not colon:
-        if function in BUILTIN:
-            return BUILTIN[function]
-        near = difflib.get_close_matches(function, BUILTIN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILTIN)}"
-        raise ConfigError(f"reward {function!r} is unknown: {hint} Your own: module:function or file.py:function")
-    module = _import_file(place) if place.endswith(".py") else _import_module(place)
-    try:
-        return getattr(module, attribute)
-    except AttributeError as error:
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; check the spelling"
-        raise ConfigError(f"reward {function!r}: {place} has no {attribute!r}{hint}") from error
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever the user's module does while it is imported
-        raise ConfigError(
-            f"reward module {name!r} cannot be imported ({type(error).__name__}: {error}); "
-            "install it, or give a path that ends in .py"
-        ) from error
-
-
-def _import_file(place: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(f"reward file {place} does not exist; give the path of a .py file")
-    # A name of its own, so that two files called reward.py do not collide; the same file loads once.
-    name = f"rlhf_ray_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"reward file {place} cannot be run ({type(error).__name__}: {error}); mend it") from error
-    return module
+def _filled(outcome: Outcome, policy: FailurePolicy) -> list[float]:
+    missing = policy.default_score if policy.on_failure == "default" else math.nan
+    return [missing if value is None else value for value in outcome.values]

@@ -73,14 +73,14 @@ class Reward:
     def score(self, batch: Batch, texts: int = 0) -> Scores:
         """Reward of each row, and the decoded text of the first `texts` rows.
 
-        Raises RewardError if a function or the model gives no finite number for a row.
+        Raises RewardError if the model gives no finite number for a row, or a function whose policy is to raise.
         """
         ids = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
         completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in batch.columns]
-        total, by_function = self.functions.score(prompts, completions, ids, batch.columns)
-        score_B = torch.tensor(total, dtype=torch.float32)
-        named = {name: torch.tensor(values, dtype=torch.float32) for name, values in by_function.items()}
+        rewards = self.functions.score(prompts, completions, ids, batch.columns, batch.prompt_id.tolist())
+        score_B = torch.tensor(rewards.total, dtype=torch.float32)
+        named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
         if self.model is not None:
             judged_B = torch.tensor(self.model.score(self._whole_texts(batch, prompts, completions)))
             if not judged_B.isfinite().all():
@@ -90,7 +90,9 @@ class Reward:
                 )
             named["reward_model"] = judged_B
             score_B = score_B + self.model.config.weight * judged_B
-        return Scores(score_B, named, tuple(zip(prompts, completions, strict=True))[:texts])
+        keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
+        texts_of = tuple(zip(prompts, completions, strict=True))[:texts]
+        return Scores(score_B, named, texts_of, keep_B, rewards.stats, tuple(rewards.events))
 
     def _whole_texts(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
         """Each prompt with its completion, joined as the tokenizer joins them.

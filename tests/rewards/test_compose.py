@@ -16,7 +16,10 @@ COLUMNS = ({"prompt": "p1", "answer": "one"}, {"prompt": "p2", "answer": "two"})
 
 
 def score(*functions, columns=COLUMNS):
-    return RewardSet(functions).score(PROMPTS, TEXTS, IDS, columns)
+    rewards = RewardSet(functions).score(PROMPTS, TEXTS, IDS, columns)
+    assert rewards.keep == [True, True] and rewards.stats == {"fault/retries": 0, "fault/dropped": 0}
+    assert rewards.events == []
+    return rewards.total, rewards.by_function
 
 
 def test_weighted_sum_by_hand():
@@ -112,6 +115,13 @@ def test_names_are_unique_and_may_be_chosen():
     assert score(*functions)[1] == {"keyword": [1, 0], "keyword_2": [0, 0], "keyword_3": [0, 1]}
     assert load_reward("sentiment", name="mood").name == "mood"
     assert load_reward("json:dumps").name == "dumps"
+
+
+def test_a_function_may_bring_its_own_event_loop():
+    async def inner():
+        return [1.0, 2.0]
+
+    assert score(RewardFunction("f", lambda completions: asyncio.run(inner())))[0] == [1.0, 2.0]
 
 
 def test_functions_of_a_file(tmp_path):

@@ -1,0 +1,37 @@
+"""Settings of one reward that contradict each other, each with what, why and what to do."""
+
+from __future__ import annotations
+
+from rlhf_ray.config.schema import RewardConfig
+
+
+def failure_problems(reward: RewardConfig, key: str) -> list[str]:
+    """What is to happen when it fails, and how it is called. `key`: where it stands in the config."""
+    problems = []
+    if reward.on_failure == "default" and reward.default_score is None:
+        problems.append(
+            f"{key}.on_failure=default gives rows without a score {key}.default_score, which is empty; set it, "
+            "or choose raise, retry or drop_group"
+        )
+    if reward.on_failure != "default" and reward.default_score is not None:
+        problems.append(
+            f"{key}.default_score={reward.default_score:g} would never be given, for {key}.on_failure="
+            f"{reward.on_failure}; set on_failure=default, or remove default_score"
+        )
+    if reward.on_failure == "retry" and reward.retries == 0:
+        problems.append(
+            f"{key}.on_failure=retry with {key}.retries=0 never asks again; set retries, or on_failure=raise"
+        )
+    return problems + _calling_problems(reward, key)
+
+
+def _calling_problems(reward: RewardConfig, key: str) -> list[str]:
+    problems = []
+    is_server = reward.function.startswith(("http://", "https://"))
+    if is_server and (reward.isolated or reward.adapter != "auto"):
+        problems.append(
+            f"{key}.isolated and {key}.adapter are for functions, and {reward.function} is a server; remove them"
+        )
+    if reward.token_env and not is_server:
+        problems.append(f"{key}.token_env is for reward servers, and {reward.function} is a function; remove it")
+    return problems

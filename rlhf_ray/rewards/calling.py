@@ -1,0 +1,141 @@
+"""One call of a reward function, here or in a process of its own, and what it came to."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.adapters import Adapter, adapt
+from rlhf_ray.rewards.failures import FailurePolicy, Outcome, checked, raised
+from rlhf_ray.rewards.loading import find_function
+from rlhf_ray.rewards.process import Child, ChildLost
+
+Inputs = Mapping[str, Sequence[Any]]  # what TRL's convention passes, each with one entry a row
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function in TRL's convention, with its fixed arguments and its weight in the sum.
+
+    `timeout_s` bounds an async function; a sync one that runs in this process cannot be stopped.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    args: Mapping[str, Any] = field(default_factory=dict)
+    policy: FailurePolicy = FailurePolicy()
+    timeout_s: float | None = None
+
+    def call(self, inputs: Inputs) -> Any:
+        """What the function returns (a coroutine, if it is async), given those inputs that it takes."""
+        given = {**inputs, **self.args}
+        parameters = inspect.signature(self.function).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return self.function(**given)
+        return self.function(**{p.name: given[p.name] for p in parameters if p.name in given})
+
+    def close(self) -> None:
+        """End the process of an isolated function."""
+        if isinstance(self.function, IsolatedFunction):
+            self.function.child.close()
+
+
+def start(function: RewardFunction, inputs: Inputs) -> Outcome | Awaitable[Outcome]:
+    """Call it: an outcome, or for an async function what to wait for (`together`).
+
+    Raises:
+        ConfigError: the function explains wrong arguments of its own.
+    """
+    rows = len(inputs["completions"])
+    try:
+        returned = function.call(inputs)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # sys.exit() would end the run as if it had finished
+        return raised(error, inputs, rows)
+    if inspect.isawaitable(returned):
+        return _settled(returned, function.timeout_s, inputs)
+    return checked(returned, rows)
+
+
+def together(awaitables: Sequence[Awaitable[Outcome]]) -> list[Outcome]:
+    """Their outcomes, all waited for at the same time."""
+
+    async def gathered() -> list[Outcome]:
+        return await asyncio.gather(*awaitables)
+
+    return _run(gathered()) if awaitables else []
+
+
+async def _settled(awaitable: Awaitable[Any], timeout_s: float | None, inputs: Inputs) -> Outcome:
+    async def returned() -> Any:
+        try:
+            return await awaitable
+        except SystemExit as error:  # inside a task it would tear the event loop down
+            return raised(error, inputs, rows)
+
+    rows = len(inputs["completions"])
+    task = asyncio.ensure_future(returned())
+    done, _ = await asyncio.wait([task], timeout=timeout_s)
+    if not done:
+        task.cancel()
+        return Outcome.failed(rows, f"did not return within {timeout_s:g} s", "make it faster, or raise its timeout_s")
+    try:
+        return checked(task.result(), rows)
+    except ConfigError:
+        raise
+    except Exception as error:
+        return raised(error, inputs, rows)
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    # Inside a running loop (a notebook, an async actor) asyncio.run refuses: use a loop in another thread.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+class IsolatedFunction:
+    """A function, by its name in a config, that lives in a process of its own and may be killed there."""
+
+    def __init__(self, function: str, adapter: Adapter, args: Mapping[str, Any], timeout_s: float) -> None:
+        spec = {"function": function, "adapter": adapter, "args": dict(args)}
+        self.child = Child("rlhf_ray.rewards.calling:serve", spec)
+        self.timeout_s = timeout_s
+        self.child.start()
+
+    async def __call__(self, **inputs: Any) -> Outcome:
+        try:
+            answer = await asyncio.to_thread(self.child.call, inputs, self.timeout_s)
+        except ChildLost as error:
+            rows = len(inputs["completions"])
+            return Outcome.failed(rows, str(error), "mend the function, or raise its timeout_s if it is only slow")
+        return Outcome.from_json(answer)
+
+
+def serve(function: str, adapter: Adapter, args: Mapping[str, Any]) -> Callable[[Inputs], dict[str, Any]]:
+    """What an `IsolatedFunction`'s process answers with."""
+    found = bind(function, adapter, args)
+
+    def answer(inputs: Inputs) -> dict[str, Any]:
+        outcome = start(found, inputs)
+        return (outcome if isinstance(outcome, Outcome) else together([outcome])[0]).as_json()
+
+    return answer
+
+
+def bind(function: str, adapter: Adapter, args: Mapping[str, Any]) -> RewardFunction:
+    """The function that a config names, in TRL's convention, with its `args`. Raises ConfigError."""
+    found = find_function(function)
+    adapted = adapt(found, adapter, args)
+    # An adapter has given the arguments already, for there they are not among the columns.
+    return RewardFunction(function, adapted, args=args if adapted is found else {})

@@ -1,0 +1,145 @@
+"""A reward that a server computes (`rlhf-ray serve-reward`, or any other that speaks the same JSON)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.failures import Outcome, checked, join
+
+_TRY_AGAIN = {429, 502, 503, 504}
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+
+
+class _NotNow(Exception):
+    """The server is not there, or busy: the same request may succeed later."""
+
+
+class HttpReward:
+    """Posts batches of rows to a server; async, so several servers and batches are asked at the same time.
+
+    Args:
+        url: of the server (`/score` is added) or of a path on it.
+        token_env: environment variable with the bearer token; a token itself does not belong in a config.
+        batch_size: rows in one request.
+        timeout_s: for all of a batch's attempts together; a server that is away or busy is asked again until then.
+        connections: requests at the same time.
+    Raises:
+        ConfigError: the URL or the token cannot be used.
+    """
+
+    def __init__(
+        self, url: str, *, token_env: str | None = None, batch_size: int = 64, timeout_s: float = 300.0,
+        connections: int = 8,
+    ) -> None:  # fmt: skip
+        parts = urlsplit(url)
+        if not parts.hostname:
+            raise ConfigError(f"reward {url!r} is not a URL; give http://host:port")
+        if batch_size < 1 or connections < 1:
+            raise ConfigError(f"reward {url}: batch_size={batch_size} and connections={connections} must be positive")
+        self.url = url if parts.path.strip("/") else f"{url.rstrip('/')}/score"
+        self.headers = {"Authorization": f"Bearer {token_from(token_env)}"} if token_env else {}
+        self.batch_size, self.timeout_s, self.connections = batch_size, timeout_s, connections
+
+    async def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> Outcome:  # fmt: skip
+        import aiohttp
+
+        rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        starts = range(0, len(completions), self.batch_size)
+        limit = asyncio.Semaphore(self.connections)
+
+        async def batch(start: int) -> Outcome:
+            part = slice(start, start + self.batch_size)
+            body = {name: values[part] for name, values in rows.items()}
+            body["columns"] = {name: values[part] for name, values in columns.items()}
+            async with limit:
+                return await self._ask(session, body)
+
+        async with aiohttp.ClientSession(headers=self.headers) as session:
+            return join(await asyncio.gather(*map(batch, starts)))
+
+    async def _ask(self, session: Any, body: Mapping[str, Any]) -> Outcome:
+        rows, deadline, retries = len(body["completions"]), time.monotonic() + self.timeout_s, 0
+        try:
+            data = json.dumps(body)
+        except (TypeError, ValueError) as error:
+            return Outcome.failed(
+                rows, f"cannot send the data's columns as JSON ({error})", "leave such columns out of the data", error
+            )
+        pause, why = _FIRST_PAUSE_S, "no answer"
+        while True:
+            try:
+                outcome = await asyncio.wait_for(self._post(session, data, rows), max(0.001, deadline - time.monotonic()))
+                return Outcome(outcome.values, outcome.failures, outcome.cause, retries)
+            except asyncio.TimeoutError:
+                break
+            except _NotNow as error:
+                why = str(error)
+            if time.monotonic() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+            pause, retries = min(2 * pause, _LONGEST_PAUSE_S), retries + 1
+        failed = Outcome.failed(
+            rows, f"had no scores from {self.url} within {self.timeout_s:g} s ({why})",
+            "see whether the server runs, or raise timeout_s",
+        )  # fmt: skip
+        return Outcome(failed.values, failed.failures, retries=retries)
+
+    async def _post(self, session: Any, data: str, rows: int) -> Outcome:
+        import aiohttp
+
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with session.post(self.url, data=data, headers=headers, allow_redirects=False) as response:
+                status, text = response.status, await response.text(errors="replace")
+        except aiohttp.ClientError as error:
+            raise _NotNow(f"{type(error).__name__}: {error}") from error
+        if status in _TRY_AGAIN:
+            raise _NotNow(f"HTTP {status}")
+        if status in (401, 403):
+            raise ConfigError(
+                f"reward server {self.url} refuses the token (HTTP {status}); set token_env to the variable that holds it"
+            )
+        if status == 404:
+            raise ConfigError(f"reward server {self.url} has no such path (HTTP 404); give the URL of its scores")
+        if status != 200:
+            return Outcome.failed(rows, f"got HTTP {status} from {self.url}: {_said(text)}", "see the server's log")
+        return self._read(text, rows)
+
+    def _read(self, text: str, rows: int) -> Outcome:
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, dict) or (len(scores) != 1 and "total" not in answer):
+            hint = 'it must be {"scores": {name: [...]}}, with "total": [...] if there are several'
+            return Outcome.failed(rows, f"got something else than scores from {self.url}: {_said(text)}", hint)
+        return checked(answer["total"] if "total" in answer else next(iter(scores.values())), rows)
+
+
+def token_from(variable: str) -> str:
+    """The bearer token in an environment variable. Raises ConfigError if there is none."""
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise ConfigError(f"token_env={variable}: this environment variable is not set; export it with the token")
+    return token
+
+
+def _said(text: str) -> str:
+    """What a server answered, short enough for an error message."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    said = str(found["error"]) if isinstance(found, dict) and "error" in found else text
+    return said if len(said) <= 300 else f"{said[:300]}..."

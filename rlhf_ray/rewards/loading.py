@@ -1,0 +1,107 @@
+"""Finds a reward function by its name in a config: built in, in a module, or in a file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf_ray.errors import ConfigError
+
+# Name -> where it lives. Imported when a config asks for it: some need packages that nobody else needs.
+BUILTIN = {
+    name: f"rlhf_ray.rewards.{module}:{name}"
+    for module, names in {
+        "builtin": ("exact_answer", "sentiment", "length_penalty", "repetition_penalty", "keyword", "regex"),
+        "code": ("code_tests",),
+        "judge": ("judge",),
+        "math_answer": ("math_answer",),
+        "rouge": ("rouge",),
+        "judge": ("judge",),
+    }.items()
+    for name in names
+}
+
+
+def is_http(function: str) -> bool:
+    return function.startswith(("http://", "https://"))
+
+
+def is_builtin(function: str) -> bool:
+    return ":" not in function
+
+
+def default_name(function: str) -> str:
+    """What its metric is called if the config does not say."""
+    return function.partition("://")[2].partition("/")[0] if is_http(function) else function.rpartition(":")[2]
+
+
+def find_function(function: str) -> Callable[..., Any]:
+    """`function` is a built-in name, `package.module:function`, or `path/to/file.py:function`.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    found = _find(function)
+    if not callable(found):
+        raise ConfigError(f"reward {function!r} is a {type(found).__name__}, not a function; name a function")
+    return found
+
+
+def check_builtin(function: str) -> None:
+    """Raises ConfigError, with the nearest name, if no built-in reward is called so."""
+    if function in BUILTIN:
+        return
+    near = difflib.get_close_matches(function, BUILTIN, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILTIN)}."
+    raise ConfigError(f"reward {function!r} is unknown: {hint} Your own: module:function or file.py:function")
+
+
+def _find(function: str) -> Any:
+    if is_builtin(function):
+        check_builtin(function)
+        module_name, _, attribute = BUILTIN[function].partition(":")
+        return getattr(importlib.import_module(module_name), attribute)
+    place, _, attribute = function.rpartition(":")
+    module = _import_file(place) if place.endswith(".py") else _import_module(place)
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; check the spelling"
+        raise ConfigError(f"reward {function!r}: {place} has no {attribute!r}{hint}") from error
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's module does while it is imported
+        raise ConfigError(
+            f"reward module {name!r} cannot be imported ({type(error).__name__}: {error}); "
+            "install it, or give a path that ends in .py"
+        ) from error
+
+
+def _import_file(place: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"reward file {place} does not exist; give the path of a .py file")
+    # A name of its own, so that two files called reward.py do not collide; the same file loads once.
+    name = f"rlhf_ray_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"reward file {place} cannot be run ({type(error).__name__}: {error}); mend it") from error
+    return module
