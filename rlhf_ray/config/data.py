@@ -61,7 +61,7 @@ class DatasetConfig(Section):
     eval_split: str = Field("test", description="of eval_path, where that is a Hugging Face dataset")
     eval_size: int = Field(0, ge=0, description="rows held out, never with a prompt that is also trained on")
     limit: int | None = Field(None, gt=0, description="use only the first rows")
-    type: Literal["auto"] | DataType = Field("auto", description="auto: from the columns of the first row")
+    type: Literal["auto", DataType] = Field("auto", description="auto: from the columns of the first row")
     columns: ColumnsConfig = ColumnsConfig()
     template: Literal["auto", "chat", "alpaca", "none"] = Field(
         "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"

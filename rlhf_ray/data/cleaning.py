@@ -56,16 +56,19 @@ class Cleaner:
         for row in rows:
             self.rows += 1
             kind = kind or detect(row, names)
-            try:
-                records = parse(row, kind, names)
-            except EmptyRowError:
-                if not self._settings.empty:
-                    raise
-                self.dropped[EMPTY] += 1
-                continue
-            for record in records:
-                if self._is_wanted(record):
-                    yield row, record
+            for record in self.wanted(row, kind, names):
+                yield row, record
+
+    def wanted(self, row: Row, kind: DataType, names: ColumnsConfig) -> list[Record]:
+        """The records of one row that are to be used. Raises as `records` does."""
+        try:
+            records = parse(row, kind, names)
+        except EmptyRowError:
+            if not self._settings.empty:
+                raise
+            self.dropped[EMPTY] += 1
+            return []
+        return [record for record in records if self._is_wanted(record)]
 
     def _is_wanted(self, record: Record) -> bool:
         if self._settings.identical and isinstance(record, PreferenceRow) and record.chosen == record.rejected:

@@ -45,7 +45,7 @@ def load_supervised(
     gets one report a source. The tokenizer gets `data.chat_template` if that is set.
     Raises DataError, which names file and line.
     """
-    encoder = _encoder(data, tokenizer)
+    encoder = make_encoder(data, tokenizer)
 
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedExample]:
         with placed(where):
@@ -64,7 +64,7 @@ def load_pairs(
 
     Both sequences begin with the same prompt tokens, of which none is learned. See `load_supervised` for the rest.
     """
-    encoder = _encoder(data, tokenizer)
+    encoder = make_encoder(data, tokenizer)
 
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedPair]:
         for pair in _comparisons(record, cleaner, where):
@@ -98,7 +98,8 @@ def load_labelled(
     return _load(data, encode, seed, on_report)
 
 
-def _encoder(data: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def make_encoder(data: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """What `data` says about templates; the tokenizer gets its chat template."""
     set_chat_template(tokenizer, data.chat_template)
     return Encoder(tokenizer, style=data.template, system_prompt=data.system_prompt, learn=data.learn)
 

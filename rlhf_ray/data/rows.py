@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_ray.errors import DataError
 
 _LONGEST_CELL = 1 << 27  # characters; the csv module's own limit, 131,072, is less than a long document
+OnBad = Callable[[DataError], None]
 _FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -33,12 +34,23 @@ def placed(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
 
 
-def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
+def read_rows(source: str, *, split: str = "train", on_bad: OnBad | None = None) -> Iterator[Row]:
     """Rows of a JSONL, CSV, parquet or plain text file, or of a Hugging Face dataset by name.
 
     `split` applies to datasets only. A text file gives one `{"text": line}` a non-empty line. Blank lines of a
-    JSONL file are skipped. Raises DataError that names the file and line.
+    JSONL file are skipped. Raises DataError that names the file and line; with `on_bad`, an unreadable line goes
+    there and reading goes on where that can be done.
     """
+    for found in _read(source, split):
+        if isinstance(found, Row):
+            yield found
+        elif on_bad is None:
+            raise found
+        else:
+            on_bad(found)
+
+
+def _read(source: str, split: str) -> Iterator[Row | DataError]:
     path = Path(source).expanduser()
     if path.suffix.lower() in _FILE_KINDS:
         if not path.is_file():
@@ -51,35 +63,39 @@ def _readers() -> dict[str, Any]:
     return {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
     """Numbered lines, split at newlines only (str.splitlines would also split inside JSON strings at U+2028)."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+                yield number, DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[Row | DataError]:
     for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            deep = isinstance(error, RecursionError)
-            why = "nested too deeply" if deep else f"{error.msg} at column {error.colno}"
-            raise DataError(f"{where}: broken JSON ({why}); each line must be one JSON object") from error
-        if not isinstance(fields, dict):
-            raise DataError(
-                f'{where}: a JSON {type(fields).__name__}, not an object; write one {{"prompt": ...}} object per line'
-            )
-        yield Row(fields, where)
+        if isinstance(line, DataError):
+            yield line
+        elif line.strip():
+            yield _json_row(line, f"{path}:{number}")
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _json_row(line: str, where: str) -> Row | DataError:
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        why = "nested too deeply" if deep else f"{error.msg} at column {error.colno}"
+        return DataError(f"{where}: broken JSON ({why}); each line must be one JSON object")
+    if not isinstance(fields, dict):
+        return DataError(
+            f'{where}: a JSON {type(fields).__name__}, not an object; write one {{"prompt": ...}} object per line'
+        )
+    return Row(fields, where)
+
+
+def _csv(path: Path) -> Iterator[Row | DataError]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         csv.field_size_limit(_LONGEST_CELL)
         reader = csv.DictReader(file, strict=True)
@@ -90,17 +106,19 @@ def _csv(path: Path) -> Iterator[Row]:
                 where = f"{path}:{reader.line_num}"
                 # DictReader hides both cases: too many cells go under None, too few become None.
                 if None in fields or None in fields.values():
-                    raise DataError(
+                    yield DataError(
                         f"{where}: the number of cells differs from the header ({len(reader.fieldnames)} columns); "
                         "quote cells that hold commas or line breaks"
                     )
+                    continue
                 yield Row(dict(fields), where)
+        # After these two nobody knows where the next row begins.
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            yield DataError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8")
         except csv.Error as error:
-            raise DataError(
+            yield DataError(
                 f"{path}:{reader.line_num}: broken CSV ({error}); quote cells that hold commas, quotes or line breaks"
-            ) from error
+            )
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -118,9 +136,11 @@ def _parquet(path: Path) -> Iterator[Row]:
             yield Row(fields, f"{path}:{number}")
 
 
-def _text(path: Path) -> Iterator[Row]:
+def _text(path: Path) -> Iterator[Row | DataError]:
     for number, line in _lines(path):
-        if line.strip():
+        if isinstance(line, DataError):
+            yield line
+        elif line.strip():
             yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.prompts import first_words, load_texts
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
+from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.loops.supervised import SupervisedExample, train_supervised
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import build_engine
@@ -27,27 +28,37 @@ def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report:
     A finished `folder` is used again, so a resumed run starts from the same weights.
     """
     scratch = config.model.path.startswith("scratch:")
-    if not scratch and not config.warm_start.steps:
+    made = scratch or config.warm_start.steps > 0
+    if not made and config.data.chat_template is None:
         return config.model.path, config.model.tokenizer.path or config.model.path
     if not folder.is_dir():
-        tokenizer = make_tokenizer(config)
-        trust = config.model.trust_remote_code
-        model = make_model(config, tokenizer) if scratch else load_policy(config.model.path, trust_remote_code=trust)
-        model = warm_start(config, model, tokenizer, hardware, report)
         # Written aside and renamed: a folder that exists is complete.
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
+        tokenizer = make_tokenizer(config)
+        if made:
+            model = make_model(config, tokenizer) if scratch else load_policy(
+                config.model.path, trust_remote_code=config.model.trust_remote_code
+            )
+            warm_start(config, model, tokenizer, hardware, report).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
-    return str(folder), str(folder)
+    return str(folder) if made else config.model.path, str(folder)
 
 
 def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    settings, path = config.model.tokenizer, config.model.tokenizer.path or config.model.path
-    if not path.startswith("scratch:"):
-        return load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
-    kind = path.removeprefix("scratch:")
+    """The model's tokenizer, or one learned from the data; with the chat template that the data asks for."""
+    path = config.model.tokenizer.path or config.model.path
+    if path.startswith("scratch:"):
+        tokenizer = _learned_tokenizer(config, path.removeprefix("scratch:"))
+    else:
+        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    set_chat_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
+def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
+    settings = config.model.tokenizer
     if settings.alphabet is not None:
         texts = [settings.alphabet]
     elif is_task(config.data.path):
