@@ -1,0 +1,174 @@
+"""Runs the stages of a pipeline, one command after the other, each in a process of its own.
+
+A process a stage: what it held of a GPU, of Ray or of DeepSpeed is gone when it ends, and each stage can be repeated
+by hand with the command that is printed. The state of a pipeline is its stages' own run directories:
+
+    <run>/config.yaml  summary.json  stages/<stage>.yaml  <stage>/summary.json ...
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
+from rlhf_ray.errors import ConfigError, StageError
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.storage import write_atomically
+
+# What a shell says of a process that Ctrl-C has ended.
+_INTERRUPTED = 130
+
+
+def run_pipeline(
+    path: str | Path, overrides: Sequence[str] = (), run_dir: str | Path | None = None, *, resume: bool = False
+) -> dict[str, Any]:
+    """Every stage in order; returns what summary.json holds.
+
+    With `resume`, stages that have finished are kept and the one that failed goes on from its newest checkpoint.
+
+    Raises:
+        ConfigError: a stage cannot be meant so, or has changed since it finished.
+        StageError: a stage failed; what the earlier ones made is kept.
+    """
+    pipeline, of_stages = load_pipeline(path, overrides)
+    root = Path(path).parent
+    resolve(pipeline, root, Path("."), of_stages)  # complains before a folder is made
+    directory = RunDirectory.open(pipeline.name, run_dir, resume=resume)
+    stages = resolve(pipeline, root, directory.path.resolve(), of_stages)
+    done = [stage.name for stage in stages if _finished(stage, stages, directory)]
+    directory.write_config(dump_config(pipeline))
+    try:
+        for number, stage in enumerate(stages, start=1):
+            title = f"stage {number}/{len(stages)} {stage.name}"
+            if stage.name in done:
+                print(f"{title}: finished before, kept", flush=True)
+                continue
+            _run_stage(stage, directory, title)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        _summarize(pipeline, stages, directory, status)
+        raise
+    return _summarize(pipeline, stages, directory, "finished")
+
+
+def describe_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Every stage's command and resolved settings, for `--dry-run`. Raises ConfigError as `run_pipeline` does."""
+    pipeline, of_stages = load_pipeline(path, overrides)
+    stages = resolve(pipeline, Path(path).parent, Path("RUN"), of_stages)
+    parts = [
+        f"# stage {stage.name}: rlhf-ray {stage.command}"
+        + (f", reads from {', '.join(stage.needs)}" if stage.needs else "")
+        + f"\n{dump_config(stage.config)}"
+        for stage in stages
+    ]
+    return "\n".join(parts)
+
+
+def command_of(stage: Stage, directory: RunDirectory) -> list[str]:
+    """The command line of a stage: a user may run it by hand."""
+    file = _config_file(stage, directory)
+    again = ["--resume", "auto"] if stage.command in _RESUMABLE and stage.folder.is_dir() else []
+    return ["rlhf-ray", stage.command, str(file), "--run-dir", str(stage.folder), *again]
+
+
+# Those that write checkpoints; the others are done again from their start.
+_RESUMABLE = {"sft", "rm", "dpo", "classifier", "rl"}
+
+
+def _config_file(stage: Stage, directory: RunDirectory) -> Path:
+    return directory.path / "stages" / f"{stage.name}.yaml"
+
+
+def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
+    file = _config_file(stage, directory)
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, dump_config(stage.config))
+    command = command_of(stage, directory)
+    print(f"{title}: {shlex.join(command)}", flush=True)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "rlhf_ray.cli", *command[1:]])
+    seconds = round(time.monotonic() - started, 1)
+    if done.returncode:
+        directory.event("stage_failed", stage=stage.name, exit_status=done.returncode, seconds=seconds)
+        if done.returncode in (_INTERRUPTED, -signal.SIGINT):
+            raise KeyboardInterrupt
+        raise StageError(
+            f"{title} failed ({_describe(done.returncode)}); its own message stands above. "
+            f"Mend the cause, then go on there: the same command with --run-dir {directory.path} --resume auto"
+        )
+    directory.event("stage_finished", stage=stage.name, seconds=seconds)
+
+
+def _describe(status: int) -> str:
+    return f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+
+
+@dataclass(frozen=True)
+class _Result:
+    summary: dict[str, Any]
+    time: float  # seconds since the epoch
+
+
+def _result(stage: Stage) -> _Result | None:
+    """What a stage has left, if it came to its end."""
+    file = stage.folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        return _Result(summary, file.stat().st_mtime) if summary["status"] == "finished" else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _finished(stage: Stage, stages: Sequence[Stage], directory: RunDirectory) -> bool:
+    """Whether a stage need not run again.
+
+    Raises:
+        ConfigError: it has finished, but with other settings or from older inputs than the ones that it would have
+            now. Nobody's results are thrown away silently.
+    """
+    result, file = _result(stage), _config_file(stage, directory)
+    if result is None:
+        return False
+    remedy = f"delete {stage.folder} to run it again, or set --run-dir to a new folder"
+    if not file.is_file() or file.read_text(encoding="utf-8") != dump_config(stage.config):
+        raise ConfigError(f"stage {stage.name} has finished with other settings than it has now; {remedy}")
+    for source in stages:
+        if source.name in stage.needs:
+            made = _result(source)
+            if made is None or made.time > result.time:
+                raise ConfigError(f"stage {stage.name} has finished before its input {source.name!r} did; {remedy}")
+    return True
+
+
+def _summarize(
+    pipeline: PipelineConfig, stages: Sequence[Stage], directory: RunDirectory, status: str
+) -> dict[str, Any]:
+    of_stages = {}
+    for stage in stages:
+        result = _result(stage)
+        of_stages[stage.name] = {
+            "command": stage.command,
+            "run_dir": str(stage.folder),
+            "status": "finished" if result else "not finished",
+            "seconds": result.summary.get("seconds") if result else None,
+        }
+    spent = [event["seconds"] for event in directory.read_events() if event["event"].startswith("stage_")]
+    summary = {
+        "name": pipeline.name,
+        "run_dir": str(directory.path),
+        "status": status,
+        "seconds": round(sum(spent), 1),
+        "stages": of_stages,
+    }
+    directory.write_summary(summary)
+    return summary

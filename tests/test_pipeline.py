@@ -1,0 +1,108 @@
+"""The order of stages, what is kept and what is run again. The commands themselves are replaced: they have tests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_ray import pipeline
+from rlhf_ray.errors import ConfigError, StageError
+
+STAGES = """
+name: three
+stages:
+  - {name: a, run: sft, set: {model.path: m, data.path: rows.jsonl}}
+  - {name: b, run: dpo, set: {model.path: "${a.model}", data.path: pairs.jsonl}}
+  - {name: c, run: sft, set: {model.path: m, data.path: rows.jsonl}}
+"""
+
+
+class Shell:
+    """Runs nothing: each command leaves a summary, unless its stage is in `failing`."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.failing: dict[str, int] = {}
+        self.clock = itertools.count(1_000_000_000)
+
+    def run(self, command: list[str]) -> SimpleNamespace:
+        folder = Path(command[command.index("--run-dir") + 1])
+        self.ran.append(folder.name + (" resumed" if "--resume" in command else ""))
+        folder.mkdir(exist_ok=True)
+        if folder.name in self.failing:
+            return SimpleNamespace(returncode=self.failing[folder.name])
+        summary = folder / "summary.json"
+        summary.write_text(json.dumps({"status": "finished", "seconds": 1.5}))
+        stamp = next(self.clock)  # later stages are newer, however fast the machine is
+        os.utime(summary, (stamp, stamp))
+        return SimpleNamespace(returncode=0)
+
+
+@pytest.fixture
+def shell(monkeypatch) -> Shell:
+    shell = Shell()
+    monkeypatch.setattr(pipeline.subprocess, "run", shell.run)
+    return shell
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "three.yaml").write_text(STAGES)
+    return tmp_path / "three.yaml"
+
+
+def test_stages_run_in_order(shell, file, tmp_path):
+    summary = pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    assert shell.ran == ["a", "b", "c"] and summary["status"] == "finished"
+    assert list(summary["stages"]) == ["a", "b", "c"] and summary["stages"]["b"]["seconds"] == 1.5
+    assert f"path: {tmp_path}/run/a/model" in (tmp_path / "run/stages/b.yaml").read_text()
+
+
+def test_a_failed_stage_is_gone_on_with_and_the_others_are_kept(shell, file, tmp_path):
+    shell.failing = {"b": -9}
+    with pytest.raises(StageError, match=r"stage 2/3 b failed \(killed by SIGKILL\).*--resume auto"):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["stages"]["b"]["status"] == "not finished"
+    shell.failing = {}
+    assert pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)["status"] == "finished"
+    assert shell.ran == ["a", "b", "b resumed", "c"]
+
+
+def test_ctrl_c_in_a_stage_ends_the_pipeline_as_interrupted(shell, file, tmp_path):
+    shell.failing = {"a": 130}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
+
+
+def test_another_setting_of_a_finished_stage_is_refused(shell, file, tmp_path):
+    pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="stage b has finished with other settings"):
+        pipeline.run_pipeline(file, ["b.learner.lr=1"], tmp_path / "run", resume=True)
+
+
+def test_a_stage_older_than_its_input_is_refused(shell, file, tmp_path):
+    pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/a")
+    with pytest.raises(ConfigError, match="stage b has finished before its input 'a' did"):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)
+    shutil.rmtree(tmp_path / "run/b")
+    pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)
+    assert shell.ran == ["a", "b", "c", "a", "b"]  # c reads from neither: kept
+
+
+def test_nothing_is_made_for_a_pipeline_that_cannot_run(shell, file, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean learner"):
+        pipeline.run_pipeline(file, ["c.lerner.lr=1"], tmp_path / "run")
+    assert shell.ran == [] and not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_shows_every_stage(file):
+    text = pipeline.describe_pipeline(file)
+    assert "# stage b: rlhf-ray dpo, reads from a" in text and "path: RUN/a/model" in text
