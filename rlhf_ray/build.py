@@ -22,7 +22,7 @@ from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.flops import device_name, peak_flops
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.size import Size, saved_size
-from rlhf_ray.rewards.compose import load_reward
+from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
 from rlhf_ray.roles.protocols import Roles, Sampling
@@ -41,7 +41,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     hardware = hardware_of(config)
     check_device(config, hardware.device)
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
-    with _kept_only_if_used(directory):
+    with kept_only_if_used(directory):
         tokenizer, train_prompts, held_out = check_inputs(config, directory)
     run = Recorder(config, directory)
     try:
@@ -92,7 +92,7 @@ def own_hardware(roles: Hardware) -> Hardware:
 
 
 @contextmanager
-def _kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
+def kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
     """Bad input leaves no empty folder behind, for `--resume auto` would take it for the newest run."""
     try:
         yield
@@ -109,7 +109,7 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
         RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used.
     """
     for reward in config.rewards:
-        load_reward(reward.function, weight=reward.weight, args=reward.args, name=reward.name)
+        reward_of(reward).close()
     if config.reward_model is not None:
         load_tokenizer(config.reward_model.path)
     tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
@@ -154,8 +154,14 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
         "prompt_words": data.prompt_words,
         "max_prompt_tokens": data.max_prompt_tokens,
         "overlong": data.overlong_prompts,
+        "template": data.template,
+        "chat_template": data.chat_template,
+        "system_prompt": data.system_prompt,
     }
-    prompts = load_prompts(data.path, tokenizer, split=data.split, limit=data.limit, **options)
+    references = config.rollout.reference_field if config.rollout.reference_answers else None
+    prompts = load_prompts(
+        data.path, tokenizer, split=data.split, limit=data.limit, reference_field=references, **options
+    )
     if data.eval_path is not None or is_task(data.path):
         held_out = load_prompts(data.eval_path or data.path, tokenizer, split="test", limit=config.eval.size, **options)
         return prompts, held_out
@@ -219,7 +225,13 @@ def _sampling(config: RunConfig, tokenizer: Any, temperature: float | None = Non
 
 def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sampling, run: Recorder) -> Rollouts:
     make: Callable[..., Rollouts] = Rollouts
-    options: dict[str, Any] = {"seed": config.seed, "timer": run.timer, "texts": max(3, config.logging.rollouts)}
+    options: dict[str, Any] = {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "timer": run.timer,
+        "texts": max(3, config.logging.rollouts),
+        "gather": roles.gather,
+    }
     if config.rollout.max_staleness > 0:
         make = OverlappedRollouts
         options |= {"start": run.resume_point.step if run.resume_point else 0, "steps": config.steps}

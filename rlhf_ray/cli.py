@@ -38,6 +38,45 @@ def rl(
     _run_rl(config, overrides or [], run_dir, resume, dry_run)
 
 
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/sft_hh.yaml")]
+
+
+@app.command()
+def sft(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Supervised fine-tuning on answers, conversations, instructions or plain text."""
+    _run_supervised("sft", config, overrides or [], run_dir, resume, dry_run)
+
+
+@app.command()
+def rm(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Train a reward model on pairs or rankings of answers."""
+    _run_supervised("rm", config, overrides or [], run_dir, resume, dry_run)
+
+
+@app.command()
+def dpo(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Direct preference optimisation on pairs or rankings of answers (DPO, IPO, cDPO)."""
+    _run_supervised("dpo", config, overrides or [], run_dir, resume, dry_run)
+
+
+@app.command()
+def classifier(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Fine-tune a sequence classifier on labelled texts; its folder can serve as a reward model."""
+    _run_supervised("classifier", config, overrides or [], run_dir, resume, dry_run)
+
+
 @app.command()
 def pipeline(
     config: Annotated[Path, typer.Argument(help="a YAML file with stages, e.g. configs/pipeline_reviews.yaml")],
@@ -69,6 +108,31 @@ def quickstart(
 
 
 @app.command()
+def validate_data(
+    path: Annotated[str, typer.Argument(help="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face dataset name")],
+    kind: Annotated[str, typer.Option("--type", help="prompt, preference, messages, ...; auto: by columns")] = "auto",
+    column: Annotated[list[str] | None, typer.Option(help="a column with a name of its own: prompt=question")] = None,
+    split: Annotated[str, typer.Option(help="of a Hugging Face dataset")] = "train",
+    model: Annotated[str | None, typer.Option(help="tokenize the rows too, with this model's tokenizer")] = None,
+    template: Annotated[str, typer.Option(help="with --model: auto, chat, alpaca or none")] = "auto",
+    chat_template: Annotated[str | None, typer.Option(help="with --model: a .jinja file, or zephyr")] = None,
+    max_length: Annotated[int | None, typer.Option(help="with --model: rows with more tokens are bad")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Check a dataset: file and line of every bad row, and what the good ones are. Exit status 1 if any is bad."""
+    from rlhf_ray.config.data import DatasetConfig
+    from rlhf_ray.config.load import parse_config
+    from rlhf_ray.data.validate import columns_from, validate
+    from rlhf_ray.models.loading import load_tokenizer
+
+    given = {"path": path, "type": kind, "split": split, "template": template, "chat_template": chat_template}
+    data = parse_config({**given, "columns": columns_from(column or [])}, DatasetConfig, source="validate-data")
+    report = validate(data, load_tokenizer(model) if model else None, max_length=max_length)
+    print(report.json() if as_json else report)
+    raise typer.Exit(0 if report.is_good else 1)
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Check this machine: versions, devices, Ray, vLLM, DeepSpeed, memory, disk. Each failing line names its remedy."""
     from rlhf_ray.doctor import run_doctor
@@ -93,6 +157,31 @@ def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: st
     try:
         summary = run_rl(settings, run_dir, resume=_wants_resume(resume))
     except KeyboardInterrupt:  # here, for typer would end with a bare exit status
+        print("rlhf-ray: interrupted", file=sys.stderr)  # the run itself has said how to go on
+        raise typer.Exit(130) from None
+    _print_summary(summary)
+
+
+def _run_supervised(
+    command: str, config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool
+) -> None:
+    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.supervised import SCHEMAS
+
+    settings = load_config(config, overrides, SCHEMAS[command])
+    if dry_run:
+        from rlhf_ray.plan import describe_supervised_plan
+
+        plan = describe_supervised_plan(settings)
+        print(dump_config(settings))
+        print(plan)
+        return
+    _quiet_libraries(settings.device)
+    from rlhf_ray.build_supervised import run_supervised
+
+    try:
+        summary = run_supervised(settings, run_dir, resume=_wants_resume(resume))
+    except KeyboardInterrupt:
         print("rlhf-ray: interrupted", file=sys.stderr)  # the run itself has said how to go on
         raise typer.Exit(130) from None
     _print_summary(summary)
@@ -139,13 +228,18 @@ def _print_summary(summary: dict[str, Any]) -> None:
             table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
     samples = Table("prompt", "before", "after", title="The same held-out prompts before and after")
-    for old, new in zip(summary["before"]["samples"], summary["after"]["samples"], strict=True):
+    for old, new in zip(*(summary[when].get("samples", []) for when in ("before", "after")), strict=True):
         # Text: a completion may hold [brackets], which rich would take for markup.
-        shown = [f"{sample['completion']}  [{sample['reward']:.2f}]" for sample in (old, new)]
+        shown = [_sample_text(sample) for sample in (old, new)]
         samples.add_row(*map(Text, [old["prompt"], *shown]))
-    console.print(samples)
+    if samples.row_count:
+        console.print(samples)
     # print: rich would break a long path in two
     print(f"Everything is in {summary['run_dir']}; the model is in {summary['run_dir']}/model")
+
+
+def _sample_text(sample: dict[str, Any]) -> str:
+    return sample["completion"] + (f"  [{sample['reward']:.2f}]" if "reward" in sample else "")
 
 
 def main() -> None:

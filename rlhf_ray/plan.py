@@ -11,7 +11,9 @@ import torch
 
 from rlhf_ray.config.load import check_device
 from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
+from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SupervisedConfig
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.loops.supervised_start import build_model
 from rlhf_ray.loops.warm_start import make_tokenizer
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.scratch import build_scratch
@@ -59,6 +61,28 @@ def describe_plan(config: RunConfig) -> str:
         "them), and the generator's KV cache"
     )
     return "\n".join(lines)
+
+
+def describe_supervised_plan(config: SupervisedConfig) -> str:
+    """The same for SFT, a reward model, DPO or a classifier: one role, the trainer. Raises ConfigError."""
+    hardware, found = expected_hardware(config)
+    check_device(config, hardware.device)
+    judges = isinstance(config, RMConfig | ClassifierConfig)
+    if config.model.path.startswith("scratch:"):
+        with torch.device("meta"):
+            model = build_model(config, ("score",) if judges else (), vocab_size=config.model.tokenizer.vocab_size)
+        size: Size | None = size_of(model, config.model.lora)
+    else:
+        size = saved_size(config.model.path, "classifier" if judges else "policy", config.model.lora)
+    trainer = _trainer("trainer", config.learner, hardware, size)
+    known = "size unknown (not here yet, or on the Hub; nothing is downloaded here)"
+    return "\n".join([
+        f"# placement: executor {config.executor}, device {hardware.device}, {_dtype_name(hardware)}{found}",
+        f"# model {config.model.path}: {known if size is None else f'{size.parameters:,} parameters at most'}",
+        f"#   {trainer.name:<10} {trainer.engine:<16} processes: {trainer.processes:<9} "
+        f"memory each: {human(trainer.bytes)}",
+        "# memory: weights, gradients and optimiser state. Activations come on top (learner.tokens_per_microbatch)",
+    ])  # fmt: skip
 
 
 def _on_ray(config: RunConfig, device: str) -> str:
@@ -132,7 +156,7 @@ def _trainer(name: str, settings: TrainEngineConfig, hardware: Hardware, size: S
     return PlannedRole(name, engine, settings.world_size, 1, held)
 
 
-def expected_hardware(config: RunConfig) -> tuple[Hardware, str]:
+def expected_hardware(config: RunConfig | SupervisedConfig) -> tuple[Hardware, str]:
     """The device of the run, and a remark: a plan for a cluster may be made on a machine without its GPUs."""
     try:
         return choose_hardware(config.device, config.dtype), ""

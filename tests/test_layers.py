@@ -22,18 +22,19 @@ PACKAGE = ROOT / "rlhf_ray"
 LEVEL = {
     "errors": 0,
     "algo": 1, "batch": 1, "config": 1,
-    "models": 2, "data": 2, "rewards": 2,
+    "models": 2, "data": 2,
+    "rewards": 2.5,  # a reward may be a model: a judge, a classifier
     "sync": 3,
     "roles": 4,
     "run": 4.5,
     "evaluation": 4.7,
     "loops": 5, "remote": 5, "feedback": 5, "scale": 5,
-    "build": 6,
-    "doctor": 7, "plan": 7,
+    "build": 6, "build_supervised": 6.5,
+    "doctor": 7, "plan": 7, "pipeline": 7,
     "cli": 8,
 }  # fmt: skip
 # What a run writes down is for those who run it; a role or a worker returns numbers and knows no files.
-USES_RUN = {"run", "evaluation", "feedback", "loops", "build", "plan", "doctor", "cli"}
+USES_RUN = {"run", "evaluation", "feedback", "loops", "build", "build_supervised", "plan", "pipeline", "doctor", "cli"}
 
 # Heavy libraries and the only places that may name them.
 OWNERS = {

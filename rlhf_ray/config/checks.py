@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
+from rlhf_ray.config.reward_checks import failure_problems
+from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
+from rlhf_ray.config.schema import ModelConfig, RunConfig, TrainEngineConfig
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
@@ -20,12 +23,14 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
     device = device or config.device
     return [
         *_algorithm(config),
+        *group_problems(config),
+        *shaping_problems(config),
         *_rewards(config),
         *_batch_shapes(config),
         *_data(config),
         *_lengths(config),
         *_model(config),
-        *_tokenizer(config),
+        *tokenizer_problems(config.model),
         *_training(config, device),
         *_generation(config, device),
         *_transport(config, device),
@@ -36,16 +41,6 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
 def _algorithm(config: RunConfig) -> list[str]:
     algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
     problems = []
-    if algorithm.advantage not in ("gae", "reinforce", "reinforce_pp") and rollout.group_size < 2:
-        problems.append(
-            f"{algorithm.name}: rollout.group_size={rollout.group_size} makes every advantage 0, "
-            "for an answer is compared with the others of its group; set rollout.group_size >= 2"
-        )
-    if algorithm.kl_controller == "adaptive" and algorithm.kl_coef == 0:
-        problems.append(
-            "algorithm.kl_controller=adaptive multiplies algorithm.kl_coef, which is 0 and would stay 0; "
-            "set a positive kl_coef"
-        )
     if algorithm.policy_loss == "policy_gradient" and learner.epochs * learner.minibatches > 1:
         problems.append(
             f"algorithm.policy_loss=policy_gradient has no importance ratio, so only the first of the "
@@ -77,6 +72,7 @@ def _rewards(config: RunConfig) -> list[str]:
                 f"rewards.{index}: the name {name} is taken by the metric reward/{name} of the sum; "
                 f"set rewards.{index}.name to another"
             )
+        problems += failure_problems(reward, f"rewards.{index}")
     return problems
 
 
@@ -126,15 +122,30 @@ def _lengths(config: RunConfig) -> list[str]:
 
 
 def _model(config: RunConfig) -> list[str]:
-    model, problems = config.model, []
-    if not model.path.startswith("scratch:"):
+    problems = scratch_problems(config.model)
+    if config.model.path != "scratch:lstm":
         return problems
-    kind, scratch = model.path.removeprefix("scratch:"), model.scratch
-    if kind not in ("qwen2", "gpt2", "lstm"):
+    if config.generator.engine == "vllm":
         problems.append(
-            f"model.path=scratch:{kind} is not a built-in model; use scratch:qwen2, scratch:gpt2 or scratch:lstm"
+            "generator.engine=vllm cannot serve scratch:lstm (vLLM has no such model); set generator.engine=hf"
         )
-    if kind in ("qwen2", "gpt2") and scratch.hidden_size % scratch.heads:
+    for name, section in _trained(config):
+        if section.gradient_checkpointing:
+            problems.append(f"{name}.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
+    return problems
+
+
+def scratch_problems(model: ModelConfig, kinds: Sequence[str] = ("qwen2", "gpt2", "lstm")) -> list[str]:
+    """A model built on the spot: is there such a kind, and is its shape possible?"""
+    if not model.path.startswith("scratch:"):
+        return []
+    problems, kind, scratch = [], model.path.removeprefix("scratch:"), model.scratch
+    if kind not in kinds:
+        known = [f"scratch:{name}" for name in kinds]
+        problems.append(
+            f"model.path=scratch:{kind} is not a built-in model; use {', '.join(known[:-1])} or {known[-1]}"
+        )
+    if kind in ("qwen2", "gpt2", "bert") and scratch.hidden_size % scratch.heads:
         problems.append(
             f"model.scratch.hidden_size={scratch.hidden_size} is not divisible by model.scratch.heads={scratch.heads}; "
             "make it a multiple"
@@ -148,22 +159,16 @@ def _model(config: RunConfig) -> list[str]:
         return problems
     if scratch.intermediate_size is not None:
         problems.append("model.scratch.intermediate_size: scratch:lstm has no feed-forward part; remove it")
-    if config.generator.engine == "vllm":
-        problems.append(
-            "generator.engine=vllm cannot serve scratch:lstm (vLLM has no such model); set generator.engine=hf"
-        )
     if model.lora is not None:
         problems.append("model.lora: scratch:lstm has no linear layer besides its head to adapt; remove model.lora")
-    for name, section in _trained(config):
-        if section.gradient_checkpointing:
-            problems.append(f"{name}.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
     return problems
 
 
-def _tokenizer(config: RunConfig) -> list[str]:
-    path = config.model.tokenizer.path
+def tokenizer_problems(model: ModelConfig) -> list[str]:
+    """Does the tokenizer exist, and does it fit the model?"""
+    path = model.tokenizer.path
     if path is None:
-        if config.model.path.startswith("scratch:"):
+        if model.path.startswith("scratch:"):
             return [
                 "a model from scratch has no tokenizer of its own; set model.tokenizer.path to scratch:char, "
                 "scratch:word, scratch:bpe or a folder"
@@ -171,9 +176,9 @@ def _tokenizer(config: RunConfig) -> list[str]:
         return []
     if not path.startswith("scratch:"):
         return []
-    if not config.model.path.startswith("scratch:"):
+    if not model.path.startswith("scratch:"):
         return [
-            f"model.tokenizer.path={path} makes a new vocabulary, and {config.model.path} was trained with another; "
+            f"model.tokenizer.path={path} makes a new vocabulary, and {model.path} was trained with another; "
             "remove model.tokenizer.path, or name the tokenizer it was trained with"
         ]
     if path.removeprefix("scratch:") not in ("char", "word", "bpe"):
@@ -186,30 +191,49 @@ def _tokenizer(config: RunConfig) -> list[str]:
 def _training(config: RunConfig, device: str) -> list[str]:
     problems = []
     for name, section in _trained(config):
-        if section.engine == "torch" and section.world_size > 1:
-            problems.append(
-                f"{name}.engine=torch runs in one process, {name}.world_size={section.world_size} needs sharding; "
-                f"set {name}.engine=deepspeed"
-            )
-        if config.executor == "local" and section.world_size > 1:
-            problems.append(
-                f"executor=local is one process, {name}.world_size={section.world_size} is not; "
-                f"set executor=ray or {name}.world_size=1"
-            )
-        if section.engine == "torch" and section.offload != "none":
-            problems.append(
-                f"{name}.offload={section.offload} is DeepSpeed's; set {name}.engine=deepspeed or {name}.offload=none"
-            )
-        elif section.offload == "parameters" and section.zero_stage != 3:
-            problems.append(
-                f"{name}.offload=parameters needs {name}.zero_stage=3, for only stage 3 shards parameters; set it"
-            )
-        if section.engine == "deepspeed" and device == "mps":
-            problems.append(f"{name}.engine=deepspeed has no MPS backend; set {name}.engine=torch or device=cpu")
+        problems += engine_problems(name, section, config.executor, device)
     if config.dtype == "bfloat16" and device == "mps":
         problems.append(
             "dtype=bfloat16 on MPS loses log-probabilities to rounding and is slower there; set dtype=float32 or auto"
         )
+    lora = config.model.lora
+    if lora is not None and lora.quantize != "none":
+        if config.learner.engine == "deepspeed":
+            problems.append(
+                f"model.lora.quantize={lora.quantize} packs the weights, and ZeRO would cut the packed bytes to pieces; "
+                "set learner.engine=torch, or model.lora.quantize=none"
+            )
+        if device == "mps":
+            problems.append(
+                f"model.lora.quantize={lora.quantize} needs bitsandbytes, which does not run on MPS; set device=cpu, or "
+                "model.lora.quantize=none"
+            )
+    return problems
+
+
+def engine_problems(name: str, section: TrainEngineConfig, executor: str, device: str) -> list[str]:
+    """What a section that trains a model, called `name` in the config, cannot have together."""
+    problems = []
+    if section.engine == "torch" and section.world_size > 1:
+        problems.append(
+            f"{name}.engine=torch runs in one process, {name}.world_size={section.world_size} needs sharding; "
+            f"set {name}.engine=deepspeed"
+        )
+    if executor == "local" and section.world_size > 1:
+        problems.append(
+            f"executor=local is one process, {name}.world_size={section.world_size} is not; "
+            f"set executor=ray or {name}.world_size=1"
+        )
+    if section.engine == "torch" and section.offload != "none":
+        problems.append(
+            f"{name}.offload={section.offload} is DeepSpeed's; set {name}.engine=deepspeed or {name}.offload=none"
+        )
+    elif section.offload == "parameters" and section.zero_stage != 3:
+        problems.append(
+            f"{name}.offload=parameters needs {name}.zero_stage=3, for only stage 3 shards parameters; set it"
+        )
+    if section.engine == "deepspeed" and device == "mps":
+        problems.append(f"{name}.engine=deepspeed has no MPS backend; set {name}.engine=torch or device=cpu")
     return problems
 
 

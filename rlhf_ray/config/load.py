@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config.checks import contradictions
-from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
+from rlhf_ray.config.schema import AlgorithmConfig, RunConfig, Section
+from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError
 
-Config = TypeVar("Config", bound=BaseModel)
+Config = TypeVar("Config", bound=Section)
 
 
 def load_config(
@@ -148,20 +149,25 @@ def parse_config(
         found = [*problems, *(_describe(item, schema) for item in error.errors())]
         found += _contradictions_of_the_rest(tree, schema, error, found)
         raise ConfigError(_listing(source, found)) from None
-    found = [*problems, *(contradictions(config) if isinstance(config, RunConfig) else ())]
+    found = [*problems, *_contradictions(config)]
     if found:
         raise ConfigError(_listing(source, found))
     return config
 
 
-def check_device(config: RunConfig, device: str) -> None:
+def check_device(config: RunConfig | SupervisedConfig, device: str) -> None:
     """What the config alone could not know: does it fit the device that `device: auto` has become?
 
     Raises:
         ConfigError: listing every contradiction.
     """
-    if problems := contradictions(config, device):
+    problems = contradictions(config, device) if isinstance(config, RunConfig) else config.contradictions(device)
+    if problems:
         raise ConfigError(_listing(f"device={config.device}, which is {device} here", problems))
+
+
+def _contradictions(config: Section) -> list[str]:
+    return contradictions(config) if isinstance(config, RunConfig) else config.contradictions()
 
 
 def _contradictions_of_the_rest(
@@ -178,12 +184,10 @@ def _contradictions_of_the_rest(
         config = schema.model_validate(rest)
     except ValidationError:
         return []  # something is missing altogether
-    if not isinstance(config, RunConfig):
-        return []
     wrong = [".".join(map(str, item["loc"])) for item in error.errors()]
     wrong += re.findall(r"did you mean ([\w.]+)\?", "\n".join(found))
     names = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in wrong))
-    return [text for text in contradictions(config) if not names.search(text)]
+    return [text for text in _contradictions(config) if not names.search(text)]
 
 
 def _remove(tree: Any, loc: Sequence[Any]) -> None:

@@ -1,17 +1,179 @@
-"""Supervised learning on (prompt, completion) token ids: the warm start of models that begin from nothing."""
+"""The supervised loop: SFT, reward model, DPO and classifier, local and on Ray.
+
+    rows of the step -> trainer.step -> (now and then) trainer.evaluate -> log, checkpoint
+
+`trainer` is the role itself or a handle to its actors. Which rows a step takes is a pure function of the seed and
+the step, so a resumed run needs nothing but the step.
+"""
 
 from __future__ import annotations
 
+import math
 import random
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf_ray.algo.logprobs import token_logprobs
+from rlhf_ray.config.supervised import SupervisedConfig, ValidationConfig
+from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.roles.supervised import Report
+from rlhf_ray.roles.training import scheduled_rate
+from rlhf_ray.run.supervised_recorder import SupervisedRecorder
+
+# Rows of the training data that the final weights are judged on, beside the held-out ones.
+TRAIN_SAMPLE = 512
+FOLDER = "trainer"
+
+
+class Trainer(Protocol):
+    """What the loop asks; see `roles/supervised.py`."""
+
+    def step(self, rows: Sequence[int], lr: float) -> dict[str, float]: ...
+    def evaluate(self, split: str, limit: int | None = None) -> Report: ...
+    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which rows each step takes: `count` rows of data, then `plain_count` rows of plain text after them.
+
+    Every epoch visits each row once, in an order of its own; the plain text has its own epochs.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    plain_count: int = 0
+    plain_batch: int = 0
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps in which every row of data has been seen."""
+        return math.ceil(self.count / (self.batch_size - self.plain_batch))
+
+    def rows(self, step: int) -> list[int]:
+        own = self.batch_size - self.plain_batch
+        rows = [index for _, index in PromptStream(self.count, self.seed).take(step * own, own)]
+        if self.plain_batch:
+            stream = PromptStream(self.plain_count, self.seed + 1)
+            rows += [self.count + index for _, index in stream.take(step * self.plain_batch, self.plain_batch)]
+        return rows
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What validation has said so far."""
+
+    best_loss: float = math.inf
+    best_step: int | None = None
+    worse: int = 0  # validations since the best one
+
+    def after(self, loss: float, step: int, config: ValidationConfig) -> Validated:
+        # A loss that is not a number is no improvement.
+        if loss < self.best_loss - (config.min_improvement if self.best_step is not None else 0.0):
+            return Validated(loss, step)
+        return replace(self, worse=self.worse + 1)
+
+    def gives_up(self, config: ValidationConfig) -> bool:
+        return config.patience is not None and self.worse >= config.patience
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the weights are judged by before and after: splits by name, and prompts to complete."""
+
+    splits: tuple[str, ...]
+    prompts: Sequence[Sequence[int]] = ()
+    prompt_texts: Sequence[str] = ()
+    max_new_tokens: int = 0
+
+    def evaluate(self, trainer: Trainer) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for split in self.splits:
+            report = trainer.evaluate(split, TRAIN_SAMPLE if split == "train" else None)
+            result |= {f"{split}/{name}": value for name, value in {**report.metrics, **report.details}.items()}
+        if self.prompts:
+            texts = trainer.sample(self.prompts, self.max_new_tokens)
+            pairs = zip(self.prompt_texts, texts, strict=True)
+            result["samples"] = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+        return result
+
+
+def train(
+    config: SupervisedConfig, trainer: Trainer, batches: Batches, judged: Judged, run: SupervisedRecorder
+) -> dict[str, Any]:
+    """`config.steps` steps from where `run` stands; the evaluation before and after, and which weights were kept.
+
+    At the end the trainer holds the weights of the lowest validation loss (`eval.keep_best`), else the last ones.
+    """
+    start, seen = restore(trainer, run)
+    before = run.remember("before", lambda: judged.evaluate(trainer))
+    run.begin()
+    every = config.eval.every or batches.per_epoch
+    for step in range(start, config.steps):
+        if seen.gives_up(config.eval):
+            break
+        best_before = seen.best_step
+        with run.timer("step"), run.timer("update"):
+            metrics = trainer.step(batches.rows(step), scheduled_rate(config.learner, step, config.steps))
+        last = step + 1 == config.steps
+        if "val" in judged.splits and (last or (step + 1) % every == 0):
+            with run.timer("eval"):
+                report = trainer.evaluate("val")
+            seen = seen.after(report.metrics["loss"], step + 1, config.eval)
+            run.show_validation(step + 1, report.metrics, best=seen.best_step == step + 1)
+            metrics |= {f"val/{name}": value for name, value in report.metrics.items()}
+        run.log_step(step + 1, metrics)
+        improved = config.eval.keep_best and seen.best_step != best_before
+        if improved or last or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+            save(step + 1, seen, trainer, run)
+    kept = run.steps_done
+    if config.eval.keep_best and seen.best_step not in (None, kept):
+        kept = seen.best_step
+        trainer.load(folder_of(kept, run))
+        run.progress.note(f"back to the weights of step {kept}, whose validation loss {seen.best_loss:.4f} was lowest")
+    return {"before": before, "after": judged.evaluate(trainer), "kept_step": kept,
+            "stopped_early": run.steps_done < config.steps}  # fmt: skip
+
+
+def folder_of(step: int, run: SupervisedRecorder) -> Path:
+    """The trainer's part of a checkpoint, verified. Raises CheckpointError."""
+    _, folder, _ = run.checkpoints.load(run.directory.checkpoints / f"step_{step}")
+    return folder / FOLDER
+
+
+def save(step: int, seen: Validated, trainer: Trainer, run: SupervisedRecorder) -> None:
+    """A complete checkpoint: nothing else is needed to go on bit for bit. The one with the best weights stays."""
+    protect = () if seen.best_step is None else (seen.best_step,)
+    with run.timer("ckpt"):
+        run.checkpoints.save(step, lambda folder: trainer.save(folder / FOLDER), asdict(seen), protect)
+
+
+def restore(trainer: Trainer, run: SupervisedRecorder) -> tuple[int, Validated]:
+    """The step to go on from, 0 for a new run."""
+    found = run.resume_point
+    if found is None:
+        return 0, Validated()
+    trainer.load(found.folder / FOLDER)
+    seen = Validated(**found.state)
+    if seen.best_step is not None and not (run.directory.checkpoints / f"step_{seen.best_step}").is_dir():
+        warnings.warn(
+            f"the checkpoint of step {seen.best_step}, which had the best weights, is gone; the best of what follows "
+            "will be kept instead", stacklevel=2,
+        )  # fmt: skip
+        run.directory.event("best_weights_lost", step=seen.best_step)
+        seen = Validated()
+    return found.step, seen
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def load_policy(
     `options` go to `from_pretrained` (`attn_implementation`, `revision`, `quantization_config`, ...).
     Raises ModelError for a folder that is missing, empty or no causal LM, and for an unreachable Hub.
     """
-    model = _load(AutoModelForCausalLM, path, "a causal language model", trust_remote_code, dtype=dtype, **options)
+    kind = "a causal language model"
+    model = load_pretrained(AutoModelForCausalLM, path, kind, trust_remote_code, dtype=dtype, **options)
     return model.to(device).eval()
 
 
@@ -49,7 +50,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             "tokenizer.save_pretrained(folder), or name another folder as tokenizer"
         )
     factory = PreTrainedTokenizerFast if folder is not None and _is_generic(folder) else AutoTokenizer
-    tokenizer = _load(factory, path, "a tokenizer", trust_remote_code)
+    tokenizer = load_pretrained(factory, path, "a tokenizer", trust_remote_code)
     return ensure_pad_token(tokenizer, str(path))
 
 
@@ -81,7 +82,7 @@ def load_reward_model(
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     kind = "a sequence classifier"
-    model = _load(AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options)
+    model = load_pretrained(AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options)
     if model.config.pad_token_id is None:
         # A decoder's classifier looks for the last token that is not padding; without this id it refuses batches.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -102,7 +103,8 @@ def _local_folder(path: str | Path) -> Path | None:
     return None
 
 
-def _load(factory: Any, path: str | Path, what: str, trust_remote_code: bool, **options: Any) -> Any:
+def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code: bool, **options: Any) -> Any:
+    """`factory.from_pretrained`, with errors that say what to do. Raises ModelError."""
     folder = _local_folder(path)
     if folder is not None and what != "a tokenizer" and not (folder / "config.json").is_file():
         raise ModelError(f"{path}: the folder has no config.json, so it holds no Hugging Face model; check the path")

@@ -1,14 +1,15 @@
-"""LoRA adapters with PEFT, and their merged export."""
+"""LoRA and QLoRA adapters with PEFT, and their merged export."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import ConfigError, ModelError
@@ -24,11 +25,13 @@ def apply_lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
+    trained_modules: Sequence[str] = (),
     seed: int = 0,
 ) -> nn.Module:
     """Freeze `model` and add trainable low-rank matrices: W + (alpha / r) B A (Hu et al., 2021, eq. 3).
 
-    "all-linear" is every linear layer but the language-model head. B starts at 0, so the model computes what it
+    "all-linear" is every linear layer but the language-model head. `trained_modules` (a classifier's new head) get no
+    adapter and learn in full. B starts at 0, so the model computes what it
     did before. The result is a PeftModel around `model`. A depends on `seed`; the global random state does not
     change. Raises ConfigError where PEFT is missing or no layer fits.
     """
@@ -42,7 +45,9 @@ def apply_lora(
             "train it in full (remove model.lora)"
         )
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        # Not SEQ_CLS for a classifier: PEFT would wrap its head in a copy, whose names no folder knows.
+        task_type=None if trained_modules else "CAUSAL_LM",
+        exclude_modules=list(trained_modules) or None,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -53,34 +58,72 @@ def apply_lora(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(
                 f"model.lora.target_modules={target_modules!r} does not fit {type(model).__name__}: {error}"
             ) from error
+    for name in trained_modules:
+        model.get_submodule(name).requires_grad_(True)
+    return adapted
+
+
+def quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of `from_pretrained` that hold the frozen weights in 4 bits; none for `none`.
+
+    NormalFloat with doubly quantised scales (QLoRA, Dettmers et al. 2023, sections 3.1 and 3.2); `dtype` is what they
+    are computed with. The output head stays as it is. Raises ConfigError where bitsandbytes is missing.
+    """
+    if quantize == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.lora.quantize={quantize} needs the package bitsandbytes; install it with: pip install "
+            "'rlhf-ray[qlora]', or set model.lora.quantize=none"
+        )
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    }
 
 
 def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) with every adapter added to its weight; tied weights under each name.
 
+    Weights that are held in 4 bits leave as the numbers that they stand for, which is what the model computes with.
     The live weights are read, never written: one layer's W + (alpha / r) B A exists at a time. `gather` is a
     context manager that makes sharded parameters whole (ZeRO-3); each rank must then iterate to the end.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     gather = gather or (lambda tensors: nullcontext())
     layers = _adapted_layers(base) if base is not model else {}
+    packed = {f"{name}.weight": module for name, module in base.named_modules() if _is_packed(module)}
     # keep_vars: ZeRO-3 gathers parameters, not the empty tensors it leaves in a plain state_dict.
     for name, tensor in base.state_dict(keep_vars=True).items():
-        if ".lora_" in name:
-            continue
+        if ".lora_" in name or (".weight." in name and name.partition(".weight.")[0] + ".weight" in packed):
+            continue  # an adapter, or the scales of packed numbers
         layer = layers.get(name.removesuffix(_BASE + "weight")) if name.endswith(_BASE + "weight") else None
         parts = [tensor] if layer is None else [tensor, *_adapter_parameters(layer)]
         with gather(parts), torch.no_grad():
-            yield name.replace(_BASE, "."), tensor.detach() if layer is None else _merged(tensor, layer)
+            weight = _unpacked(packed[name]) if name in packed else tensor.detach()
+            yield name.replace(_BASE, "."), weight if layer is None else _merged(weight, layer)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
+
+
+def _unpacked(module: nn.Module) -> Tensor:
+    """[out, in] the numbers that a packed layer's bytes stand for."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module).detach()
 
 
 def _merged(weight: Tensor, layer: Any) -> Tensor:
-    merged = weight.detach()
+    merged = weight
     for adapter in layer.active_adapters:
         # get_delta_weight knows the scaling and transposes for GPT-2's [in, out] weights. The sum is made in
         # float32: in bfloat16 a small adapter would round away.

@@ -14,11 +14,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
@@ -222,9 +224,15 @@ class LstmForCausalLM(LstmPreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
 
+class LstmForSequenceClassification(GenericForSequenceClassification, LstmPreTrainedModel):
+    """One score (or several) from the last real token: a reward model, or a classifier."""
+
+
 AutoConfig.register(LstmConfig.model_type, LstmConfig, exist_ok=True)
 AutoModel.register(LstmConfig, LstmModel, exist_ok=True)
 AutoModelForCausalLM.register(LstmConfig, LstmForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(LstmConfig, LstmForSequenceClassification, exist_ok=True)
 LstmConfig.register_for_auto_class("AutoConfig")
 LstmModel.register_for_auto_class("AutoModel")
 LstmForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LstmForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -15,8 +15,8 @@ from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.loading import load_policy, load_reward_model, load_tokenizer
-from rlhf_ray.models.lora import apply_lora
-from rlhf_ray.rewards.compose import RewardSet, load_reward
+from rlhf_ray.models.lora import apply_lora, quantization
+from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
@@ -80,7 +80,7 @@ def make_reference(config: RunConfig, assets: Assets) -> Reference:
 
 
 def make_reward(config: RunConfig, assets: Assets) -> Reward:
-    functions = [load_reward(r.function, weight=r.weight, args=r.args, name=r.name) for r in config.rewards]
+    functions = [reward_of(reward) for reward in config.rewards]
     model = None
     if config.reward_model is not None:
         path = config.reward_model.path
@@ -90,10 +90,11 @@ def make_reward(config: RunConfig, assets: Assets) -> Reward:
 
 
 def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank = Rank()) -> Learner:
+    lora, trust = config.model.lora, config.model.trust_remote_code
+    packing = {} if lora is None else quantization(lora.quantize, assets.hardware.dtype)
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
-    model = load_policy(assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code)
-    if config.model.lora is not None:
-        lora = config.model.lora
+    model = load_policy(assets.policy, dtype=torch.float32, trust_remote_code=trust, **packing)
+    if lora is not None:
         model = apply_lora(model, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules, seed=config.seed)
     sender = make_sender(
         transport,
@@ -103,7 +104,7 @@ def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank =
         device=assets.hardware.device,
     )
     return Learner(
-        _engine(config.learner, model, assets.hardware, rank),
+        train_engine(config.learner, model, assets.hardware, rank),
         config.learner,
         config.algorithm,
         tokenizer=_tokenizer(config, assets),
@@ -119,7 +120,7 @@ def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Criti
     model = ValueModel.from_pretrained(
         config.critic.path or assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
-    engine = _engine(config.critic, model, assets.hardware, rank)
+    engine = train_engine(config.critic, model, assets.hardware, rank)
     return Critic(engine, config.critic, seed=config.seed, total_steps=config.steps)
 
 
@@ -134,7 +135,7 @@ def _policy(config: RunConfig, assets: Assets):
     )
 
 
-def _engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank) -> TrainEngine:
+def train_engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank) -> TrainEngine:
     sharding = {}
     if settings.engine == "deepspeed":
         sharding = {

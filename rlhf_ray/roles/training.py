@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rlhf_ray.algo.aggregation import loss_totals
+from rlhf_ray.algo.policy_losses import combine_stats
 from rlhf_ray.batch import Batch
-from rlhf_ray.config.schema import CriticConfig, LearnerConfig
+from rlhf_ray.config.schema import CriticConfig, LearnerConfig, TrainEngineConfig
+from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.roles.forward import over_microbatches
 from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
@@ -42,12 +45,7 @@ class Totals:
     values: dict[str, float] = field(default_factory=dict)
 
     def add(self, stats: Mapping[str, Tensor | float]) -> None:
-        for name, value in stats.items():
-            number = float(value)
-            if name.endswith("_max"):
-                self.values[name] = max(self.values.get(name, -math.inf), number)
-            else:
-                self.values[name] = self.values.get(name, 0.0) + number
+        self.values = combine_stats([self.values, {name: float(value) for name, value in stats.items()}])
 
     def over_ranks(self, engine: TrainEngine) -> dict[str, float]:
         """The totals of all ranks. Collective."""
@@ -87,11 +85,12 @@ class Trainer:
         mine = parts[self.engine.rank]
         shortest = min(rows, key=lambda row: lengths[row])
         dummies = [[shortest]] * (max(len(part) for part in parts) - len(mine))
+        tokens, sequences = loss_totals(batch.response_mask[rows]).tolist()
         return Share(
             microbatches=tuple(tuple(part) for part in [*mine, *dummies]),
             real=len(mine),
-            total_tokens=int(batch.response_mask[rows].sum()),
-            total_sequences=len(rows),
+            total_tokens=tokens,
+            total_sequences=sequences,
         )
 
     def per_token(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
@@ -118,15 +117,27 @@ class Trainer:
             loss, stats = loss_of(micro, share)
             self.engine.backward(loss, last=index == last)
             totals.add(stats)
+            real = micro.attention_mask.sum() if index < share.real else 0
+            totals.add({"tokens_computed": micro.tokens.numel(), "tokens_wanted": real})
         return self.engine.step(lr), totals
 
+    def usage(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """How the device was used: the share of padding (dummy micro-batches too) in what was computed, and memory."""
+        return {
+            "perf/padding_frac": 1 - totals["tokens_wanted"] / max(1.0, totals["tokens_computed"]),
+            "perf/peak_mem_gb": peak_memory_gb(self.engine.device),
+        }
+
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant, linear or cosine decay to 0 at `total_steps`."""
-        config = self.config
-        if step < config.lr_warmup_steps:
-            return config.lr * (step + 1) / config.lr_warmup_steps
-        if config.lr_schedule == "constant":
-            return config.lr
-        span = max(1, self.total_steps - config.lr_warmup_steps)
-        progress = min(1.0, (step - config.lr_warmup_steps) / span)
-        return config.lr * (1 - progress if config.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+        return scheduled_rate(self.config, step, self.total_steps)
+
+
+def scheduled_rate(config: TrainEngineConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up, then constant, linear or cosine decay to 0 at `total_steps`."""
+    if step < config.lr_warmup_steps:
+        return config.lr * (step + 1) / config.lr_warmup_steps
+    if config.lr_schedule == "constant":
+        return config.lr
+    span = max(1, total_steps - config.lr_warmup_steps)
+    progress = min(1.0, (step - config.lr_warmup_steps) / span)
+    return config.lr * (1 - progress if config.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

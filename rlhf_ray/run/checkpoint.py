@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,13 @@ class Checkpoints:
         self.keep = keep
         self._on_event = on_event
 
-    def save(self, step: int, writer: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
+    def save(
+        self, step: int, writer: Callable[[Path], None], state: Mapping[str, Any], protect: Collection[int] = ()
+    ) -> Path:
         """Write one checkpoint; returns its folder.
 
-        `state` is the driver's own: numbers, text, containers, tensors and numpy arrays.
+        `state` is the driver's own: numbers, text, containers, tensors and numpy arrays. Checkpoints of the steps in
+        `protect` stay, beside the newest `keep`.
 
         Raises:
             StorageError: no space or no permission; the checkpoints before are untouched.
@@ -66,7 +69,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs these bytes back
             raise
-        self._prune(step)
+        self._prune(step, protect)
         return final
 
     def latest(self) -> tuple[int, Path, dict[str, Any]] | None:
@@ -124,7 +127,7 @@ class Checkpoints:
         named = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
         return sorted(self._folders(), key=lambda p: (p.name != named, -_step_of(p), p.name))
 
-    def _prune(self, step: int) -> None:
+    def _prune(self, step: int, protect: Collection[int]) -> None:
         folders = self._folders()
         # Steps after the one just written belong to a timeline the run has left by resuming before them.
         abandoned = [p for p in folders if _step_of(p) > step]
@@ -132,7 +135,8 @@ class Checkpoints:
         kept = sorted(set(folders) - set(abandoned) - set(replaced), key=_step_of)
         if abandoned:
             self._event("checkpoints_abandoned", checkpoints=sorted(p.name for p in abandoned), step=step)
-        for folder in {*abandoned, *replaced, *kept[: -self.keep]}:
+        superseded = [p for p in kept[: -self.keep] if _step_of(p) not in protect]
+        for folder in {*abandoned, *replaced, *superseded}:
             # renamed first: half a deletion must not look like a checkpoint
             os.rename(folder, folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
         for leftover in self.folder.glob("step_*.tmp-*"):

@@ -1,11 +1,17 @@
 """YAML and overrides: what is accepted, and what the refusal says."""
 
+import re
+
 import pytest
 import yaml
 
+from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.load import check_device, dump_config, load_config, parse_config
 from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
+
+COMMANDS = {"rl": RunConfig, "eval": EvalRunConfig, **SCHEMAS}
 
 
 def problems(error: pytest.ExceptionInfo) -> list[str]:
@@ -233,11 +239,16 @@ def test_settings_cannot_be_changed_afterwards(load):
 
 
 def test_every_config_of_the_repository_loads(repo_root):
+    """The comment at the top of each file says which command it is for."""
     files = sorted((repo_root / "configs").glob("*.yaml"))
     assert files
     for path in files:
-        config = load_config(path)
-        assert parse_config(yaml.safe_load(dump_config(config)), RunConfig, "again") == config, path.name
+        said = re.search(rf"^#.*?rlhf-ray ([\w-]+) +configs/{path.name}", path.read_text(), re.MULTILINE)
+        assert said, f"{path.name}: write its command into the comment, as `rlhf-ray <command> configs/{path.name}`"
+        if said[1] not in COMMANDS:
+            continue  # it is no single schema, and has a test of its own
+        config = load_config(path, schema=COMMANDS[said[1]])
+        assert parse_config(yaml.safe_load(dump_config(config)), COMMANDS[said[1]], "again") == config, path.name
 
 
 # ---- what only the machine can say ----------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""From a config to a supervised run: SFT, reward model, DPO or classifier, local or on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_ray.build import hardware_of, kept_only_if_used
+from rlhf_ray.config.load import check_device
+from rlhf_ray.config.supervised import DPOConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.errors import ModelError
+from rlhf_ray.loops.supervised import Batches, Judged, Trainer, train
+from rlhf_ray.loops.supervised_start import (
+    Splits,
+    check_model_fits,
+    load_splits,
+    make_tokenizer,
+    sample_prompts,
+    starting_model,
+)
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.roles.factory import Assets
+from rlhf_ray.roles.supervised_factory import make_trainer
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.supervised_recorder import SupervisedRecorder
+
+Config = TypeVar("Config", bound=SupervisedConfig)
+
+
+def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume: bool = False) -> dict[str, Any]:
+    """A whole run: data, training, validation, export. Returns what summary.json holds.
+
+    Raises:
+        RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
+    """
+    hardware = hardware_of(config)
+    check_device(config, hardware.device)
+    directory = RunDirectory.open(config.name, run_dir, resume=resume)
+    reports: list[CleaningReport] = []
+    with kept_only_if_used(directory):
+        tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no text "
+                "could end; set eos_token in its tokenizer_config.json"
+            )
+        splits, plain = load_splits(config, tokenizer, reports.append)
+        check_model_fits(config, tokenizer, splits)
+    batches = batches_of(config, len(splits["train"]) - plain, plain)
+    config = with_steps(config, batches)
+    run = SupervisedRecorder(config, directory)
+    try:
+        for report in reports:
+            run.progress.note(str(report))
+        assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
+        with open_trainer(config, assets, splits) as trainer:
+            if isinstance(config, DPOConfig):
+                set_reference(config, trainer, run)
+            result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
+            trainer.export_model(directory.model)
+        run.finish("finished", **result)
+    except BaseException as error:
+        run.fail(error)
+        raise
+    return directory.read_summary()
+
+
+def batches_of(config: SupervisedConfig, rows: int, plain: int) -> Batches:
+    plain_batch = config.plain_text_rows if isinstance(config, SFTConfig) else 0
+    return Batches(rows, config.learner.batch_size, config.seed, plain, plain_batch)
+
+
+def with_steps(config: Config, batches: Batches) -> Config:
+    """The config with the number of steps that its epochs take."""
+    if config.steps is not None:
+        return config
+    return config.model_copy(update={"steps": max(1, round(config.epochs * batches.per_epoch))})
+
+
+def judged_by(config: SupervisedConfig, tokenizer: Any, splits: Splits) -> Judged:
+    names = tuple(name for name in ("train", "val", "test") if name in splits)
+    if not isinstance(config, SFTConfig) or not config.samples.count:
+        return Judged(names)
+    prompts = sample_prompts(splits, config.samples.count)
+    texts = tuple(tokenizer.batch_decode(prompts, skip_special_tokens=True))
+    return Judged(names, tuple(prompts), texts, config.samples.max_new_tokens)
+
+
+def set_reference(config: DPOConfig, trainer: Any, run: SupervisedRecorder) -> None:
+    """Reference log-probabilities, computed once: a resumed run finds those of its beginning in reference.json."""
+
+    def compute() -> dict[str, Any]:
+        run.progress.note("log-probabilities of the reference policy, once for the whole run")
+        return trainer.reference_logprobs(config.dpo.reference)
+
+    trainer.set_reference(run.remember("reference", compute))
+
+
+@contextmanager
+def open_trainer(config: SupervisedConfig, assets: Assets, splits: Splits) -> Iterator[Trainer]:
+    """The trainer as this config places it; closed at the end, also after an error."""
+    if config.executor == "ray":
+        from rlhf_ray.remote.supervised import open_remote_trainer
+
+        with open_remote_trainer(config, assets, splits) as trainer:
+            yield trainer
+        return
+    trainer = make_trainer(config, assets, splits)
+    try:
+        yield trainer
+    finally:
+        trainer.engine.close()

@@ -1,0 +1,200 @@
+"""Every setting of a supervised run: `rlhf-ray sft | rm | dpo | classifier`.
+
+One loop, four losses: what the four share is `SupervisedConfig`; each adds a section of its own, and refuses settings
+that contradict each other (`contradictions`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.checks import engine_problems, scratch_problems, tokenizer_problems
+from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.schema import (
+    CheckpointConfig,
+    LoggingConfig,
+    ModelConfig,
+    RayConfig,
+    Section,
+    TrainEngineConfig,
+)
+
+
+class SupervisedLearnerConfig(TrainEngineConfig):
+    batch_size: int = Field(32, gt=0, description="examples (sft, classifier) or pairs (rm, dpo) an optimiser step")
+    lr: float = Field(1e-5, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+
+
+class ValidationConfig(Section):
+    """Validation runs on the held-out rows of `data`; it decides which weights are kept and when to stop."""
+
+    every: int = Field(0, ge=0, description="steps between validations; 0: after every epoch")
+    patience: int | None = Field(None, gt=0, description="stop after so many validations without a better loss")
+    min_improvement: float = Field(0.0, ge=0, description="what counts as better, in units of the loss")
+    keep_best: bool = Field(True, description="end with the weights of the lowest validation loss, not the last ones")
+    test_path: str | None = Field(None, description="rows to judge the final weights on, and for nothing else")
+
+
+class SupervisedConfig(Section):
+    """What all four share. `steps` overrides `epochs`."""
+
+    scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm")
+
+    name: str = "supervised"
+    seed: int = 0
+    executor: Literal["local", "ray"] = "local"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    epochs: float = Field(1.0, gt=0)
+    steps: int | None = Field(None, gt=0, description="optimiser steps; empty: as many as `epochs` takes")
+    model: ModelConfig
+    data: DatasetConfig
+    learner: SupervisedLearnerConfig = SupervisedLearnerConfig()
+    eval: ValidationConfig = ValidationConfig()
+    ray: RayConfig = RayConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def contradictions(self, device: str | None = None) -> list[str]:
+        """Everything that can be refused from the config alone; `device` is what `auto` has turned out to be."""
+        return [
+            *scratch_problems(self.model, self.scratch_kinds),
+            *tokenizer_problems(self.model),
+            *engine_problems("learner", self.learner, self.executor, device or self.device),
+            *_learner_problems(self.learner, self.model),
+            *_data_problems(self.data, self.model, self.eval),
+        ]
+
+
+def _learner_problems(learner: SupervisedLearnerConfig, model: ModelConfig) -> list[str]:
+    problems = []
+    if learner.world_size > learner.batch_size:
+        problems.append(
+            f"learner.world_size={learner.world_size} ranks share learner.batch_size={learner.batch_size}, so some "
+            "would have nothing to do; use fewer ranks or a larger batch"
+        )
+    if learner.gradient_checkpointing and model.path == "scratch:lstm":
+        problems.append("learner.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
+    return problems
+
+
+def _data_problems(data: DatasetConfig, model: ModelConfig, validation: ValidationConfig) -> list[str]:
+    problems = []
+    if model.path.startswith("scratch:") and data.max_length > model.scratch.max_length:
+        problems.append(
+            f"data.max_length={data.max_length} exceeds model.scratch.max_length={model.scratch.max_length}; "
+            "raise the model's or lower the data's"
+        )
+    if validation.patience is not None and data.eval_path is None and data.eval_size == 0:
+        problems.append(
+            "eval.patience stops on the validation loss, and there are no rows to validate on; "
+            "set data.eval_size or data.eval_path, or leave eval.patience empty"
+        )
+    return problems
+
+
+class PlainTextConfig(Section):
+    """Plain text among the instruction data, so that the model does not forget how to continue any other text."""
+
+    data: DatasetConfig
+    share: float = Field(0.1, gt=0, lt=1, description="of the rows of each batch")
+
+
+class SamplesConfig(Section):
+    """Greedy completions of held-out prompts, before and after, in summary.json."""
+
+    count: int = Field(4, ge=0)
+    max_new_tokens: int = Field(48, gt=0)
+
+
+class SFTConfig(SupervisedConfig):
+    name: str = "sft"
+    plain_text: PlainTextConfig | None = None
+    samples: SamplesConfig = SamplesConfig()
+
+    def contradictions(self, device: str | None = None) -> list[str]:
+        problems, rows = super().contradictions(device), self.plain_text_rows
+        if self.plain_text is not None and not 0 < rows < self.learner.batch_size:
+            problems.append(
+                f"plain_text.share={self.plain_text.share} of learner.batch_size={self.learner.batch_size} is {rows} "
+                "rows, so one of the two kinds would be missing; change the share, or raise the batch size"
+            )
+        return problems
+
+    @property
+    def plain_text_rows(self) -> int:
+        """Of each batch."""
+        return 0 if self.plain_text is None else round(self.plain_text.share * self.learner.batch_size)
+
+
+class RMConfig(SupervisedConfig):
+    """`data` holds pairs or rankings; a `margin` column is used where there is one."""
+
+    scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm", "bert")
+
+    name: str = "rm"
+
+
+class DPOLossConfig(Section):
+    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
+    kind: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cDPO: the share of labels taken to be wrong")
+    nll_weight: float = Field(0.0, ge=0, description="adds the chosen answer's negative log-likelihood a token (RPO)")
+    reference: str | None = Field(None, description="a model folder; empty: the policy before its first step")
+
+
+class DPOLearnerConfig(SupervisedLearnerConfig):
+    lr: float = Field(5e-7, gt=0)
+
+
+class DPOConfig(SupervisedConfig):
+    name: str = "dpo"
+    learner: DPOLearnerConfig = DPOLearnerConfig()
+    dpo: DPOLossConfig = DPOLossConfig()
+
+    def contradictions(self, device: str | None = None) -> list[str]:
+        problems = super().contradictions(device)
+        if self.dpo.kind == "ipo" and self.dpo.label_smoothing > 0:
+            problems.append(
+                "dpo.label_smoothing belongs to the sigmoid loss, and dpo.kind=ipo has no labels to smooth; "
+                "set dpo.kind=sigmoid or dpo.label_smoothing=0"
+            )
+        return problems
+
+
+class HeadConfig(Section):
+    labels: list[str] | None = Field(None, description="names of labels 0, 1, ...; empty: label_0, label_1, ...")
+    frozen_layers: int = Field(0, ge=0, description="this many first layers, and the embeddings, do not learn")
+
+
+class ClassifierConfig(SupervisedConfig):
+    """`model.path` is an encoder's or a causal model's folder or Hub name, or `scratch:bert|qwen2|gpt2|lstm`."""
+
+    scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm", "bert")
+
+    name: str = "classifier"
+    classifier: HeadConfig = HeadConfig()
+
+    def contradictions(self, device: str | None = None) -> list[str]:
+        problems, frozen = super().contradictions(device), self.classifier.frozen_layers
+        if frozen and self.model.lora is not None:
+            problems.append(
+                "classifier.frozen_layers and model.lora: LoRA freezes every layer and adapts it; set one of the two"
+            )
+        if frozen and self.model.path.startswith("scratch:"):
+            problems.append(
+                f"classifier.frozen_layers={frozen}: in {self.model.path} these layers would keep random numbers for "
+                "ever; set it to 0, or start from a trained model"
+            )
+        return problems
+
+
+SCHEMAS: dict[str, type[SupervisedConfig]] = {
+    "sft": SFTConfig,
+    "rm": RMConfig,
+    "dpo": DPOConfig,
+    "classifier": ClassifierConfig,
+}

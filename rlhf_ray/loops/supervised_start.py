@@ -1,0 +1,179 @@
+"""What a supervised run starts from: its tokenizer and its model, as they are or built on the spot, and its rows."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.supervised import ClassifierConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
+from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.rows import read_rows
+from rlhf_ray.data.templates import alpaca_prompt
+from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
+from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.roles.supervised_factory import labels_of
+
+Splits = dict[str, list[Any]]
+# Of a held-out text without a prompt, so many tokens are given for a sample.
+PROMPT_TOKENS = 8
+
+
+def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
+    """The model's own, another folder's, or one whose vocabulary is learned from the rows."""
+    settings, path = config.model.tokenizer, config.model.tokenizer.path or config.model.path
+    if not path.startswith("scratch:"):
+        return load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    kind = path.removeprefix("scratch:")
+    texts = [settings.alphabet] if settings.alphabet is not None else corpus(config.data)
+    tokenizer = build_tokenizer(
+        kind,
+        texts,
+        vocab_size=None if kind == "char" else settings.vocab_size,
+        max_length=config.model.scratch.max_length,
+    )
+    if isinstance(config, ClassifierConfig):
+        tokenizer.padding_side = "right"  # a classifier does not generate; an encoder reads its first token
+    return tokenizer
+
+
+def corpus(data: DatasetConfig) -> list[str]:
+    """All texts of the training rows, whatever their columns, and of the instruction template if they need it."""
+    texts: list[str] = []
+    for row in itertools.islice(read_rows(data.path, split=data.split), data.limit):
+        texts += _texts_in(row.fields)
+        if "instruction" in row.fields and len(texts) < 100:
+            texts += [alpaca_prompt(""), alpaca_prompt("", "")]
+    return texts
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_in(inner)
+
+
+def load_splits(
+    config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase, note: Callable[[CleaningReport], None]
+) -> tuple[Splits, int]:
+    """(rows by split, how many rows of `train` are plain text): `train`, and `val` and `test` where there are any.
+
+    Raises DataError, which names file and line.
+    """
+    load = load_supervised
+    if isinstance(config, ClassifierConfig):
+        load = load_labelled
+    elif not isinstance(config, SFTConfig):
+        load = load_pairs
+    train, held_out = load(config.data, tokenizer, seed=config.seed, on_report=note)
+    splits, plain = {"train": train}, 0
+    if held_out:
+        splits["val"] = held_out
+    if config.eval.test_path is not None:
+        test = config.data.model_copy(update={"path": config.eval.test_path, "eval_path": None, "eval_size": 0,
+                                              "limit": None, "split": config.data.eval_split})  # fmt: skip
+        splits["test"] = load(test, tokenizer, seed=config.seed, on_report=note)[0]
+    if isinstance(config, SFTConfig) and config.plain_text is not None:
+        texts, _ = load_supervised(config.plain_text.data, tokenizer, seed=config.seed, on_report=note)
+        splits["train"], plain = [*train, *texts], len(texts)
+    return splits, plain
+
+
+def check_model_fits(config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
+    """Beyond its last position or token a model has no embedding: an index error in a run, or worse on a GPU.
+
+    Raises ConfigError, ModelError.
+    """
+    labels_of(config, splits)  # a label without a name is found before anything is made
+    path = config.model.path
+    if path.startswith("scratch:"):
+        return  # made to fit; the config's own checks know its length
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    rows = [ids for items in splits.values() for item in items for ids in _token_ids(item)]
+    positions, longest = getattr(shape, "max_position_embeddings", None), max(map(len, rows))
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"the longest row has {longest} tokens, and {path} has {positions} positions; set data.max_length="
+            f"{positions}, with data.overlong=truncate or drop"
+        )
+    highest = max(map(max, rows))
+    if highest >= shape.vocab_size:
+        raise ModelError(
+            f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {shape.vocab_size} "
+            f"embeddings of {path}: the tokenizer is another model's, or got tokens that the model did not; "
+            "set model.tokenizer.path to the right one, or resize the model's embeddings"
+        )
+
+
+def _token_ids(item: Any) -> list[tuple[int, ...]]:
+    return [item.chosen.token_ids, item.rejected.token_ids] if hasattr(item, "chosen") else [item.token_ids]
+
+
+def starting_model(
+    config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits, folder: Path
+) -> tuple[str, str]:
+    """(model, tokenizer): paths to load. Writes `folder` only where something has to be made, and uses it again."""
+    path = config.model.path
+    own_tokenizer = config.model.tokenizer.path or path
+    if not path.startswith("scratch:"):
+        if config.data.chat_template is None:
+            return path, own_tokenizer
+        _written(folder, lambda unfinished: tokenizer.save_pretrained(unfinished))
+        return path, str(folder)
+
+    def write(unfinished: Path) -> None:
+        model = build_model(
+            config, labels_of(config, splits), vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+    _written(folder, write)
+    return str(folder), str(folder)
+
+
+def _written(folder: Path, write: Callable[[Path], Any]) -> None:
+    if folder.is_dir():
+        return
+    # Written aside and renamed: a folder that exists is complete.
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    unfinished.rename(folder)
+
+
+def build_model(config: SupervisedConfig, labels: Sequence[str], **options: int) -> PreTrainedModel:
+    """A model from scratch, with a classifier's head where there are labels; `options`: its vocabulary."""
+    kind = config.model.path.removeprefix("scratch:")
+    options = {**config.model.scratch.model_dump(), "seed": config.seed, **options}
+    return build_scratch_classifier(kind, labels=labels, **options) if labels else build_scratch(kind, **options)
+
+
+def sample_prompts(splits: Splits, count: int) -> list[tuple[int, ...]]:
+    """Token ids before the first learned one of held-out rows (or training rows, where none are held out)."""
+    prompts: dict[tuple[int, ...], None] = {}
+    for example in splits.get("val", splits["train"]):
+        start = _prompt_length(example)
+        prompts[example.token_ids[: start or PROMPT_TOKENS]] = None
+        if len(prompts) >= count:
+            break
+    return list(prompts)[:count]
+
+
+def _prompt_length(example: TokenizedExample) -> int:
+    return next((place for place, learned in enumerate(example.learned) if learned), len(example.learned))

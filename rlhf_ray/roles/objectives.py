@@ -1,0 +1,311 @@
+"""What a supervised run learns: language modelling, preferences for a reward model or for DPO, and labels.
+
+An objective makes items into a batch, the model's outputs into one loss an item (`measure`), and what was measured
+of any number of items into metrics. Training and validation use the same three, so a number means the same in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rlhf_ray.algo.calibration import calibration_error, correlation, histogram, preference_confidence
+from rlhf_ray.algo.logprobs import token_logprobs
+from rlhf_ray.algo.preference import bradley_terry_loss, dpo_loss
+from rlhf_ray.config.supervised import DPOLossConfig
+from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+
+Item = TypeVar("Item")
+Measured = dict[str, Tensor]  # one number an item, by name; "loss" carries the gradient
+
+
+@dataclass(frozen=True)
+class SupervisedBatch:
+    """Rows padded on the right. Of P pairs, rows 0..P-1 are the chosen answers and P..2P-1 the rejected ones."""
+
+    tokens: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool
+    learned: Tensor  # [B, T] bool: tokens of the answer; all False where the objective looks at whole texts
+    extra: Mapping[str, Tensor]  # [items]: margin, label, reference_chosen, reference_rejected
+
+    def to(self, device: torch.device) -> SupervisedBatch:
+        extra = {name: tensor.to(device) for name, tensor in self.extra.items()}
+        return SupervisedBatch(
+            self.tokens.to(device), self.attention_mask.to(device), self.learned.to(device), extra
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of the answer in each row."""
+        return self.learned.sum(1)
+
+
+@dataclass(frozen=True)
+class ReferencedPair:
+    """A pair and what the reference policy thinks of it: log-probabilities summed over the answer's tokens."""
+
+    pair: TokenizedPair
+    chosen_logp: float
+    rejected_logp: float
+
+
+class Objective(Protocol, Generic[Item]):
+    def lengths(self, item: Item) -> tuple[int, ...]:
+        """Tokens of each row that the item makes."""
+
+    def weight(self, item: Item) -> int:
+        """The item's share in the denominator of the mean loss."""
+
+    def collate(self, items: Sequence[Item]) -> SupervisedBatch: ...
+
+    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass."""
+
+    def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
+        """The loss of each item, summed over what `weight` counts, and whatever `metrics` and `report` need."""
+
+    def metrics(self, measured: Measured) -> dict[str, float]:
+        """Metrics of a step, by their final names."""
+
+    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
+        """(metrics, details such as histograms) of an evaluation."""
+
+
+class SFT:
+    """Cross-entropy of the learned tokens, in nats a token.
+
+    `ignored_token` is read but never learned: a model that has learned `<unk>` writes it.
+    """
+
+    def __init__(self, pad_token_id: int, ignored_token: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.ignored_token = ignored_token
+
+    def lengths(self, item: TokenizedExample) -> tuple[int, ...]:
+        return (len(item.token_ids),)
+
+    def weight(self, item: TokenizedExample) -> int:
+        # Nothing predicts the first token of a row.
+        tokens = zip(item.token_ids[1:], item.learned[1:], strict=True)
+        return sum(learned and token != self.ignored_token for token, learned in tokens)
+
+    def collate(self, items: Sequence[TokenizedExample]) -> SupervisedBatch:
+        batch = pad_rows([item.token_ids for item in items], self.pad_token_id, [item.learned for item in items])
+        if self.ignored_token is not None:
+            batch.learned.logical_and_(batch.tokens != self.ignored_token)
+        return batch
+
+    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
+        return language_model_inputs(batch)
+
+    def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
+        return {"loss": -(token_logprobs(outputs.logits, batch.tokens) * batch.learned).sum(1),
+                "weight": batch.learned[:, 1:].sum(1)}  # fmt: skip
+
+    def metrics(self, measured: Measured) -> dict[str, float]:
+        loss = float(measured["loss"].sum() / measured["weight"].sum().clamp(min=1))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
+        return self.metrics(measured), {}
+
+
+class BradleyTerry:
+    """Reward-model loss on pairs: -log sigmoid(r_chosen - r_rejected - margin), r from a classifier with one label.
+
+    A reward model judges text, and text has no EOS (`roles/reward.py` decodes without special tokens): an EOS at the
+    end is left out here, so that the score is learned where it will be read.
+    """
+
+    def __init__(self, pad_token_id: int, eos_token_id: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
+
+    def lengths(self, item: TokenizedPair) -> tuple[int, ...]:
+        return len(self._judged(item.chosen).token_ids), len(self._judged(item.rejected).token_ids)
+
+    def weight(self, item: TokenizedPair) -> int:
+        return 1
+
+    def collate(self, items: Sequence[TokenizedPair]) -> SupervisedBatch:
+        rows = [self._judged(item.chosen) for item in items] + [self._judged(item.rejected) for item in items]
+        return pad_rows(
+            [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
+            margin=torch.tensor([item.margin for item in items], dtype=torch.float32),
+        )  # fmt: skip
+
+    def _judged(self, example: TokenizedExample) -> TokenizedExample:
+        ids = example.token_ids
+        if len(ids) > 1 and ids[-1] == self.eos_token_id:
+            return TokenizedExample(ids[:-1], example.learned[:-1])
+        return example
+
+    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
+        return classifier_inputs(batch)
+
+    def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
+        chosen_P, rejected_P = outputs.logits[:, 0].float().chunk(2)
+        chosen_length_P, rejected_length_P = batch.lengths.chunk(2)
+        return {
+            "loss": bradley_terry_loss(chosen_P, rejected_P, batch.extra["margin"]),
+            "chosen": chosen_P.detach(), "rejected": rejected_P.detach(),
+            "chosen_length": chosen_length_P, "rejected_length": rejected_length_P,
+        }  # fmt: skip
+
+    def metrics(self, measured: Measured) -> dict[str, float]:
+        chosen_N, rejected_N = measured["chosen"], measured["rejected"]
+        scores = torch.cat([chosen_N, rejected_N])
+        return {
+            "loss": float(measured["loss"].mean()),
+            "accuracy": float((chosen_N > rejected_N).double().mean()),
+            "margin": float((chosen_N - rejected_N).mean()),
+            "mean_reward": float(scores.mean()),
+            "min_reward": float(scores.min()),
+            "max_reward": float(scores.max()),
+        }
+
+    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
+        scores = torch.cat([measured["chosen"], measured["rejected"]])
+        lengths = torch.cat([measured["chosen_length"], measured["rejected_length"]])
+        confidence_N, correct_N = preference_confidence(measured["chosen"] - measured["rejected"])
+        numbers = {
+            "ece": calibration_error(confidence_N, correct_N),
+            "length_correlation": correlation(scores, lengths),
+        }
+        edges, (chosen, rejected) = histogram([measured["chosen"], measured["rejected"]])
+        details = {"score_histogram": {"edges": edges, "chosen": chosen, "rejected": rejected}}
+        return {**self.metrics(measured), **numbers}, details
+
+
+class DPO:
+    """Direct preference optimisation against reference log-probabilities that were computed before the first step."""
+
+    def __init__(self, pad_token_id: int, config: DPOLossConfig) -> None:
+        self.pad_token_id = pad_token_id
+        self.config = config
+
+    def lengths(self, item: ReferencedPair) -> tuple[int, ...]:
+        return len(item.pair.chosen.token_ids), len(item.pair.rejected.token_ids)
+
+    def weight(self, item: ReferencedPair) -> int:
+        return 1
+
+    def collate(self, items: Sequence[ReferencedPair]) -> SupervisedBatch:
+        rows = [item.pair.chosen for item in items] + [item.pair.rejected for item in items]
+        return pad_rows(
+            [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
+            reference_chosen=torch.tensor([item.chosen_logp for item in items], dtype=torch.float32),
+            reference_rejected=torch.tensor([item.rejected_logp for item in items], dtype=torch.float32),
+        )  # fmt: skip
+
+    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
+        return language_model_inputs(batch)
+
+    def logprobs(self, outputs: Any, batch: SupervisedBatch) -> tuple[Tensor, Tensor]:
+        """([P], [P]) log-probabilities of the chosen and the rejected answers, summed over their tokens."""
+        chosen_P, rejected_P = (token_logprobs(outputs.logits, batch.tokens) * batch.learned).sum(1).chunk(2)
+        return chosen_P, rejected_P
+
+    def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
+        chosen_P, rejected_P = self.logprobs(outputs, batch)
+        ref_chosen_P, ref_rejected_P = batch.extra["reference_chosen"], batch.extra["reference_rejected"]
+        lengths_P, settings = batch.lengths.clamp(min=1).chunk(2), self.config
+        # IPO compares means over tokens (see `dpo_loss`).
+        by_chosen, by_rejected = lengths_P if settings.kind == "ipo" else (1, 1)
+        loss_P, _, _ = dpo_loss(
+            chosen_P / by_chosen, rejected_P / by_rejected, ref_chosen_P / by_chosen, ref_rejected_P / by_rejected,
+            settings.beta, kind=settings.kind, label_smoothing=settings.label_smoothing,
+            nll_weight=settings.nll_weight, chosen_length_B=None if settings.kind == "ipo" else lengths_P[0],
+        )  # fmt: skip
+        return {
+            "loss": loss_P,
+            "chosen_logp": chosen_P.detach(), "rejected_logp": rejected_P.detach(),
+            "chosen_reward": settings.beta * (chosen_P.detach() - ref_chosen_P),
+            "rejected_reward": settings.beta * (rejected_P.detach() - ref_rejected_P),
+        }  # fmt: skip
+
+    def metrics(self, measured: Measured) -> dict[str, float]:
+        chosen_N, rejected_N = measured["chosen_reward"], measured["rejected_reward"]
+        return {
+            "loss": float(measured["loss"].mean()),
+            "rewards/chosen": float(chosen_N.mean()),
+            "rewards/rejected": float(rejected_N.mean()),
+            "rewards/accuracies": float((chosen_N > rejected_N).double().mean()),
+            "rewards/margins": float((chosen_N - rejected_N).mean()),
+            "logps/chosen": float(measured["chosen_logp"].mean()),
+            "logps/rejected": float(measured["rejected_logp"].mean()),
+        }
+
+    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
+        return self.metrics(measured), {}
+
+
+class Classification:
+    """Cross-entropy over labels."""
+
+    def __init__(self, pad_token_id: int, labels: Sequence[str]) -> None:
+        self.pad_token_id = pad_token_id
+        self.labels = tuple(labels)
+
+    def lengths(self, item: LabelledText) -> tuple[int, ...]:
+        return (len(item.token_ids),)
+
+    def weight(self, item: LabelledText) -> int:
+        return 1
+
+    def collate(self, items: Sequence[LabelledText]) -> SupervisedBatch:
+        label_B = torch.tensor([item.label for item in items])
+        return pad_rows([item.token_ids for item in items], self.pad_token_id, label=label_B)
+
+    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
+        return classifier_inputs(batch)
+
+    def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
+        logits_BC, label_B = outputs.logits.float(), batch.extra["label"]
+        confidence_B, guess_B = logits_BC.detach().softmax(-1).max(-1)
+        return {
+            "loss": cross_entropy(logits_BC, label_B, reduction="none"),
+            "correct": guess_B == label_B, "confidence": confidence_B, "label": label_B,
+        }  # fmt: skip
+
+    def metrics(self, measured: Measured) -> dict[str, float]:
+        return {"loss": float(measured["loss"].mean()), "accuracy": float(measured["correct"].mean())}
+
+    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
+        numbers = {"ece": calibration_error(measured["confidence"], measured["correct"])}
+        recall = {
+            name: float(measured["correct"][measured["label"] == index].mean())
+            for index, name in enumerate(self.labels)
+            if bool((measured["label"] == index).any())
+        }
+        return {**self.metrics(measured), **numbers}, {"accuracy_by_label": recall}
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, learned: Sequence[Sequence[bool]] | None = None, **extra: Tensor
+) -> SupervisedBatch:
+    """Rows of token ids, side by side. The pad id matters: a decoder's classifier looks for the last other token."""
+    tokens_BT = torch.full((len(rows), max(map(len, rows))), pad_token_id, dtype=torch.long)
+    mask_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+    learned_BT = torch.zeros_like(mask_BT)
+    for index, row in enumerate(rows):
+        tokens_BT[index, : len(row)] = torch.tensor(row)
+        mask_BT[index, : len(row)] = True
+        if learned is not None:
+            learned_BT[index, : len(row)] = torch.tensor(learned[index])
+    return SupervisedBatch(tokens_BT, mask_BT, learned_BT, extra)
+
+
+def classifier_inputs(batch: SupervisedBatch) -> dict[str, Any]:
+    # Rows are padded on the right, so positions 0..T-1 are right without position_ids.
+    return {"input_ids": batch.tokens, "attention_mask": batch.attention_mask.long()}
+
+
+def language_model_inputs(batch: SupervisedBatch) -> dict[str, Any]:
+    return {**classifier_inputs(batch), "use_cache": False}

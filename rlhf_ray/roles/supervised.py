@@ -1,0 +1,187 @@
+"""The trainer of a supervised run: one optimiser step at a time, on any number of ranks, whatever the objective.
+
+Every rank holds all the data and is told which rows a step takes; it picks its own share of them. So the same call
+works for one process and for N, and only row numbers travel.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_ray.models.devices import peak_memory_gb
+from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.models.loading import load_policy
+from rlhf_ray.roles.microbatch import split_microbatches, split_ranks
+from rlhf_ray.roles.objectives import DPO, Measured, Objective, ReferencedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation: metrics by name, and details that are no single number (histograms)."""
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """This rank's micro-batches, as places in the list of items; dummies at the end keep it in step with the others."""
+
+    parts: tuple[tuple[int, ...], ...]
+    real: int
+    padding: float  # share of padding in what all ranks compute, dummies included
+
+
+class SupervisedTrainer:
+    """`splits` are lists of items by name; `train` is what `step` takes its rows from."""
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        objective: Objective,
+        splits: dict[str, list[Any]],
+        *,
+        tokens_per_microbatch: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.engine = engine
+        self.objective = objective
+        self.splits = dict(splits)
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.tokenizer = tokenizer
+
+    def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
+        """One optimiser step on these rows of `train`; metrics by their final names.
+
+        A step whose gradient is not finite is skipped and counted in `skipped_steps`.
+        """
+        items = [self.splits["train"][row] for row in rows]
+        total, plan = sum(map(self.objective.weight, items)), self._plan(items)
+        measured: list[Measured] = []
+        for index, places in enumerate(plan.parts):
+            found = self._measure([items[place] for place in places])
+            real = float(index < plan.real)
+            self.engine.backward(found["loss"].sum() * (real / max(total, 1)), last=index == len(plan.parts) - 1)
+            measured.append(found)
+        norm = self.engine.step(lr)
+        metrics = self.objective.metrics(self._gathered(len(items), plan, measured))
+        return {
+            **metrics,
+            "grad_norm": norm,
+            "lr": lr,
+            "skipped_steps": float(not math.isfinite(norm)),
+            "tokens": float(sum(sum(self.objective.lengths(item)) for item in items)),
+            "perf/padding_frac": plan.padding,
+            "perf/peak_mem_gb": peak_memory_gb(self.engine.device),
+        }
+
+    def evaluate(self, split: str, limit: int | None = None) -> Report:
+        """The objective's report on the first `limit` items of a split. Collective."""
+        items = self.splits[split][:limit]
+        return Report(*self.objective.report(self._measure_all(items)))
+
+    @torch.no_grad()
+    def _measure_all(self, items: Sequence[Any]) -> Measured:
+        plan = self._plan(items)
+        measured = [self._measure([items[place] for place in places]) for places in plan.parts]
+        return self._gathered(len(items), plan, measured)
+
+    def _measure(self, items: Sequence[Any]) -> Measured:
+        batch = self.objective.collate(items).to(self.engine.device)
+        return self.objective.measure(self.engine(**self.objective.inputs(batch)), batch)
+
+    def _plan(self, items: Sequence[Any]) -> Plan:
+        """Micro-batches of items of about the same length, balanced over the ranks."""
+        rows = [self.objective.lengths(item) for item in items]
+        costs = [len(lengths) * max(lengths) for lengths in rows]
+        ranks = split_ranks(range(len(items)), costs, self.engine.world_size)
+        parts = [split_microbatches(rank, costs, self.tokens_per_microbatch) for rank in ranks]
+        shortest = min(range(len(items)), key=lambda place: costs[place])
+        longest = max(map(len, parts))
+        parts_of_all = [[*mine, *[[shortest]] * (longest - len(mine))] for mine in parts]
+        # The first item of a micro-batch is its longest.
+        computed = sum(len(places) * costs[places[0]] for mine in parts_of_all for places in mine)
+        mine = self.engine.rank
+        padding = 1 - sum(map(sum, rows)) / computed
+        return Plan(tuple(map(tuple, parts_of_all[mine])), len(parts[mine]), padding)
+
+    def _gathered(self, count: int, plan: Plan, measured: Sequence[Measured]) -> Measured:
+        """What all ranks have measured, in the order of the items: [items] float64 on the CPU. Collective."""
+        names = sorted(measured[0])
+        table = torch.zeros(count, len(names), dtype=torch.float64)
+        for places, found in list(zip(plan.parts, measured, strict=True))[: plan.real]:
+            columns = [found[name].detach().double().cpu() for name in names]
+            table[list(places)] = torch.stack(columns, 1)
+        if self.engine.world_size > 1:
+            table = self.engine.all_reduce(table)
+        return dict(zip(names, table.unbind(1), strict=True))
+
+    def reference_logprobs(self, path: str | None = None) -> dict[str, list[tuple[float, float]]]:
+        """DPO: (chosen, rejected) log-probabilities of every pair in every split, under the policy as it is now.
+
+        Before the first step that is the reference policy, so no second model is kept in memory. `path` names
+        another reference, which is loaded for this and let go. Collective.
+        """
+        model: Any = self.engine
+        if path is not None:
+            dtype = next(self.engine.module.parameters()).dtype
+            model = load_policy(path, dtype=dtype, device=self.engine.device)
+        found = {}
+        for name, pairs in self.splits.items():
+            items = [ReferencedPair(pair, 0.0, 0.0) for pair in pairs]
+            found[name] = self._reference(model, items) if items else []
+        return found
+
+    @torch.no_grad()
+    def _reference(self, model: Any, items: Sequence[ReferencedPair]) -> list[tuple[float, float]]:
+        objective: DPO = self.objective
+        plan, measured = self._plan(items), []
+        for places in plan.parts:
+            batch = objective.collate([items[place] for place in places]).to(self.engine.device)
+            chosen_P, rejected_P = objective.logprobs(model(**objective.inputs(batch)), batch)
+            measured.append({"chosen": chosen_P, "rejected": rejected_P})
+        table = self._gathered(len(items), plan, measured)
+        return list(zip(table["chosen"].tolist(), table["rejected"].tolist(), strict=True))
+
+    def set_reference(self, logprobs: dict[str, list[tuple[float, float]]]) -> None:
+        """Put the reference's log-probabilities beside the pairs."""
+        for name, pairs in self.splits.items():
+            both = zip(pairs, logprobs[name], strict=True)
+            self.splits[name] = [ReferencedPair(pair, *numbers) for pair, numbers in both]
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Greedy completions as text. Collective: all ranks write the same, which keeps sharded weights in step."""
+        texts, positions = [], getattr(self.engine.module.config, "max_position_embeddings", None) or sys.maxsize
+        for prompt in prompts:
+            tokens_1T = torch.tensor([list(prompt)], device=self.engine.device)
+            written = self.engine.module.generate(
+                input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), do_sample=False,
+                max_new_tokens=max(1, min(max_new_tokens, positions - len(prompt))),
+                pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
+            )  # fmt: skip
+            texts.append(self.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Everything a bit-equal continuation needs. Collective."""
+        self.engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Undo `save`. Raises CheckpointError. Collective."""
+        self.engine.load(folder)
+
+    def export_model(self, folder: Path) -> None:
+        """A plain Hugging Face folder with the tokenizer. Collective."""
+        self.engine.save_pretrained(folder, self.tokenizer)
+
