@@ -5,7 +5,7 @@ Prompts for reinforcement learning have a section of their own (`DataConfig` in 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -69,6 +69,7 @@ class DatasetConfig(Section):
     chat_template: str | None = Field(
         None, description="a .jinja file or a built-in name (zephyr); empty: the tokenizer's own"
     )
+    chat_template_args: dict[str, Any] = Field({}, description="variables of the template, as enable_thinking: false")
     system_prompt: str | None = Field(None, description="chat: first message of conversations that have none")
     learn: Literal["all", "last"] = Field("all", description="conversations: which of the assistant's turns")
     max_length: int = Field(2048, gt=1, description="tokens of a whole sequence, EOS included")

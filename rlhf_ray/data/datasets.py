@@ -101,7 +101,13 @@ def load_labelled(
 def make_encoder(data: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """What `data` says about templates; the tokenizer gets its chat template."""
     set_chat_template(tokenizer, data.chat_template)
-    return Encoder(tokenizer, style=data.template, system_prompt=data.system_prompt, learn=data.learn)
+    return Encoder(
+        tokenizer,
+        style=data.template,
+        system_prompt=data.system_prompt,
+        chat_template_args=data.chat_template_args,
+        learn=data.learn,
+    )
 
 
 def _labelled_text(record: Record, where: str) -> tuple[str, int]:

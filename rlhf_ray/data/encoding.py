@@ -8,8 +8,8 @@ same pieces make the prompts of reinforcement learning, so both see the same tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,12 +37,14 @@ class Encoder:
         *,
         style: Style = "auto",
         system_prompt: str | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
         learn: Literal["all", "last"] = "all",
     ):
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no EOS token, so no answer could end; set eos_token in its config")
         self._tokenizer, self._style = tokenizer, style
         self._system_prompt, self._learn = system_prompt, learn
+        self._chat_args = chat_template_args or {}
         self._chat: ChatTemplate | None = None
         self._marks_beginnings = _marks_beginnings(tokenizer)
 
@@ -62,7 +64,7 @@ class Encoder:
         if messages is None:
             if not isinstance(answer, str):
                 raise DataError("the answer is messages, but the prompt is not; write both alike")
-            return self._encode([Piece(self._plain(prompt)), Piece(answer, 0)], templated=False, end=True)
+            return self._encode([Piece(self._plain(prompt)), Piece.answer(answer)], templated=False, end=True)
         whole = [*messages, *_answer_messages(prompt, answer)]
         turns = [i for i, message in enumerate(whole) if i >= len(messages) and message["role"] == "assistant"]
         sequences = self._template().conversation(whole, turns)
@@ -94,7 +96,7 @@ class Encoder:
         if self._style in ("alpaca", "none"):
             raise DataError(f"these are chat messages, and data.template={self._style} has no place for them; set chat")
         if self._chat is None:
-            self._chat = ChatTemplate(self._tokenizer)
+            self._chat = ChatTemplate(self._tokenizer, self._chat_args)
         return self._chat
 
     def _as_messages(self, prompt: Prompt) -> Messages | None:
@@ -139,13 +141,12 @@ class Encoder:
         return TokenizedExample(tuple(ids), tuple(learned))
 
     def _learned(self, piece: Piece, ids: Sequence[int]) -> list[bool]:
-        if piece.learned_from is None:
-            return [False] * len(ids)
-        if piece.learned_from == 0:
-            return [True] * len(ids)
-        offsets = self._tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if not piece.learned or piece.learned == ((0, len(piece.text)),):
+            return [bool(piece.learned)] * len(ids)
+        encoded = self._tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
         # From the end: where a first blank was anchored away, the ids are fewer than the offsets.
-        return [begin >= piece.learned_from for begin, _ in offsets[len(offsets) - len(ids) :]]
+        offsets = encoded["offset_mapping"][-len(ids) :]
+        return [any(begin < e and b < end for b, e in piece.learned) for begin, end in offsets]
 
     def _plain_ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

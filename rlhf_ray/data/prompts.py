@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,12 +27,13 @@ _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions 
 class Example:
     """One prompt as the generator gets it, with the other columns of its row (they reach the reward functions).
 
-    `where` is `file:line`.
+    `where` is `file:line`. `asked` is the prompt before any template: what people and judges read.
     """
 
     prompt: str
     columns: dict[str, Any]
     where: str = ""
+    asked: Prompt = ""
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,21 @@ def load_prompts(
     template: Style = "auto",
     chat_template: str | None = None,
     system_prompt: str | None = None,
+    chat_template_args: Mapping[str, Any] | None = None,
 ) -> PromptSet:
     """Prompts of a file, a Hugging Face dataset or a built-in task (`task:arithmetic`).
 
     Any dataset type is a source of prompts (data/types.py); an answer that ends a conversation is left out. `field`
     names the column instead. `prompt_words` cuts each text to that many words; texts with nothing left to write are
     dropped and counted. A prompt of more than `max_prompt_tokens` is refused, or dropped and counted. `limit` keeps
-    the first rows only. `reference_field` names the column with good answers. `template`, `chat_template` and
-    `system_prompt` are those of data/encoding.py; the tokenizer gets the chat template.
+    the first rows only. `reference_field` names the column with good answers. `template` and what belongs to
+    it are those of data/encoding.py; the tokenizer gets the chat template.
     Raises DataError, which names file and line.
     """
     set_chat_template(tokenizer, chat_template)
-    encoder = Encoder(tokenizer, style=template, system_prompt=system_prompt)
+    encoder = Encoder(
+        tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args
+    )
     dropped = {"short": 0, "long": 0}
     examples, ids, answers = [], [], []
     for prompt, columns, where in _asked(source, field, split):
@@ -100,7 +104,7 @@ def load_prompts(
                 )
             dropped["long"] += 1
             continue
-        examples.append(Example(text, columns, where))
+        examples.append(Example(text, columns, where, prompt))
         ids.append(tokens)
         if reference_field is not None:
             with placed(where):

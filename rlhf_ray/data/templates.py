@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -41,21 +41,30 @@ CHAT_TEMPLATES = {
 }
 
 
+Message: TypeAlias = Mapping[str, Any]
+Span: TypeAlias = tuple[int, int]  # [begin, end) in characters
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Text that is tokenized by itself. Its tokens from character `learned_from` on are learned; None: none is."""
+    """Text that is tokenized by itself. The tokens that lie in its `learned` spans, in part at least, are learned."""
 
     text: str
-    learned_from: int | None = None
+    learned: tuple[Span, ...] = ()
+
+    @classmethod
+    def answer(cls, text: str) -> Piece:
+        """All of it is learned."""
+        return cls(text, ((0, len(text)),))
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """Where an answer lies in a rendered conversation: [prompt_end, end); the template marks it from `marked` on."""
+    """An answer in a rendered conversation lies in [prompt_end, end); `marks` are what is learned of it."""
 
     prompt_end: int
     end: int
-    marked: int
+    marks: tuple[Span, ...]
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
@@ -86,107 +95,110 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
 class ChatTemplate:
     """A tokenizer's chat template, and where in its text the assistant's answers are.
 
-    Answers lie between `{% generation %}` marks if the template has them. Else an answer is what the conversation up
-    to it has more than its prompt (rendered with the generation prompt), up to EOS if that is in it.
+    Learned of an answer is what the template puts between `{% generation %}` marks, if it has them. Else it is what
+    the conversation up to the answer has more than the prompt before it (the text with the generation prompt), up to
+    EOS if that is in it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any]):
         if not tokenizer.chat_template:
             raise DataError(
                 "these are chat messages, but the tokenizer has no chat template; use an instruction-tuned model, or "
                 "set data.chat_template to a .jinja file or to zephyr"
             )
         self._template = tokenizer.get_chat_template()
-        self._special = tokenizer.special_tokens_map
+        self._variables = {**tokenizer.special_tokens_map, **args}
         self._eos = tokenizer.eos_token
         self._has_marks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         """Pieces of what the generator sees; earlier answers are pieces of their own, as they are in training."""
         text, marks = self._render(messages, ask=True)
-        turns = [turn for turn in self._turns(messages, text, marks) if turn is not None]
-        return _cut(text, turns, learned=())
+        return _cut(text, self._turns(messages, text, marks), learned=())
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]], learned: Sequence[int]) -> list[list[Piece]]:
+    def conversation(self, messages: Sequence[Message], learned: Sequence[int]) -> list[list[Piece]]:
         """Sequences in which the answers at the positions `learned` of `messages` are learned, one after another.
 
         One sequence, if the template writes each turn in the same way whatever follows it. Templates that leave the
         reasoning out of earlier turns do not: then each answer has a sequence of its own, after the very prompt that
-        the generator would get.
+        the generator would get. Raises DataError where the answer does not begin where that prompt ends.
         """
         text, marks = self._render(messages)
         turns = self._turns(messages, text, marks)
-        if all(turns[i] is not None for i in learned):
-            last = turns[max(learned)]
-            return [_cut(text[: last.end], [t for t in turns if t and t.end <= last.end], [turns[i] for i in learned])]
-        if len(messages) - 1 in learned and len(learned) == 1:
+        if all(i in turns for i in learned):
+            for i in learned:
+                _check_written(messages[i], text[turns[i].prompt_end : turns[i].end])
+            end = turns[max(learned)].end
+            return [_cut(text[:end], {i: turn for i, turn in turns.items() if turn.end <= end}, learned)]
+        if list(learned) == [len(messages) - 1]:
             raise DataError(
-                "the chat template writes another prompt before a finished answer than when it asks for one, so a "
-                "model would learn after tokens that it never sees; use a template whose text with "
-                "add_generation_prompt is the beginning of its text with the answer"
+                "the text that the chat template writes with add_generation_prompt is not the beginning of its text "
+                "with the answer (or it marks no answer with {% generation %}), so a model would learn after a prompt "
+                "that it never gets; set data.chat_template_args (such as enable_thinking: false), or data.chat_template"
             )
         return [self.conversation(messages[: i + 1], [i])[0] for i in learned]
 
-    def _turns(
-        self, messages: Sequence[Mapping[str, Any]], text: str, marks: Sequence[tuple[int, int]]
-    ) -> list[_Turn | None]:
-        """For every message: where its answer is in `text`; None where it is none or cannot be told."""
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._has_marks and len(marks) != len(answers):
-            raise DataError(
-                f"the chat template marks {len(marks)} answers with {{% generation %}}, but the conversation has "
-                f"{len(answers)}; mend the template"
-            )
-        turns: list[_Turn | None] = [None] * len(messages)
-        for number, i in enumerate(answers):
-            if i == 0:
-                continue  # nobody asked: there is no prompt before it
-            prompt, _ = self._render(messages[:i], ask=True)
+    def _turns(self, messages: Sequence[Message], text: str, marks: Sequence[Span]) -> dict[int, _Turn]:
+        """The answers whose place in `text` can be told, by position in `messages`; of the earlier ones all or none."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        prompts = [self._render(messages[:i], ask=True)[0] for i in answers]
+        limits = [*map(len, prompts[1:]), len(text)]
+        turns = {}
+        for i, prompt, limit in zip(answers, prompts, limits, strict=True):
             start = len(prompt)
             if self._has_marks:
-                begin, end = marks[number]
+                own = tuple(mark for mark in marks if start < mark[1] <= limit)
             else:
                 end = self._end_of_answer(messages[: i + 1], text, start)
-                begin = start
-            if text.startswith(prompt) and start < end:
-                turns[i] = _Turn(start, end, begin)
-        return turns
+                own = ((start, end),) if end > start else ()
+            if own and text.startswith(prompt):
+                turns[i] = _Turn(start, own[-1][1], own)
+        earlier = [i for i in answers if i < len(messages) - 1]
+        if all(i in turns for i in earlier):
+            return turns
+        return {i: turn for i, turn in turns.items() if i not in earlier}
 
-    def _end_of_answer(self, messages: Sequence[Mapping[str, Any]], text: str, start: int) -> int:
+    def _end_of_answer(self, messages: Sequence[Message], text: str, start: int) -> int:
         """Where the last message's answer ends in `text`; -1 where `text` does not begin with this conversation."""
         whole, _ = self._render(messages)
         if not text.startswith(whole):
             return -1
         # What stands after EOS is written by the template, not by the generator: it has stopped there.
-        eos = whole.rfind(self._eos, start) if self._eos else -1
+        eos = whole.rfind(self._eos, start)
         return eos + len(self._eos) if eos >= 0 else len(whole)
 
-    def _render(
-        self, messages: Sequence[Mapping[str, Any]], *, ask: bool = False
-    ) -> tuple[str, Sequence[tuple[int, int]]]:
-        """(text, [begin, end) of each marked answer)."""
+    def _render(self, messages: Sequence[Message], *, ask: bool = False) -> tuple[str, Sequence[Span]]:
+        """(text, the spans that the template marks)."""
         try:
             texts, marks = render_jinja_template(
                 [list(messages)],
                 chat_template=self._template,
                 return_assistant_tokens_mask=self._has_marks,
                 add_generation_prompt=ask,
-                **self._special,
+                **self._variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses the conversation ({error}); mend the row") from error
-        return texts[0], marks[0] if self._has_marks else ()
+        return texts[0], [span for span in marks[0] if span[0] < span[1]] if self._has_marks else ()
 
 
-def _cut(text: str, turns: Sequence[_Turn], learned: Sequence[_Turn | None]) -> list[Piece]:
+def _cut(text: str, turns: Mapping[int, _Turn], learned: Sequence[int]) -> list[Piece]:
     """The pieces of `text`: before, between, in and after its answers; those in `learned` are learned."""
     pieces, at = [], 0
-    for turn in turns:
-        is_learned = turn in learned
-        # Marks may begin inside the generation prompt (`<|im_start|>assistant{% generation %}\n`): learned as marked.
-        early = turn.marked - at if is_learned and turn.marked < turn.prompt_end else None
-        pieces.append(Piece(text[at : turn.prompt_end], early))
-        late = max(turn.marked - turn.prompt_end, 0)
-        pieces.append(Piece(text[turn.prompt_end : turn.end], late if is_learned else None))
+    for i, turn in turns.items():
+        # Marks may begin inside the generation prompt (`<|im_start|>assistant{% generation %}\n`).
+        for begin, end in ((at, turn.prompt_end), (turn.prompt_end, turn.end)):
+            inside = [(max(b, begin) - begin, min(e, end) - begin) for b, e in turn.marks if b < end and e > begin]
+            pieces.append(Piece(text[begin:end], tuple(inside) if i in learned else ()))
         at = turn.end
     return [piece for piece in [*pieces, Piece(text[at:])] if piece.text]
+
+
+def _check_written(message: Message, text: str) -> None:
+    """A template for lists of parts drops a plain text without a word, and an empty answer would be learned."""
+    said = (message.get("content") or "").rpartition("</think>")[2].strip()
+    if said not in text:
+        raise DataError(
+            f"the chat template does not write the answer's text ({said[:40]!r} is not in {text[:40]!r}); is it one "
+            "for images? Set data.chat_template to one for text"
+        )
