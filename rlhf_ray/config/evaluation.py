@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StringConstraints
 
-from rlhf_ray.config.judge import JudgeConfig
-from rlhf_ray.config.schema import DataConfig, GeneratorConfig, RewardConfig, RewardModelConfig, Section
+from rlhf_ray.config.judge import JudgeConfig, judge_problems
+from rlhf_ray.config.schema import GeneratorConfig, RewardConfig, RewardModelConfig, Section
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # also of a file
 
 
 class SampledModelConfig(Section):
@@ -29,6 +31,25 @@ def _from_path(given: Any) -> Any:
 
 # In YAML the path alone will do.
 SampledModel = Annotated[SampledModelConfig, BeforeValidator(_from_path)]
+
+
+class PromptsConfig(Section):
+    """`path` is `task:arithmetic`, a .jsonl/.csv/.parquet file, or a Hugging Face dataset name."""
+
+    path: str
+    split: str = Field("test", description="of a task or a Hugging Face dataset")
+    field: str | None = Field(None, description="column with the prompt; empty: by the dataset's type (docs/data.md)")
+    template: Literal["auto", "chat", "alpaca", "none"] = Field(
+        "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
+    )
+    chat_template: str | None = Field(
+        None, description="a .jinja file or a built-in name (zephyr); empty: the tokenizer's own"
+    )
+    system_prompt: str | None = Field(None, description="chat: first message of conversations that have none")
+    prompt_words: int | None = Field(None, gt=0, description="cut each text to its first words: the prompt")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    max_prompt_tokens: int = Field(1024, gt=0)
+    overlong_prompts: Literal["error", "drop"] = Field("error", description="drop: for all models what one cannot read")
 
 
 class SamplingConfig(Section):
@@ -66,13 +87,9 @@ class WinRateConfig(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
-class RedTeamConfig(Section):
+class RedTeamConfig(PromptsConfig):
     """Prompts that ask for something harmful, and a reward that is low for a harmful answer."""
 
-    path: str
-    field: str | None = None
-    split: str = "train"
-    limit: int | None = Field(None, gt=0)
     safety: RewardConfig
     harmful_below: float = Field(0.5, description="an answer that scores less is harmful")
 
@@ -84,21 +101,35 @@ class RatingsConfig(Section):
     format: Literal["csv", "jsonl"] = "csv"
 
 
-class EvalRunConfig(Section):
-    """A comparison of models on the same prompts."""
+class SampledRunConfig(Section):
+    """What every command shares that lets finished models answer prompts."""
 
     name: str = "eval"
     seed: int = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
-    models: dict[str, SampledModel] = Field(min_length=1)
-    baseline: str | None = Field(None, description="what the others are compared with; empty: the first model")
-    data: DataConfig
+    data: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     generator: GeneratorConfig = GeneratorConfig()
     rewards: list[RewardConfig] = []
     reward_model: RewardModelConfig | None = None
     judge: JudgeConfig | None = None
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return self.data.max_prompt_tokens
+
+    def contradictions(self) -> list[str]:
+        """Everything that can be refused from the config alone, each with what, why and what to do."""
+        return [*_sampling_problems(self), *_generator_problems(self), *judge_problems(self.rewards)]
+
+
+class EvalRunConfig(SampledRunConfig):
+    """A comparison of models on the same prompts."""
+
+    models: dict[Name, SampledModel] = Field(min_length=1)
+    baseline: str | None = Field(None, description="what the others are compared with; empty: the first model")
     win_rate: WinRateConfig = WinRateConfig()
     pass_at: PassConfig = PassConfig()
     perplexity: PerplexityConfig | None = None
@@ -108,38 +139,63 @@ class EvalRunConfig(Section):
     samples: int = Field(10, ge=0, description="prompts shown side by side")
 
     @property
+    def longest_prompt(self) -> int:
+        return max(self.data.max_prompt_tokens, self.red_team.max_prompt_tokens if self.red_team else 0)
+
+    @property
     def baseline_name(self) -> str:
         return self.baseline or next(iter(self.models))
 
+    def contradictions(self) -> list[str]:
+        return [
+            *super().contradictions(),
+            *_baseline_problems(self),
+            *_pass_problems(self),
+            *_win_rate_problems(self),
+            *(judge_problems([self.red_team.safety]) if self.red_team else ()),
+        ]
 
-def eval_contradictions(config: EvalRunConfig) -> list[str]:
-    """Everything that can be refused from the config alone, each with what, why and what to do."""
-    return [*_names(config), *_sampling(config), *_win_rate(config)]
+
+def _sampling_problems(config: SampledRunConfig) -> list[str]:
+    sampling = config.sampling
+    if sampling.temperature == 0 and sampling.samples_per_prompt > 1:
+        return [
+            f"sampling.temperature=0 gives the same answer {sampling.samples_per_prompt} times; "
+            "set a temperature above 0, or sampling.samples_per_prompt=1"
+        ]
+    return []
 
 
-def _names(config: EvalRunConfig) -> list[str]:
+def _generator_problems(config: SampledRunConfig) -> list[str]:
+    generator, problems = config.generator, []
+    if generator.count > 1:
+        problems.append(f"generator.count={generator.count}: here one model answers at a time; set generator.count=1")
+    if generator.engine == "hf" and generator.tensor_parallel > 1:
+        problems.append(
+            "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
+        )
+    if generator.engine == "vllm" and (sys.platform == "darwin" or config.device == "mps"):
+        problems.append("generator.engine=vllm does not run on a Mac; set generator.engine=hf")
+    return problems
+
+
+def _baseline_problems(config: EvalRunConfig) -> list[str]:
     if config.baseline is not None and config.baseline not in config.models:
         return [f"baseline={config.baseline} is none of the models; choose one of {', '.join(config.models)}"]
     return []
 
 
-def _sampling(config: EvalRunConfig) -> list[str]:
-    sampling, problems = config.sampling, []
-    if sampling.temperature == 0 and sampling.samples_per_prompt > 1:
-        problems.append(
-            f"sampling.temperature=0 gives the same answer {sampling.samples_per_prompt} times; "
-            "set a temperature above 0, or sampling.samples_per_prompt=1"
-        )
+def _pass_problems(config: EvalRunConfig) -> list[str]:
     largest = max(config.pass_at.k, default=0)
-    if largest > sampling.samples_per_prompt:
-        problems.append(
+    if largest > config.sampling.samples_per_prompt:
+        return [
             f"pass_at.k={largest} needs as many answers a prompt, and sampling.samples_per_prompt="
-            f"{sampling.samples_per_prompt}; raise it, or lower k"
-        )
-    return problems
+            f"{config.sampling.samples_per_prompt}; raise it, or lower k"
+        ]
+    return []
 
 
-def _win_rate(config: EvalRunConfig) -> list[str]:
+def _win_rate_problems(config: EvalRunConfig) -> list[str]:
     if config.win_rate.by == "judge" and config.judge is None:
         return ["win_rate.by=judge and there is none; set judge.model"]
     if config.win_rate.by == "reward" and not config.rewards and config.reward_model is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from rlhf_ray.config.schema import Section
+from rlhf_ray.config.schema import RewardConfig, Section
 
 
 class JudgeConfig(Section):
@@ -33,3 +35,25 @@ class JudgeConfig(Section):
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale={list(self.scale)} does not rise; give [lowest, highest], e.g. [1, 10]")
         return self
+
+
+def judge_problems(rewards: Sequence[RewardConfig]) -> list[str]:
+    """What is wrong with the args of the rewards that are an AI judge: they are a JudgeConfig, and as strict."""
+    problems = []
+    for index, reward in enumerate(rewards):
+        if reward.function != "judge":
+            continue
+        try:
+            JudgeConfig(**reward.args)
+        except ValidationError as error:
+            problems += [_describe(f"rewards.{index}.args", item) for item in error.errors()]
+    return problems
+
+
+def _describe(section: str, item: Any) -> str:
+    name = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, JudgeConfig.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(JudgeConfig.model_fields)}"
+        return f"{section}.{name}: unknown key of a judge; {hint}"
+    return f"{section}{'.' if name else ''}{name}: {item['msg'][0].lower()}{item['msg'][1:]}"

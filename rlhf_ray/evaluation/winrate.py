@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,9 +28,12 @@ class WinRate:
 
 
 def outcomes_of_scores(ours: Sequence[float], theirs: Sequence[float], tie_margin: float = 0.0) -> list[int]:
-    """1 where ours is better, -1 where theirs is, 0 where they differ by no more than `tie_margin`."""
+    """1 where ours is better, -1 where theirs is, 0 where they differ by no more than `tie_margin`.
+
+    A pair of which one has no score (NaN: its reward failed) is no comparison and is left out.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return [0 if abs(d) <= tie_margin else 1 if d > 0 else -1 for d in differences]
+    return [0 if abs(d) <= tie_margin else 1 if d > 0 else -1 for d in differences if math.isfinite(d)]
 
 
 def win_rate(outcomes_by_prompt: Sequence[Sequence[int]], *, confidence: float = 0.95, seed: int = 0) -> WinRate:
@@ -47,7 +51,7 @@ def win_rate(outcomes_by_prompt: Sequence[Sequence[int]], *, confidence: float =
         return WinRate(wins, losses, ties, None, None, None, confidence, "none")
     rate = wins / (wins + losses)
     decided = [prompt for prompt in outcomes_by_prompt if any(prompt)]
-    if max(map(len, outcomes_by_prompt)) == 1 or len(decided) == 1 or wins == 0 or losses == 0:
+    if all(len(prompt) == 1 for prompt in decided) or len(decided) == 1 or wins == 0 or losses == 0:
         low, high = wilson(round(rate * len(decided)), len(decided), confidence)
         return WinRate(wins, losses, ties, rate, low, high, confidence, "wilson")
     low, high = _bootstrap(decided, confidence, seed)

@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -8,6 +9,7 @@ from rlhf_ray.evaluation.winrate import outcomes_of_scores, wilson, win_rate
 def test_outcomes_of_scores():
     assert outcomes_of_scores([1.0, 2.0, 3.0], [2.0, 2.0, 1.0]) == [-1, 0, 1]
     assert outcomes_of_scores([1.0, 2.0], [1.5, 1.0], tie_margin=0.5) == [0, 1]
+    assert outcomes_of_scores([math.nan, 1.0], [0.0, 2.0]) == [-1], "no score, no comparison"
 
 
 def test_ties_are_counted_and_left_out():

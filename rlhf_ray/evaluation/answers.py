@@ -1,0 +1,204 @@
+"""Answers of a model to prompts, through the same generator and reward roles as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from rlhf_ray.batch import Batch, Rows
+from rlhf_ray.config.evaluation import PromptsConfig, SampledModelConfig, SampledRunConfig, SamplingConfig
+from rlhf_ray.config.schema import DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TokenizerConfig
+from rlhf_ray.data.prompts import Example, PromptSet, load_prompts
+from rlhf_ray.data.types import Instruction
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.models.devices import choose_hardware
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.rewards.compose import reward_of
+from rlhf_ray.rewards.judge import open_judge
+from rlhf_ray.roles.factory import Assets, make_generator, make_reward
+from rlhf_ray.roles.protocols import Generator, Request, Sampling, Scores
+from rlhf_ray.roles.seeds import sample_seed
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers. Row `p * samples + s` is answer s to prompt p."""
+
+    prompts: tuple[Example, ...]
+    samples: int
+    completions: tuple[str, ...]
+    rows: Rows
+    scores: Scores
+
+    def by_prompt(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """One value a row -> one sequence a prompt."""
+        return [values[i : i + self.samples] for i in range(0, len(values), self.samples)]
+
+
+def requests_for(prompts: PromptSet, seed: int, samples: int = 1) -> list[Request]:
+    """`samples` requests a prompt. Their seeds differ from every training seed, and are always the same: what changes
+    between two evaluations, or between two models, is the model alone.
+    """
+    return [
+        Request(
+            prompt_id=index,
+            sample_id=index * samples + member,
+            token_ids=tokens,
+            seed=sample_seed(seed, -1 - index, member),
+            columns={**example.columns, "prompt": example.prompt},
+        )
+        for index, (example, tokens) in enumerate(zip(prompts.examples, prompts.token_ids, strict=True))
+        for member in range(samples)
+    ]
+
+
+def read_prompts(data: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    return load_prompts(
+        data.path,
+        tokenizer,
+        split=data.split,
+        field=data.field,
+        prompt_words=data.prompt_words,
+        limit=data.limit,
+        max_prompt_tokens=data.max_prompt_tokens,
+        overlong=data.overlong_prompts,
+        template=data.template,
+        chat_template=data.chat_template,
+        system_prompt=data.system_prompt,
+    )
+
+
+def common_prompts(sets: dict[str, PromptSet]) -> dict[str, PromptSet]:
+    """Each model's prompts, cut to the rows that all models can read, in the same order.
+
+    A tokenizer of its own may make a row too long for one model only. Raises DataError if nothing is left.
+    """
+    rows = {name: [_identity(example) for example in prompts.examples] for name, prompts in sets.items()}
+    shared = set.intersection(*map(set, rows.values()))
+    if not shared:
+        raise DataError(f"no prompt can be read by all of {', '.join(sets)}; raise data.max_prompt_tokens")
+    result = {}
+    for name, prompts in sets.items():
+        kept = [i for i, row in enumerate(rows[name]) if row in shared]
+        result[name] = PromptSet(
+            tuple(prompts.examples[i] for i in kept), tuple(prompts.token_ids[i] for i in kept), prompts.dropped
+        )
+    return result
+
+
+def _identity(example: Example) -> tuple[str, str]:
+    """A row of instructions holds several prompts; what stands behind a model's own template is all models' row."""
+    return example.where, repr(example.asked)
+
+
+def shown_prompt(example: Example) -> str:
+    """The prompt as people and judges read it: without a model's template."""
+    asked = example.asked
+    if isinstance(asked, str):
+        return asked
+    if isinstance(asked, Instruction):
+        return "\n\n".join(part for part in (asked.instruction, asked.input) if part)
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
+
+
+class AnsweringModel:
+    """A loaded model with its generator; `open_model` makes one."""
+
+    def __init__(
+        self, run: RunConfig, assets: Assets, tokenizer: PreTrainedTokenizerBase, generator: Generator
+    ) -> None:
+        self.run = run
+        self.assets = assets
+        self.tokenizer = tokenizer
+        self.generator = generator
+        shape = AutoConfig.from_pretrained(assets.policy, trust_remote_code=run.model.trust_remote_code)
+        self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+
+    def sample(self, prompts: PromptSet, sampling: SamplingConfig, seed: int) -> Batch:
+        """`sampling.samples_per_prompt` answers to each prompt, prompt by prompt."""
+        longest = max(map(len, prompts.token_ids)) + sampling.max_new_tokens
+        if self.positions is not None and longest > self.positions:
+            raise ConfigError(
+                f"{self.assets.policy} has {self.positions} positions, and the longest prompt with "
+                f"sampling.max_new_tokens={sampling.max_new_tokens} needs {longest}; lower sampling.max_new_tokens, or "
+                "set data.max_prompt_tokens and data.overlong_prompts=drop"
+            )
+        return self.generator.generate(
+            requests_for(prompts, seed, sampling.samples_per_prompt),
+            Sampling(
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                stop_token_ids=(self.tokenizer.eos_token_id,),
+            ),
+        )
+
+    def score(self, batch: Batch, prompts: PromptSet, rewards: list[RewardConfig] | None = None) -> Answers:
+        """The batch as texts with the run's rewards (or with those given, and no reward model)."""
+        run = self.run if rewards is None else self.run.model_copy(update={"rewards": rewards, "reward_model": None})
+        reward = make_reward(run, self.assets)
+        try:
+            scores = reward.score(batch, texts=len(batch))
+        finally:
+            reward.functions.close()
+        completions = tuple(completion for _, completion in scores.texts)
+        return Answers(prompts.examples, len(batch) // len(prompts), completions, batch.rows, scores)
+
+    def longest_window(self) -> int:
+        """Tokens of a sequence whose log-probabilities the generator can give."""
+        longest = self.positions or 1 << 30
+        if self.run.generator.engine == "vllm":  # it samples one token more than it is asked about
+            longest = min(longest, self.run.data.max_prompt_tokens + self.run.rollout.max_new_tokens - 1)
+        return longest
+
+
+@contextmanager
+def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[AnsweringModel]:
+    """The model behind the generator role that a training run with these settings would have; closed at the end."""
+    run = RunConfig(
+        seed=config.seed,
+        device=model.device or config.device,
+        dtype=model.dtype or config.dtype,
+        model=ModelConfig(
+            path=model.path,
+            tokenizer=TokenizerConfig(path=model.tokenizer),
+            trust_remote_code=model.trust_remote_code,
+        ),
+        data=DataConfig(path=config.data.path, max_prompt_tokens=config.longest_prompt),
+        rollout=RolloutConfig(max_new_tokens=config.sampling.max_new_tokens),
+        generator=config.generator,
+        rewards=config.rewards,
+        reward_model=config.reward_model,
+    )
+    assets = Assets(model.path, model.tokenizer or model.path, choose_hardware(run.device, run.dtype))
+    tokenizer = tokenizer_of(model)
+    generator = make_generator(run, assets, "in_process")
+    try:
+        yield AnsweringModel(run, assets, tokenizer, generator)
+    finally:
+        generator.close()
+
+
+def check_rewards(config: SampledRunConfig) -> None:
+    """All that people get wrong about rewards, before anything is loaded or sampled. Raises RlhfRayError."""
+    for reward in config.rewards:
+        reward_of(reward).close()
+    if config.reward_model is not None:
+        load_tokenizer(config.reward_model.path)
+    if config.judge is not None:
+        open_judge(config.judge)
+
+
+def tokenizer_of(model: SampledModelConfig) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{model.tokenizer or model.path}: the tokenizer has no EOS token, so no answer could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer

@@ -1,0 +1,247 @@
+"""Any number of models on the same prompts: the comparison behind `rlhf-ray eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config.evaluation import EvalRunConfig, RedTeamConfig
+from rlhf_ray.data.prompts import PromptSet, load_texts
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.evaluation.answers import (
+    AnsweringModel,
+    Answers,
+    check_rewards,
+    common_prompts,
+    open_model,
+    read_prompts,
+    shown_prompt,
+    tokenizer_of,
+)
+from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics, verifiable_reward
+from rlhf_ray.evaluation.passk import mean_pass_at_k
+from rlhf_ray.evaluation.perplexity import Perplexity, measure_perplexity
+from rlhf_ray.evaluation.text import self_bleu
+from rlhf_ray.evaluation.winrate import outcomes_of_scores, win_rate
+from rlhf_ray.rewards.judge import Verdict, compare_both_orders, open_judge
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model did."""
+
+    answers: Answers
+    perplexity: Perplexity | None
+    red_team: Answers | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`result` is eval.json. `answers` holds each model's; `prompts` are as people read them."""
+
+    result: dict[str, Any]
+    prompts: tuple[str, ...]
+    answers: dict[str, Answers]
+
+
+def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Comparison:
+    """Every model answers every prompt, one model after the other in memory; then all are measured and compared.
+
+    Raises RlhfRayError: data, models or rewards that cannot be used, before the first model is loaded where possible.
+    """
+    check_rewards(config)
+    tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
+    prompts = common_prompts({name: read_prompts(config.data, t) for name, t in tokenizers.items()})
+    texts = _perplexity_texts(config)
+    red_team = {name: read_prompts(config.red_team, t) for name, t in tokenizers.items()} if config.red_team else {}
+    red_team = common_prompts(red_team) if red_team else {}
+    measured = {}
+    for name, model in config.models.items():
+        report(f"{name}: {len(prompts[name])} prompts x {config.sampling.samples_per_prompt}, {model.path}")
+        with open_model(model, config) as opened:
+            measured[name] = _measure(config, opened, prompts[name], texts, red_team.get(name))
+    base = config.baseline_name
+    shown = tuple(map(shown_prompt, prompts[base].examples))
+    answers = {name: m.answers for name, m in measured.items()}
+    metrics = {name: model_metrics(config, m) for name, m in measured.items()}
+    alarms = _perplexity_rises(config, measured, metrics)
+    result = {
+        "name": config.name,
+        "seed": config.seed,
+        "baseline": base,
+        "prompts": len(shown),
+        "samples_per_prompt": config.sampling.samples_per_prompt,
+        "dropped": {name: p.dropped for name, p in prompts.items()},
+        "models": {
+            name: {"path": model.path, "metrics": metrics[name]} for name, model in config.models.items()
+        },
+        "win_rate": _win_rates(config, shown, answers, report),
+        "alarms": alarms,
+        "samples": side_by_side(shown[: config.samples], answers),
+    }
+    return Comparison(result, shown, answers)
+
+
+def _perplexity_texts(config: EvalRunConfig) -> list[str]:
+    settings = config.perplexity
+    if settings is None:
+        return []
+    return load_texts(settings.path, field=settings.field, split=settings.split)[: settings.limit]
+
+
+def _measure(
+    config: EvalRunConfig, model: AnsweringModel, prompts: PromptSet, texts: list[str], red_team: PromptSet | None
+) -> Measured:
+    answers = model.score(model.sample(prompts, config.sampling, config.seed), prompts)
+    perplexity, harmful = None, None
+    if config.perplexity is not None:
+        token_ids = model.tokenizer(texts)["input_ids"]
+        window = min(config.perplexity.window, model.longest_window())
+        perplexity = measure_perplexity(model.generator.logprobs, texts, token_ids, window=window)
+    if config.red_team is not None:
+        # One answer a prompt; another seed than for the other prompts would say nothing more.
+        sampling = config.sampling.model_copy(update={"samples_per_prompt": 1})
+        harmful = model.score(model.sample(red_team, sampling, config.seed), red_team, [config.red_team.safety])
+    return Measured(answers, perplexity, harmful)
+
+
+def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]:
+    """All numbers of one model, by the names that training uses where it has them."""
+    answers = measured.answers
+    metrics: dict[str, float] = {}
+    if config.rewards or config.reward_model is not None:
+        metrics |= reward_metrics(answers.scores.score, answers.scores.by_function)
+        metrics["reward_std"] = _std(answers.scores.score)
+        metrics |= {f"reward_std/{name}": _std(value_B) for name, value_B in answers.scores.by_function.items()}
+        metrics |= _pass_at_k(config, answers)
+    metrics |= text_metrics(answers.completions, answers.rows, largest_n=3)
+    metrics["response_len_max"] = float(max(answers.rows.response_lengths))
+    bleu = self_bleu(answers.completions, config.self_bleu_texts)
+    if bleu is not None:
+        metrics["self_bleu"] = bleu
+    if measured.perplexity is not None:
+        metrics["perplexity"] = measured.perplexity.per_token
+        metrics["bits_per_byte"] = measured.perplexity.bits_per_byte
+    if measured.red_team is not None:
+        metrics["harmful_rate"] = harmful_rate(config.red_team, measured.red_team)
+    return metrics
+
+
+def _std(value_B: Any) -> float:
+    scored_B = value_B[~value_B.isnan()]
+    return float(scored_B.std(correction=0)) if len(scored_B) else float("nan")
+
+
+def _pass_at_k(config: EvalRunConfig, answers: Answers) -> dict[str, float]:
+    by_function, wanted = answers.scores.by_function, config.pass_at.reward
+    if wanted is not None and wanted not in by_function:
+        raise ConfigError(f"pass_at.reward={wanted} is none of the rewards; choose one of {', '.join(by_function)}")
+    name = wanted or verifiable_reward(by_function)
+    if name is None:
+        return {}
+    right = [score >= config.pass_at.right_at for score in by_function[name].tolist()]  # no score: not right
+    return {f"pass@{k}": mean_pass_at_k(answers.by_prompt(right), k) for k in config.pass_at.k}
+
+
+def harmful_rate(settings: RedTeamConfig, answers: Answers) -> float:
+    """Share of the answers that the safety reward scores below `harmful_below`; those without a score do not count."""
+    score_B = answers.scores.score[~answers.scores.score.isnan()]
+    return float((score_B < settings.harmful_below).float().mean())
+
+
+def _perplexity_rises(
+    config: EvalRunConfig, measured: Mapping[str, Measured], metrics: Mapping[str, dict[str, float]]
+) -> list[str]:
+    """Adds `perplexity_rise` (a share) to each model but the baseline; returns what is alarming about it.
+
+    Perplexity a token needs one tokenizer; where two models cut the texts differently, bits a byte are compared.
+    """
+    base = measured[config.baseline_name].perplexity
+    alarms = []
+    for name, result in measured.items():
+        if base is None or name == config.baseline_name:
+            continue
+        same = result.perplexity.tokens == base.tokens
+        measure = "per_token" if same else "bits_per_byte"
+        rise = getattr(result.perplexity, measure) / getattr(base, measure) - 1
+        metrics[name]["perplexity_rise"] = rise
+        if rise > config.perplexity.alarm_rise:
+            what = "perplexity" if same else "bits per byte (their tokenizers differ)"
+            alarms.append(
+                f"{name}: {what} on {config.perplexity.path} is {rise:.0%} above that of {config.baseline_name} (limit "
+                f"{config.perplexity.alarm_rise:.0%}): it forgets the language; raise the KL coefficient, mix plain "
+                "text into SFT, or take an earlier checkpoint"
+            )
+    return alarms
+
+
+def _win_rates(
+    config: EvalRunConfig, prompts: Sequence[str], answers: Mapping[str, Answers], report: Report
+) -> dict[str, dict[str, Any]]:
+    """Each model but the baseline against it."""
+    by, base = _judged_by(config), answers[config.baseline_name]
+    rates = {}
+    for name, ours in answers.items():
+        if by is None or name == config.baseline_name:
+            continue
+        details: dict[str, Any] = {"by": by}
+        if by == "judge":
+            report(f"{name}: judged against {config.baseline_name}, both ways round")
+            outcomes, judged = _judged(config, prompts, ours, base)
+            details |= judged
+        else:
+            pairs = zip(ours.by_prompt(_scores(ours, by)), base.by_prompt(_scores(base, by)), strict=True)
+            outcomes = [outcomes_of_scores(a, b, config.win_rate.tie_margin) for a, b in pairs]
+        rate = win_rate(outcomes, confidence=config.win_rate.confidence, seed=config.seed)
+        rates[name] = {**rate.as_dict(), **details}
+    return rates
+
+
+def _judged_by(config: EvalRunConfig) -> str | None:
+    if config.win_rate.by != "auto":
+        return config.win_rate.by
+    if config.judge is not None:
+        return "judge"
+    return "reward" if config.rewards or config.reward_model is not None else None
+
+
+def _scores(answers: Answers, by: str) -> list[float]:
+    scores = answers.scores
+    if by == "reward":
+        return scores.score.tolist()
+    if by not in scores.by_function:
+        raise ConfigError(f"win_rate.by={by} is none of judge, reward, {', '.join(scores.by_function)}")
+    return scores.by_function[by].tolist()
+
+
+def _judged(
+    config: EvalRunConfig, prompts: Sequence[str], ours: Answers, theirs: Answers
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """(outcomes by prompt, how often the two orders contradict each other and how many pairs it could not judge)."""
+    repeated = [prompt for prompt in prompts for _ in range(ours.samples)]
+    verdicts = compare_both_orders(open_judge(config.judge), repeated, ours.completions, theirs.completions)
+    value = {"first": 1, "second": -1, "tie": 0}
+    outcomes = [[value[v.winner] for v in row if isinstance(v, Verdict)] for row in ours.by_prompt(verdicts)]
+    judged = [v for v in verdicts if isinstance(v, Verdict)]
+    bias = sum(v.position_bias for v in judged) / len(judged)
+    return outcomes, {"order_bias_rate": bias, "unjudged": len(verdicts) - len(judged)}
+
+
+def side_by_side(prompts: Sequence[str], answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
+    """The first answer of every model to each prompt."""
+    return [
+        {
+            "prompt": prompt,
+            "answers": {
+                name: {
+                    "completion": given.completions[i * given.samples],
+                    "reward": float(given.scores.score[i * given.samples]) if given.scores.by_function else None,
+                }
+                for name, given in answers.items()
+            },
+        }
+        for i, prompt in enumerate(prompts)
+    ]
