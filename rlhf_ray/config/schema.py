@@ -17,6 +17,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
+    def contradictions(self) -> list[str]:
+        """Settings of a whole config that cannot be meant together: what, why, what to do. RunConfig: see checks.py."""
+        return []
+
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -52,6 +56,9 @@ class LoraConfig(Section):
     r: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0)
     target_modules: str | list[str] = "all-linear"
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: QLoRA, the learner holds the frozen weights in 4 bits; needs bitsandbytes"
+    )
 
 
 class ModelConfig(Section):
@@ -71,7 +78,15 @@ class DataConfig(Section):
     split: str = "train"
     eval_path: str | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
     eval_size: int = Field(256, ge=0)
-    field: str | None = Field(None, description="column with the prompt; empty: the first of prompt, messages, text")
+    field: str | None = Field(None, description="column with the prompt; empty: by the dataset's type (docs/data.md)")
+    template: Literal["auto", "chat", "alpaca", "none"] = Field(
+        "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
+    )
+    chat_template: str | None = Field(
+        None, description="a .jinja file or a built-in name (zephyr); empty: the tokenizer's own"
+    )
+    chat_template_args: dict[str, Any] = Field({}, description="variables of the template, as enable_thinking: false")
+    system_prompt: str | None = Field(None, description="chat: first message of conversations that have none")
     prompt_words: int | None = Field(None, gt=0, description="cut each text to its first words: the prompt")
     limit: int | None = Field(None, gt=0, description="use only the first rows")
     max_prompt_tokens: int = Field(1024, gt=0)
@@ -118,12 +133,23 @@ class GeneratorConfig(Section):
 
 
 class RewardConfig(Section):
-    """`function` is a built-in name, `module:function`, or `file.py:function`."""
+    """`function` is a built-in name, `module:function`, `file.py:function`, or the URL of a reward server."""
 
     function: str
     name: str | None = None
     weight: float = 1.0
     args: dict[str, Any] = {}
+    adapter: Literal["auto", "trl", "verl", "openrlhf"] = Field(
+        "auto", description="whose convention the function follows; auto: by the names of its parameters"
+    )
+    isolated: bool | None = Field(
+        None, description="run it in a process of its own, which may be killed; empty: yes for functions of your own"
+    )
+    timeout_s: float = Field(300.0, gt=0, description="one call; needs isolated, an async function, or a server")
+    on_failure: Literal["raise", "retry", "drop_group", "default"] = "raise"
+    retries: int | None = Field(None, ge=0, description="repeated calls before that; empty: 2 for retry, else 0")
+    default_score: float | None = Field(None, description="on_failure=default: the score of rows without one")
+    token_env: str | None = Field(None, description="reward server: environment variable with its bearer token")
 
 
 class RewardModelConfig(Section):

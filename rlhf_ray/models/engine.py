@@ -6,6 +6,7 @@ gradients are SUMS over micro-batches and ranks, clipped by their global norm, t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -175,6 +176,15 @@ def switch_dropout_off(module: nn.Module) -> None:
             # cuDNN refuses the backward pass of a recurrent layer in evaluation mode.
             layer.dropout = 0.0
             layer.training = True
+        elif is_packed(layer):
+            # bitsandbytes would pack the weights anew for inference on a CPU, and round their scales.
+            layer.training = True
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether its weight is bytes that stand for numbers (QLoRA)."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
 
 
 def clip_scale(norm: float, max_grad_norm: float) -> float:
@@ -225,24 +235,34 @@ def write_pretrained(
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(
-            f"{len(broken)} of {len(weights)} weights are not finite (the first is {broken[0]}), so no model was written "
-            f"to {folder}: the training has diverged; go on from an earlier checkpoint (write its name, such as "
+            f"{len(broken)} of {len(weights)} weights are not finite (the first is {broken[0]}), so no model was "
+            f"written to {folder}: the training has diverged; go on from an earlier checkpoint (write its name, like "
             "step_100, into checkpoints/latest) with a lower learning rate"
         )
     model = plain_model(module)
     folder.mkdir(parents=True, exist_ok=True)
-    use_cache = getattr(model.config, "use_cache", None)
-    if use_cache is False:
-        # Off only because of gradient checkpointing; whoever generates with this folder wants the cache.
-        model.config.use_cache = True
-    try:
-        with _no_progress_bar():
-            model.save_pretrained(folder, state_dict=weights)
-    finally:
-        if use_cache is False:
-            model.config.use_cache = use_cache
+    with _no_progress_bar(), _described_as_exported(model):
+        model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _described_as_exported(model: Any) -> Iterator[None]:
+    """The model's config as it is without what only training needs."""
+    kept, quantizer = copy.deepcopy(model.config), getattr(model, "hf_quantizer", None)
+    try:
+        if getattr(model.config, "use_cache", None) is False:
+            # Off only because of gradient checkpointing; whoever generates with this folder wants the cache.
+            model.config.use_cache = True
+        if quantizer is not None:  # what leaves is not packed
+            del model.config.quantization_config
+            model.hf_quantizer = None
+        yield
+    finally:
+        model.config.__dict__.update(kept.__dict__)
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
 
 
 @contextmanager

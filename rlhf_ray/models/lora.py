@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.models.engine import is_packed
 
 _BASE = ".base_layer."
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
@@ -81,11 +82,10 @@ def quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
             f"model.lora.quantize={quantize} needs the package bitsandbytes; install it with: pip install "
             "'rlhf-ray[qlora]', or set model.lora.quantize=none"
         )
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    }
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": packing}
 
 
 def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -98,21 +98,18 @@ def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tup
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     gather = gather or (lambda tensors: nullcontext())
     layers = _adapted_layers(base) if base is not model else {}
-    packed = {f"{name}.weight": module for name, module in base.named_modules() if _is_packed(module)}
+    packed = {f"{name}.weight": module for name, module in base.named_modules() if is_packed(module)}
     # keep_vars: ZeRO-3 gathers parameters, not the empty tensors it leaves in a plain state_dict.
     for name, tensor in base.state_dict(keep_vars=True).items():
         if ".lora_" in name or (".weight." in name and name.partition(".weight.")[0] + ".weight" in packed):
             continue  # an adapter, or the scales of packed numbers
         layer = layers.get(name.removesuffix(_BASE + "weight")) if name.endswith(_BASE + "weight") else None
         parts = [tensor] if layer is None else [tensor, *_adapter_parameters(layer)]
-        with gather(parts), torch.no_grad():
-            weight = _unpacked(packed[name]) if name in packed else tensor.detach()
-            yield name.replace(_BASE, "."), weight if layer is None else _merged(weight, layer)
-
-
-def _is_packed(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
+        with gather(parts):
+            with torch.no_grad():  # not around the yield: it would hold for whoever reads the stream, too
+                weight = _unpacked(packed[name]) if name in packed else tensor.detach()
+                weight = weight if layer is None else _merged(weight, layer)
+            yield name.replace(_BASE, "."), weight
 
 
 def _unpacked(module: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ from rlhf_ray.models.engine import (
     check_train_dtype,
     clip_scale,
     enable_gradient_checkpointing,
+    is_packed,
     plain_state,
     switch_dropout_off,
     write_pretrained,
@@ -115,13 +116,12 @@ class TorchEngine:
         return value.clone()
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        with torch.no_grad():
-            yield from plain_state(self.module)
+        return plain_state(self.module)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "module": self.module.state_dict(),
+            "module": self._learned(),
             "masters": [None if p is m else m for p, m in zip(self._parameters, self._masters, strict=True)],
             "optimizer": self._optimizer.state_dict(),
             "steps": self.steps,
@@ -137,7 +137,9 @@ class TorchEngine:
             )
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
-            self.module.load_state_dict(state["module"])
+            if state["module"].keys() != self._learned().keys():
+                raise ValueError("other weights are trained")
+            self.module.load_state_dict(state["module"], strict=False)
             self._load_masters(state["masters"])
             self._optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -147,6 +149,16 @@ class TorchEngine:
             ) from error
         self._optimizer.zero_grad(set_to_none=True)
         self.steps = state["steps"]
+
+    def _learned(self) -> dict[str, Tensor]:
+        """All weights; of a model with packed ones (QLoRA) those that are trained.
+
+        The packed ones never change and come again from the same folder, and no module takes their scales back.
+        """
+        state = self.module.state_dict()
+        if not any(map(is_packed, self.module.modules())):
+            return state
+        return {name: state[name] for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
     def _load_masters(self, masters: list[Tensor | None]) -> None:

@@ -243,8 +243,11 @@ def test_other_small_models(tiny_config, tmp_path, read_rows, kind):
     assert row["sync/canary_absdiff"] < 1e-5 and row["mismatch/absdiff_max"] < 1e-5 and row["kl_ref"] < 1e-5
 
 
-def test_lora(tiny_config, tmp_path, read_rows):
-    run_rl(tiny_config("model.lora.r=2", "steps=2", "eval.size=2"), tmp_path / "a")
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_lora(tiny_config, tmp_path, read_rows, quantize):
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes")
+    run_rl(tiny_config("model.lora.r=2", f"model.lora.quantize={quantize}", "steps=2", "eval.size=2"), tmp_path / "a")
     assert all(row["sync/canary_absdiff"] < 1e-5 for row in read_rows(tmp_path / "a"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     assert not [name for name, _ in model.named_parameters() if "lora" in name], "merged"

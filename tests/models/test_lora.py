@@ -6,9 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from rlhf_ray.errors import ConfigError, ModelError
-from rlhf_ray.models.lora import apply_lora, merged_state
+from rlhf_ray.errors import CheckpointError, ConfigError, ModelError
+from rlhf_ray.models import lora
+from rlhf_ray.models.engine import switch_dropout_off
+from rlhf_ray.models.loading import load_policy
+from rlhf_ray.models.lora import apply_lora, merged_state, quantization
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.torch_engine import TorchEngine
 
 IDS = torch.tensor([[3, 7, 11, 4]])
 
@@ -105,3 +109,75 @@ def test_clear_refusals():
     model.merge_adapter()
     with pytest.raises(ModelError, match="already merged"):
         list(merged_state(model))
+
+
+# ---- QLoRA ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """`packed()`: a model whose linear layers are held in 4 bits, with adapters that do something."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("packed")
+    build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=2, heads=2, seed=1).save_pretrained(folder)
+
+    def make(targets="all-linear", seed=2):
+        model = load_policy(folder, **quantization("nf4", torch.float32))
+        model = apply_lora(model, r=4, alpha=8, target_modules=targets, seed=seed)
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        switch_dropout_off(model)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])
+def test_packed_weights_leave_as_numbers_with_their_adapters(packed, targets):
+    model = packed(targets)
+    assert model.get_base_model().model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    state = dict(merged_state(model))
+    plain = build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=2, heads=2, seed=9)
+    assert list(state) == list(plain.state_dict()) and {t.dtype for t in state.values()} == {torch.float32}
+    original = build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=2, heads=2, seed=1)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
+        assert (plain(IDS).logits - original(IDS).logits).abs().max() > 1e-3, "rounded to 4 bits, and adapted"
+
+
+def test_a_packed_model_trains_is_saved_and_leaves_as_a_plain_folder(packed, tmp_path):
+    engine = TorchEngine(packed())
+    before = {name: tensor.clone() for name, tensor in engine.export()}
+
+    def step() -> None:
+        engine.backward(engine(input_ids=IDS).logits[..., 3].sum(), last=True)
+        assert engine.step(1e-2) > 0
+
+    step()
+    engine.save(tmp_path / "checkpoint")
+    after = {name: tensor.clone() for name, tensor in engine.export()}
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    other = TorchEngine(packed(seed=5))
+    other.load(tmp_path / "checkpoint")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in other.export())
+    with pytest.raises(CheckpointError, match="other weights are trained"):
+        TorchEngine(packed(["q_proj"])).load(tmp_path / "checkpoint")
+
+    engine.save_pretrained(tmp_path / "model", None)
+    assert "quantization" not in (tmp_path / "model" / "config.json").read_text()
+    assert engine.module.get_base_model().config.quantization_config.load_in_4bit, "and the learner goes on"
+    with torch.no_grad():
+        plain = load_policy(tmp_path / "model")
+        torch.testing.assert_close(plain(IDS).logits, engine(input_ids=IDS).logits, atol=1e-5, rtol=0)
+    step()
+
+
+def test_packing_without_its_package(monkeypatch):
+    assert quantization("none", torch.float32) == {}
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the package bitsandbytes; install it with: .*\[qlora\]"):
+        quantization("nf4", torch.float32)

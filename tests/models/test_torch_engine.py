@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
     engine = TorchEngine(tiny())
     with torch.no_grad():
         next(engine.module.parameters())[3, 2] = float("inf")
-    with pytest.raises(ModelError, match=r"weights are not finite .the first is .*embed_tokens.weight.* lower learning"):
+    with pytest.raises(ModelError, match="weights are not finite .the first is .*embed_tokens.* lower learning"):
         engine.save_pretrained(tmp_path / "model", None)
     assert not (tmp_path / "model").exists()
 
