@@ -134,7 +134,7 @@ class ChatTemplate:
             raise DataError(
                 "the text that the chat template writes with add_generation_prompt is not the beginning of its text "
                 "with the answer (or it marks no answer with {% generation %}), so a model would learn after a prompt "
-                "that it never gets; set data.chat_template_args (such as enable_thinking: false), or data.chat_template"
+                "that it never gets; set data.chat_template_args (such as enable_thinking: false) or data.chat_template"
             )
         return [self.conversation(messages[: i + 1], [i])[0] for i in learned]
 
@@ -142,7 +142,7 @@ class ChatTemplate:
         """The answers whose place in `text` can be told, by position in `messages`; of the earlier ones all or none."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         prompts = [self._render(messages[:i], ask=True)[0] for i in answers]
-        limits = [*map(len, prompts[1:]), len(text)]
+        limits = [*map(len, prompts), len(text)][1:]
         turns = {}
         for i, prompt, limit in zip(answers, prompts, limits, strict=True):
             start = len(prompt)
