@@ -132,6 +132,35 @@ def validate_data(
     raise typer.Exit(0 if report.is_good else 1)
 
 
+@app.command(name="eval")
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/eval_reviews.yaml")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    ratings: Annotated[
+        list[Path] | None,
+        typer.Option(help="a filled rating sheet: add it to the finished evaluation in --run-dir; repeatable"),
+    ] = None,
+) -> None:
+    """Compare models on the same prompts: rewards, perplexity, diversity, pass@k, win rate, red team, ratings."""
+    from rlhf_ray.config.evaluation import EvalRunConfig
+    from rlhf_ray.config.load import dump_config, load_config
+
+    settings = load_config(config, overrides or [], EvalRunConfig)
+    if dry_run:
+        print(dump_config(settings))
+        return
+    _quiet_libraries(settings.device)
+    from rlhf_ray.evaluation.command import add_ratings, run_eval
+    from rlhf_ray.evaluation.table import print_evaluation
+
+    # The resolved config lies in the run directory of its evaluation.
+    result = add_ratings(run_dir or config.parent, ratings) if ratings else run_eval(settings, run_dir, report=print)
+    print_evaluation(result)
+    print(f"Everything is in {result['run_dir']}")
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Check this machine: versions, devices, Ray, vLLM, DeepSpeed, memory, disk. Each failing line names its remedy."""
