@@ -28,6 +28,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.prompt_id)
 
+    def select(self, rows: Sequence[int]) -> Rows:
+        """The given rows, in order."""
+        return Rows(**{f.name: tuple(getattr(self, f.name)[i] for i in rows) for f in dataclasses.fields(self)})
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """The rows of all parts, in order."""
+        names = [f.name for f in dataclasses.fields(Rows)]
+        return Rows(**{name: tuple(value for part in parts for value in getattr(part, name)) for name in names})
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -40,12 +50,14 @@ class Batch:
     attention_mask: Tensor  # [B, T] bool, True on real tokens
     response_mask: Tensor  # [B, T] bool, True on completion tokens (EOS included): what the loss sees
     logp_gen: Tensor  # [B, T] float32, what the generator says it sampled with; 0 outside the response
-    weight_version: Tensor  # [B, T] int32, weights that produced each token; -1 outside the response
+    weight_version: Tensor  # [B, T] int32, weights that wrote each token; -1 outside the response and in given answers
     prompt_id: Tensor  # [B] int64, position in the run's prompt stream; equal ids form a group
     sample_id: Tensor  # [B] int64, unique in a run
     truncated: Tensor  # [B] bool, stopped by the token limit, not by EOS
     columns: tuple[Mapping[str, Any], ...]  # [B] dataset columns of each row's prompt, for reward functions
+    temperature: Tensor | None = None  # [B] float32, what each row was sampled at; None: all at rollout.temperature
     score: Tensor | None = None  # [B] float32, the reward of the whole completion
+    baseline: Tensor | None = None  # [B] float32, the reward of the greedy answer to the same prompt (ReMax)
     logp_old: Tensor | None = None  # [B, T] the learner before this step's update
     logp_ref: Tensor | None = None  # [B, T] the reference policy
     values: Tensor | None = None  # [B, T] the critic; index t is the value before token t is chosen
@@ -112,6 +124,11 @@ class Batch:
             else:
                 joined[field.name] = torch.cat([pad_columns(value, width, field.name) for value in values])
         return Batch(**joined)
+
+
+def gather(parts: Sequence[tuple[Batch, Sequence[int]]]) -> Batch:
+    """One batch from the given rows of several."""
+    return Batch.cat([batch.select(rows) for batch, rows in parts])
 
 
 # Padding that means "nothing here": an ordinary 0 would be a real weight version.

@@ -154,14 +154,11 @@ def discounted_returns(reward_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -
     return gae(reward_BT, torch.zeros_like(reward_BT), mask_BT, gamma, 1.0)[1]
 
 
-def reinforce_pp(
-    reward_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, *, moments: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def reinforce_pp(reward_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
     """(adv_BT, return_BT): discounted token returns, whitened over all tokens of the batch (Hu 2025,
     REINFORCE++).
 
-    `reward_BT` usually holds -coef*KL at each token and the score on the last (`shaping.token_rewards`);
-    `moments` are the global statistics where the batch is spread over ranks.
+    `reward_BT` usually holds -coef*KL at each token and the score on the last (`shaping.token_rewards`).
     """
     return_BT = discounted_returns(reward_BT, mask_BT, gamma)
-    return masked_whiten(return_BT, mask_BT, moments=moments), return_BT
+    return masked_whiten(return_BT, mask_BT), return_BT

@@ -126,9 +126,3 @@ class ScheduledKL:
 
 
 KLController = FixedKL | AdaptiveKL | ScheduledKL
-KL_CONTROLLERS = {"fixed": FixedKL, "adaptive": AdaptiveKL, "scheduled": ScheduledKL}
-
-
-def kl_controller_from(kind: str, state: dict[str, float]) -> KLController:
-    """The controller that `state_dict` described."""
-    return KL_CONTROLLERS[kind](**state)

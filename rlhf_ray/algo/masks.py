@@ -22,37 +22,14 @@ def masked_mean(x_BT: Tensor, mask_BT: Tensor, dim: int | None = None) -> Tensor
     return masked_sum(x_BT, mask_BT, dim) / count.clamp(min=1)
 
 
-def masked_moments(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """[3] = (count, sum, sum of squares): add these over micro-batches or ranks, then pass them to
-    `masked_whiten`.
-    """
-    # Subtracting two large float32 sums loses the variance; MPS alone has no float64.
-    x_BT = x_BT.detach().float() if x_BT.device.type == "mps" else x_BT.detach().double()
-    return torch.stack([mask_BT.bool().sum().to(x_BT.dtype), masked_sum(x_BT, mask_BT), masked_sum(x_BT**2, mask_BT)])
-
-
-def masked_whiten(
-    x_BT: Tensor,
-    mask_BT: Tensor,
-    shift_mean: bool = True,
-    *,
-    eps: float = 1e-8,
-    moments: Tensor | None = None,
-) -> Tensor:
+def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, *, eps: float = 1e-8) -> Tensor:
     """`(x - mean) / sqrt(var + eps)` over the mask, 0 outside it; `shift_mean=False` adds the mean back.
 
-    The variance has Bessel's correction, as in TRL and verl. `moments` (see `masked_moments`) replaces this
-    tensor's own statistics with global ones. One token, or equal values, give 0 and never NaN.
+    The variance has Bessel's correction, as in TRL and verl. One token, or equal values, give 0 and never NaN.
     """
-    if moments is None:
-        count = mask_BT.bool().sum()
-        mean = masked_mean(x_BT, mask_BT)
-        var = masked_sum((x_BT - mean) ** 2, mask_BT) / (count - 1).clamp(min=1)
-    else:
-        count, total, squares = moments.unbind()
-        mean = total / count.clamp(min=1)
-        var = ((squares - count * mean**2) / (count - 1).clamp(min=1)).clamp(min=0)
-        mean, var = mean.to(x_BT.dtype), var.to(x_BT.dtype)
+    count = mask_BT.bool().sum()
+    mean = masked_mean(x_BT, mask_BT)
+    var = masked_sum((x_BT - mean) ** 2, mask_BT) / (count - 1).clamp(min=1)
     white_BT = (x_BT - mean) * torch.rsqrt(var + eps)
     if not shift_mean:
         white_BT = white_BT + mean

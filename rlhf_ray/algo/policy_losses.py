@@ -6,7 +6,8 @@ the mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from rlhf_ray.algo.masks import masked_mean, masked_sum
 
 MAX_LOG_RATIO = 20.0
+Number = TypeVar("Number", Tensor, float)
 
 
 def log_ratio(logp_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -132,13 +134,13 @@ def ratio_stats(
     }
 
 
-def combine_stats(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def combine_stats(parts: Iterable[Mapping[str, Number]]) -> dict[str, Number]:
     """Join the statistics of several micro-batches: names ending in `_max` by maximum, all others by sum."""
-    joined: dict[str, Tensor] = {}
+    joined: dict[str, Number] = {}
     for part in parts:
         for name, value in part.items():
             if name not in joined:
                 joined[name] = value
             else:
-                joined[name] = torch.maximum(joined[name], value) if name.endswith("_max") else joined[name] + value
+                joined[name] = max(joined[name], value) if name.endswith("_max") else joined[name] + value
     return joined

@@ -9,21 +9,15 @@ from torch import Tensor
 
 from rlhf_ray.algo import advantages, policy_losses
 
-# Scalar estimators: f(reward_B, group_B, **options) -> adv_B.
+# Scalar estimators: f(reward_B, group_B, **options) -> adv_B. `gae` and `reinforce_pp` have arguments of their own.
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "grpo": advantages.grpo,
     "dr_grpo": advantages.dr_grpo,
     "rloo": advantages.rloo,
-    "leave_one_out": advantages.rloo,
     "reinforce": advantages.reinforce,
     "reinforce_pp_baseline": advantages.reinforce_pp_baseline,
     "remax": advantages.remax,
     "pass_at_k": advantages.pass_at_k,
-}
-# Token estimators have their own arguments: they need values, or rewards at tokens.
-TOKEN_ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "gae": advantages.gae,
-    "reinforce_pp": advantages.reinforce_pp,
 }
 # f(logp_BT, old_BT, adv_BT, mask_BT, **options) -> loss_BT.
 POLICY_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -32,7 +26,6 @@ POLICY_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cispo": policy_losses.cispo_loss,
     "policy_gradient": policy_losses.policy_gradient_loss,
 }
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 def options_of(function: Callable[..., object]) -> frozenset[str]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlhf_ray.algo.groups import centre_and_size, group_std
 
+_SMALLEST_SCALE = 1e-8
+
 
 def token_rewards(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, coef: float) -> Tensor:
     """reward_BT = -coef * kl_t at each token of the mask, plus the score on the last one (Ouyang et al.
@@ -82,8 +84,10 @@ class RunningMoments:
         """With Bessel's correction; 1 until two rewards have been seen."""
         return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 1.0
 
-    def normalize(self, reward_B: Tensor, *, center: bool = True, eps: float = 1e-8) -> Tensor:
-        return (reward_B - (self.mean if center else 0.0)) / (self.std + eps)
+    def normalize(self, reward_B: Tensor, *, center: bool = True) -> Tensor:
+        # As long as all rewards were equal there is no scale to divide by.
+        scale = self.std if self.std > _SMALLEST_SCALE else 1.0
+        return (reward_B - (self.mean if center else 0.0)) / scale
 
     def state_dict(self) -> dict[str, float]:
         return asdict(self)

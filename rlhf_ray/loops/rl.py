@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.algo.kl import KL_CONTROLLERS, KLController
+from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, ScheduledKL
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
@@ -30,7 +30,7 @@ def train(
     config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: Recorder
 ) -> dict[str, Any]:
     """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples."""
-    start, kl = restore(config, roles, run)
+    start, kl = restore(config, roles, rollouts, run)
     push_weights(start, roles, rollouts, canary, run)
     before = run.remember("before", evaluator.evaluate)
     run.begin()
@@ -60,7 +60,7 @@ def train(
         # the other way round the row would be lost.
         due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
         if due or step + 1 == config.steps:
-            save(step + 1, kl, roles, run)
+            save(step + 1, kl, roles, rollouts, run)
     return {"before": before, "after": evaluator.evaluate()}
 
 
@@ -106,11 +106,16 @@ def push_weights(
 def new_controller(config: RunConfig) -> KLController:
     algorithm = config.algorithm
     if algorithm.kl_controller == "adaptive":
-        return KL_CONTROLLERS["adaptive"](algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
-    return KL_CONTROLLERS["fixed"](algorithm.kl_coef)
+        return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
+    if algorithm.kl_controller == "scheduled":
+        span = config.steps * config.samples_per_step
+        return ScheduledKL(
+            algorithm.kl_coef, algorithm.kl_target, algorithm.kl_target_end, span, algorithm.kl_horizon
+        )  # fmt: skip
+    return FixedKL(algorithm.kl_coef)
 
 
-def save(step: int, kl: KLController, roles: Roles, run: Recorder) -> None:
+def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: Recorder) -> None:
     """A complete checkpoint: nothing else is needed to go on bit for bit."""
 
     def write(folder: Path) -> None:
@@ -119,11 +124,13 @@ def save(step: int, kl: KLController, roles: Roles, run: Recorder) -> None:
             roles.critic.save(folder / "critic")
 
     with run.timer("ckpt"):
-        run.checkpoints.save(step, write, {"kl": kl.state_dict(), "advantages": roles.advantages.state_dict()})
+        state = {"kl": kl, "advantages": roles.advantages, "rollouts": rollouts}
+        run.checkpoints.save(step, write, {name: part.state_dict() for name, part in state.items()})
 
 
-def restore(config: RunConfig, roles: Roles, run: Recorder) -> tuple[int, KLController]:
-    """The step to go on from, 0 for a new run. Everything random is a function of the seed and the step."""
+def restore(config: RunConfig, roles: Roles, rollouts: Rollouts, run: Recorder) -> tuple[int, KLController]:
+    """The step to go on from, 0 for a new run. Everything random is a function of the seed, the step, and the place
+    in the prompt stream."""
     found = run.resume_point
     if found is None:
         return 0, new_controller(config)
@@ -131,7 +138,9 @@ def restore(config: RunConfig, roles: Roles, run: Recorder) -> tuple[int, KLCont
     if roles.critic is not None:
         roles.critic.load(found.folder / "critic")
     roles.advantages.load_state_dict(found.state["advantages"])
+    rollouts.load_state_dict(found.state["rollouts"])
     kl = new_controller(config)
     if config.algorithm.kl_controller != "fixed":  # a fixed coefficient is whatever the config says today
-        kl = replace(kl, coef=found.state["kl"]["coef"])
+        moving = {"coef", "elapsed"} & found.state["kl"].keys() & kl.state_dict().keys()
+        kl = replace(kl, **{name: found.state["kl"][name] for name in moving})
     return found.step, kl

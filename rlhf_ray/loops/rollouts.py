@@ -2,24 +2,31 @@
 
 With `max_staleness` 0 a batch is generated when the loop asks for it. With n, a thread runs ahead: the batch of
 step k is generated with weights of version k-n or newer, never older.
+
+Prompts come from the stream in order, each once. Here it is decided which answers the learner sees: groups that nobody
+could judge are left out, and with dynamic sampling groups whose answers all earn the same make room for others.
 """
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from rlhf_ray.batch import Batch, Rows
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.algo.groups import informative_groups
+from rlhf_ray.algo.policy_losses import combine_stats
+from rlhf_ray.algo.shaping import overlong_penalty
+from rlhf_ray.batch import Batch, Rows, gather
+from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
 from rlhf_ray.data.prompts import PromptSet, PromptStream
-from rlhf_ray.roles.protocols import Generator, Request, Reward, Sampling, Scores
+from rlhf_ray.errors import RewardError
+from rlhf_ray.roles.protocols import Gather, Generator, Request, Reward, Sampling, Scores
+from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.run.timer import Timer
 
 # How long a healthy generator thread may take to notice that it should end.
@@ -33,10 +40,44 @@ class Scored:
     batch: Batch
     scores: Scores
     metrics: dict[str, float]
+    position: int  # in the prompt stream, behind this step's prompts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All the answers to some prompts, before anyone chooses among them."""
+
+    requests: Sequence[Request]
+    batch: Batch
+    rows: Rows
+    scores: Scores
+
+    def rows_of(self, prompts: set[int]) -> list[int]:
+        """Rows to learn from: the answers to these prompts without the greedy ones."""
+        return [row for row, r in enumerate(self.requests) if r.prompt_id in prompts and r.temperature != 0]
+
+    def greedy_scores(self, rows: Sequence[int]) -> torch.Tensor:
+        """The reward of the greedy answer to each row's prompt."""
+        greedy = {r.prompt_id: row for row, r in enumerate(self.requests) if r.temperature == 0}
+        return self.scores.score[[greedy[self.requests[row].prompt_id] for row in rows]]
+
+    def judged_prompts(self) -> set[int]:
+        """Those all of whose answers have a reward."""
+        prompts, keep_B = {r.prompt_id for r in self.requests}, self.scores.keep
+        if keep_B is None:
+            return prompts
+        return prompts - {r.prompt_id for r, keep in zip(self.requests, keep_B.tolist(), strict=True) if not keep}
+
+    def informative_prompts(self) -> set[int]:
+        """Those whose answers earn different rewards."""
+        rows = self.rows_of(self.judged_prompts())
+        prompts = [self.requests[row].prompt_id for row in rows]
+        keep_B = informative_groups(self.scores.score[rows], torch.tensor(prompts, dtype=torch.long))
+        return {prompt for prompt, keep in zip(prompts, keep_B.tolist(), strict=True) if keep}
 
 
 class Rollouts:
-    """Generates on demand. Its position in the prompt stream is a function of the step: nothing to checkpoint."""
+    """Generates on demand. Its only state is the position in the prompt stream."""
 
     def __init__(
         self,
@@ -46,9 +87,11 @@ class Rollouts:
         config: RolloutConfig,
         sampling: Sampling,
         *,
+        algorithm: AlgorithmConfig,
         seed: int,
         timer: Timer,
         texts: int,
+        gather: Gather = gather,
     ) -> None:
         self.generator = generator
         self.reward = reward
@@ -56,40 +99,123 @@ class Rollouts:
         self.stream = PromptStream(len(prompts), seed)
         self.config = config
         self.sampling = sampling
+        self.algorithm = algorithm
         self.seed = seed
         self.timer = timer
         self.texts = texts
+        self.gather = gather
+        self.position = 0
 
     def next(self, step: int) -> Scored:
-        """The batch of `step`: its prompts and seeds are functions of the step alone."""
-        count = self.config.prompts_per_step
-        requests = self.requests(range(step * count, (step + 1) * count))
+        """The next batch. Its prompts and seeds are functions of the position in the stream alone."""
+        scored = self._sample(step, self.position)
+        self.position = scored.position
+        return scored
+
+    def _sample(self, step: int, position: int) -> Scored:
+        """The batch that begins at `position`. Each prompt is asked once, also one that is not learned from."""
+        wanted, resample = self.config.prompts_per_step, self.algorithm.resample_rounds
+        rounds: list[Judged] = []
+        usable: set[int] = set()
+        chosen: set[int] = set()
+        while len(chosen) < wanted and len(rounds) <= resample:
+            missing = wanted - len(chosen)
+            judged = self._judge(range(position, position + missing))
+            position += missing
+            rounds.append(judged)
+            usable |= judged.judged_prompts()
+            chosen |= judged.informative_prompts() if resample else judged.judged_prompts()
+        if not usable:
+            raise RewardError(
+                f"step {step + 1}: no group of answers was judged in full, so there is nothing to learn from; "
+                "see what the reward functions say, and mend them or set another failure policy"
+            )
+        metrics = rollout_metrics(*_joined(rounds, usable), step)
+        metrics |= combine_stats(judged.scores.stats for judged in rounds)
+        if resample:
+            metrics["groups/asked"] = float(sum(len(judged.requests) for judged in rounds) // self.members)
+            metrics["groups/informative"] = len(chosen) / wanted
+            # Out of rounds: the step keeps its size, and the groups that fill it have advantage 0.
+            chosen |= set(sorted(usable - chosen)[: wanted - len(chosen)])
+        batch, scores = self._to_learn_from(rounds, chosen)
+        if self.algorithm.overlong_buffer:
+            metrics["reward/overlong_penalty"] = float(scores.by_function["overlong_penalty"].mean())
+        return Scored(batch, scores, metrics, position)
+
+    def _judge(self, positions: Sequence[int]) -> Judged:
+        """Answers to these prompts of the stream, and their rewards."""
+        requests = self.requests(positions)
         with self._generating(), self.timer("generate"):
             self.generator.wake()
             batch = self.generator.generate(requests, self.sampling)
             self.generator.sleep()
         with self.timer("reward"):
-            scores = self.reward.score(batch, texts=self.texts)
-        return Scored(batch.replace(score=scores.score), scores, rollout_metrics(batch.rows, scores, step))
+            return Judged(requests, batch, batch.rows, self.reward.score(batch, texts=self.texts))
+
+    def _to_learn_from(self, rounds: Sequence[Judged], chosen: set[int]) -> tuple[Batch, Scores]:
+        """The rows of the chosen prompts, with what the driver knows of them as columns."""
+        parts = [(judged, rows) for judged in rounds if (rows := judged.rows_of(chosen))]
+        scores = Scores.cat([judged.scores.select(rows) for judged, rows in parts])
+        scores = replace(scores, events=tuple(event for judged in rounds for event in judged.scores.events))
+        if self.algorithm.overlong_buffer:
+            lengths = [judged.rows.response_lengths[row] for judged, rows in parts for row in rows]
+            scores = self._with_overlong_penalty(scores, torch.tensor(lengths))
+        columns = {"score": scores.score}
+        if self.algorithm.advantage == "remax":
+            columns["baseline"] = torch.cat([judged.greedy_scores(rows) for judged, rows in parts])
+        if self.config.temperatures:
+            own = [judged.requests[row].temperature for judged, rows in parts for row in rows]
+            columns["temperature"] = torch.tensor([self.sampling.temperature if t is None else t for t in own])
+        judged, rows = parts[0]
+        if len(parts) == 1 and len(rows) == len(judged.requests):
+            return judged.batch.replace(**columns), scores
+        return self.gather([(judged.batch, rows) for judged, rows in parts]).replace(**columns), scores
+
+    def _with_overlong_penalty(self, scores: Scores, length_B: torch.Tensor) -> Scores:
+        longest = self.sampling.max_new_tokens
+        penalty_B = overlong_penalty(length_B, longest, max(1, round(longest * self.algorithm.overlong_buffer)))
+        named = {**scores.by_function, "overlong_penalty": penalty_B}
+        return replace(scores, score=scores.score + penalty_B, by_function=named)
+
+    @property
+    def members(self) -> int:
+        """Answers to each prompt: the group, and for ReMax the greedy one."""
+        return self.config.group_size + (self.algorithm.advantage == "remax")
 
     def requests(self, positions: Sequence[int]) -> list[Request]:
-        """`group_size` requests for each position of the prompt stream."""
-        size = self.config.group_size
-        requests = []
-        for position in positions:
-            _, index = self.stream[position]
-            example = self.prompts.examples[index]
-            for member in range(size):
-                requests.append(
-                    Request(
-                        prompt_id=position,
-                        sample_id=position * size + member,
-                        token_ids=self.prompts.token_ids[index],
-                        seed=sample_seed(self.seed, position, member),
-                        columns={**example.columns, "prompt": example.prompt},
-                    )
-                )
-        return requests
+        """`members` requests for each position of the prompt stream."""
+        return [self._request(position, member) for position in positions for member in range(self.members)]
+
+    def _request(self, position: int, member: int) -> Request:
+        config = self.config
+        epoch, index = self.stream[position]
+        example = self.prompts.examples[index]
+        sampled = config.group_size - config.reference_answers
+        temperature, answer = None, None
+        if member == config.group_size:
+            temperature = 0.0
+        elif member >= sampled:
+            # Every epoch goes on where the last one stopped in the pool.
+            pool = self.prompts.answers[index]
+            answer = pool[(epoch * config.reference_answers + member - sampled) % len(pool)]
+        elif config.temperatures:
+            temperature = config.temperatures[member % len(config.temperatures)]
+        return Request(
+            prompt_id=position,
+            sample_id=position * self.members + member,
+            token_ids=self.prompts.token_ids[index],
+            seed=sample_seed(self.seed, position, member),
+            columns={**example.columns, "prompt": example.prompt},
+            temperature=temperature,
+            answer=answer,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the prompts of the next batch begin."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position = state["position"]
 
     def paused(self) -> AbstractContextManager[Any]:
         """No generation is under way inside: the moment to change the generator's weights."""
@@ -123,10 +249,14 @@ class OverlappedRollouts(Rollouts):
 
     def _produce(self, start: int, steps: int) -> None:
         try:
+            position = None
             for step in range(start, steps):
                 if not self._wait_for_version(step - self.config.max_staleness):
                     return
-                self._ready.put(super().next(step))
+                # A resumed run's position is loaded before its first weights arrive, so now it is known.
+                scored = self._sample(step, self.position if position is None else position)
+                position = scored.position
+                self._ready.put(scored)
         except BaseException as error:  # the loop must hear of it, whatever it is
             self._ready.put(error)
 
@@ -141,7 +271,8 @@ class OverlappedRollouts(Rollouts):
             scored = self._ready.get()
         if isinstance(scored, BaseException):
             raise scored
-        return Scored(scored.batch, scored.scores, {**scored.metrics, **staleness(scored.batch.rows, step)})
+        self.position = scored.position
+        return replace(scored, metrics={**scored.metrics, **staleness(scored.batch.rows, step)})
 
     # One lock for both: new weights wait for the sequences that are being written, but not for their rewards.
     def paused(self) -> AbstractContextManager[Any]:
@@ -162,10 +293,11 @@ class OverlappedRollouts(Rollouts):
         self._thread.join(_STOP_SECONDS)
 
 
-def sample_seed(run_seed: int, position: int, member: int) -> int:
-    """63 bits that depend on nothing but these three numbers."""
-    digest = hashlib.blake2b(f"{run_seed}/{position}/{member}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def _joined(rounds: Sequence[Judged], prompts: set[int]) -> tuple[Rows, Scores]:
+    """All sampled answers to these prompts, learned from or not: the metrics describe the policy."""
+    picked = [(judged, judged.rows_of(prompts)) for judged in rounds]
+    rows = Rows.cat([judged.rows.select(rows) for judged, rows in picked])
+    return rows, Scores.cat([judged.scores.select(rows) for judged, rows in picked])
 
 
 def staleness(rows: Rows, step: int) -> dict[str, float]:

@@ -68,10 +68,3 @@ def joined(batch: Batch, names: Sequence[tuple[str, str | None]], *columns: Any)
     """The whole batch, from the resolved `RemoteBatch.arguments()`."""
     values = {name: column if key is None else column[key] for (name, key), column in zip(names, columns, strict=True)}
     return batch.replace(**values)
-
-
-def join_rows(parts: Sequence[Rows]) -> Rows:
-    """The rows of all parts in order."""
-    return Rows(**{
-        f.name: tuple(value for part in parts for value in getattr(part, f.name)) for f in dataclasses.fields(Rows)
-    })  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from torch import Tensor
 
-from rlhf_ray.batch import Batch
+from rlhf_ray.batch import Batch, gather
 from rlhf_ray.config.schema import AlgorithmConfig
 from rlhf_ray.remote.batch import joined
 from rlhf_ray.remote.failures import reported
@@ -31,6 +31,11 @@ class BatchHost(Host):
     @ray.method(num_returns=2)
     def concatenate(self, *pieces: Batch) -> tuple[Batch, None]:
         return Batch.cat(pieces), None
+
+    @reported
+    @ray.method(num_returns=2)
+    def gather(self, rows: Sequence[Sequence[int]], *batches: Batch) -> tuple[Batch, None]:
+        return gather(list(zip(batches, rows, strict=True))), None
 
     @reported
     @ray.method(num_returns=2)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.batch import Rows
 from rlhf_ray.config.schema import AlgorithmConfig
-from rlhf_ray.remote.batch import RemoteBatch, RemoteColumn, join_rows
+from rlhf_ray.remote.batch import RemoteBatch, RemoteColumn
 from rlhf_ray.remote.batcher import BatchHost
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.crew import Crew, Group
-from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost
+from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, TrainerHost
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.protocols import Request, Sampling, Scores
 
@@ -78,7 +78,7 @@ class RemoteGenerators(GeneratorsClient):
         refs, rows = zip(*pieces, strict=True)
         batch, call = self.batcher.start_keeping(BatchHost.concatenate, *refs, deadline=self.group.deadline)
         self.group.crew.result(call)
-        return RemoteBatch(batch, join_rows(rows))
+        return RemoteBatch(batch, Rows.cat(rows))
 
     def _pieces(self, chunks: Sequence[Sequence[Request]], sampling: Sampling) -> list[tuple[ObjectRef, Rows]]:
         """(reference to a Batch, its rows) of each chunk, in order."""
@@ -109,6 +109,22 @@ class RemoteGenerators(GeneratorsClient):
 
     def close(self) -> None:
         """Generators end with the run (`open_remote_roles`)."""
+
+
+@dataclass(frozen=True)
+class RemoteGather:
+    """`batch.gather`, done by the worker that puts batches together."""
+
+    crew: Crew
+    batcher: Worker
+    deadline: Deadline
+
+    def __call__(self, parts: Sequence[tuple[RemoteBatch, Sequence[int]]]) -> RemoteBatch:
+        chosen = [tuple(rows) for _, rows in parts]
+        refs = [batch.ref for batch, _ in parts]
+        ref, call = self.batcher.start_keeping(BatchHost.gather, chosen, *refs, deadline=self.deadline)
+        self.crew.result(call)
+        return RemoteBatch(ref, Rows.cat([batch.rows.select(rows) for batch, rows in parts]))
 
 
 @dataclass(frozen=True)
@@ -163,16 +179,16 @@ class RemoteAdvantages:
 
 
 class RemoteTrainer:
-    """What the handles of learner and critic share."""
+    """What the handles of learner and critic share: the calls of the `TrainerHost` in both."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def save(self, folder: Path) -> None:
-        self.group.call(LearnerHost.save, folder.resolve())
+        self.group.call(TrainerHost.save, folder.resolve())
 
     def load(self, folder: Path) -> None:
-        self.group.call(LearnerHost.load, folder.resolve())
+        self.group.call(TrainerHost.load, folder.resolve())
 
 
 class RemoteCritic(RemoteTrainer):

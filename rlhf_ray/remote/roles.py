@@ -20,6 +20,7 @@ from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.handles import (
     RemoteAdvantages,
     RemoteCritic,
+    RemoteGather,
     RemoteGenerators,
     RemoteLearner,
     RemoteReference,
@@ -65,7 +66,7 @@ def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
             for seat in plan.seats:
                 host = HOSTS[seat.name.split()[0]]
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
-            _build(crew, plan, config, _everywhere(assets), transport)
+            _build(crew, plan, config, everywhere(assets), transport)
             crew.watch()
             yield dataclasses.replace(_handles(crew, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
@@ -73,7 +74,7 @@ def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
             crew.dismiss(farewell)
 
 
-def _everywhere(assets: Assets) -> Assets:
+def everywhere(assets: Assets) -> Assets:
     """Folders as absolute paths: a worker may have started elsewhere."""
     paths = {name: getattr(assets, name) for name in ("policy", "tokenizer")}
     return dataclasses.replace(assets, **{
@@ -152,5 +153,6 @@ def _handles(crew: Crew, config: RunConfig) -> Roles:
         reference=RemoteReference(group("reference")) if config.uses_reference else None,
         critic=RemoteCritic(group("critic")) if config.uses_critic else None,
         replicas=generators.replicas,
+        gather=RemoteGather(crew, batcher, deadline),
         parallel=True,
     )

@@ -7,28 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.advantages import gae, reinforce_pp
+from rlhf_ray.algo.advantages import MovingBaseline, gae, reinforce_pp
 from rlhf_ray.algo.kl import kl_estimate
 from rlhf_ray.algo.masks import masked_mean, masked_sum, masked_whiten
 from rlhf_ray.algo.registry import ADVANTAGES, options_of
-from rlhf_ray.algo.shaping import RunningMoments, token_rewards
+from rlhf_ray.algo.shaping import MomentsBySource, clip_reward, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import explained_variance, value_stats
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig
+from rlhf_ray.errors import DataError
 from rlhf_ray.roles.protocols import Estimate
-
-_SMALLEST_SCALE = 1e-8
 
 
 class AdvantageEstimator:
     """Turns scores (and values, and log-probabilities) into per-token advantages.
 
-    Its only state is the running scale of the rewards: a few numbers, saved in the checkpoint.
+    Its only state is the running scale and the running mean of the rewards: a few numbers, saved in the checkpoint.
     """
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = algorithm
-        self.reward_moments = RunningMoments()
+        self.reward_moments = MomentsBySource()
+        self.moving_baseline = MovingBaseline()
 
     def estimate(self, batch: Batch, kl_coef: float) -> Estimate:
         """Advantages of a scored batch.
@@ -38,7 +38,7 @@ class AdvantageEstimator:
             kl_coef: present weight of the KL term.
         """
         algorithm, mask_BT = self.algorithm, batch.response_mask
-        score_B = self._shape_rewards(batch.score)
+        score_B, baseline_B = self._shape_rewards(batch)
         kl_BT = self._kl_in_reward(batch)
         columns: dict[str, Tensor] = {}
         if algorithm.advantage == "gae":
@@ -51,26 +51,49 @@ class AdvantageEstimator:
             columns["advantages"], _ = reinforce_pp(reward_BT, mask_BT, algorithm.gamma)
         else:
             reward_B = score_B - kl_coef * masked_sum(kl_BT, mask_BT, dim=1)
-            advantage_B = self._of_whole_answers(reward_B, batch.prompt_id)
+            advantage_B = self._of_whole_answers(reward_B, batch.prompt_id, baseline_B)
             columns["advantages"] = advantage_B[:, None] * mask_BT
         if algorithm.whiten_advantages:
             columns["advantages"] = masked_whiten(columns["advantages"], mask_BT)
         return Estimate(columns, self._stats(batch, columns))
 
-    def _of_whole_answers(self, reward_B: Tensor, group_B: Tensor) -> Tensor:
+    def _of_whole_answers(self, reward_B: Tensor, group_B: Tensor, baseline_B: Tensor | None) -> Tensor:
         estimator = ADVANTAGES[self.algorithm.advantage]
-        settings = self.algorithm.model_dump()
-        return estimator(reward_B, group_B, **{n: settings[n] for n in options_of(estimator) if n in settings})
+        options: dict[str, Any] = {**self.algorithm.model_dump(), "baseline_B": baseline_B}
+        if self.algorithm.moving_baseline:
+            options["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
+            self.moving_baseline = self.moving_baseline.update(reward_B)
+        return estimator(reward_B, group_B, **{n: options[n] for n in options_of(estimator) if n in options})
 
-    def _shape_rewards(self, score_B: Tensor) -> Tensor:
-        if self.algorithm.normalize_rewards:
-            self.reward_moments = self.reward_moments.update(score_B)
-            # As long as all rewards were equal there is no scale to divide by.
-            std = self.reward_moments.std
-            score_B = score_B / (std if std > _SMALLEST_SCALE else 1.0)
-        if self.algorithm.reward_clip is not None:
-            score_B = score_B.clamp(-self.algorithm.reward_clip, self.algorithm.reward_clip)
-        return score_B
+    def _shape_rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Rewards of the answers and of the greedy answers (if there are any), on one scale."""
+        algorithm, score_B, baseline_B = self.algorithm, batch.score, batch.baseline
+        if algorithm.normalize_rewards == "group":
+            score_B = normalize_per_group(score_B, batch.prompt_id)
+        elif algorithm.normalize_rewards != "none":
+            source_B = self._sources(batch)
+            self.reward_moments = self.reward_moments.update(score_B, source_B)
+            score_B = self.reward_moments.normalize(score_B, source_B, center=False)
+            if baseline_B is not None:
+                baseline_B = self.reward_moments.normalize(baseline_B, source_B, center=False)
+        if algorithm.reward_clip is not None:
+            bound = algorithm.reward_clip
+            score_B = clip_reward(score_B, -bound, bound)
+            baseline_B = None if baseline_B is None else clip_reward(baseline_B, -bound, bound)
+        return score_B, baseline_B
+
+    def _sources(self, batch: Batch) -> list[str]:
+        """Whose scale each row's reward belongs to."""
+        if self.algorithm.normalize_rewards == "running":
+            return ["all"] * len(batch)
+        name = self.algorithm.source_field
+        for row in batch.columns:
+            if name not in row:
+                raise DataError(
+                    f"algorithm.normalize_rewards=source: a prompt has no column {name!r} (it has "
+                    f"{', '.join(map(repr, row))}); add it to the data, or set algorithm.source_field"
+                )
+        return [str(row[name]) for row in batch.columns]
 
     def _kl_in_reward(self, batch: Batch) -> Tensor:
         if self.algorithm.kl_in != "reward" or batch.logp_ref is None:
@@ -91,7 +114,11 @@ class AdvantageEstimator:
         return stats
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reward_moments": self.reward_moments.state_dict()}
+        return {
+            "reward_moments": self.reward_moments.state_dict(),
+            "moving_baseline": self.moving_baseline.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.reward_moments = RunningMoments(**state["reward_moments"])
+        self.reward_moments = MomentsBySource.from_state(state["reward_moments"])
+        self.moving_baseline = MovingBaseline(**state["moving_baseline"])

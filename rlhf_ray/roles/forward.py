@@ -31,10 +31,20 @@ def critic_values(model: Model, micro: Batch, device: torch.device) -> Tensor:
     return torch.nn.functional.pad(values_BT[:, :-1], (1, 0))
 
 
+def row_temperature(micro: Batch, default: float, device: torch.device) -> float | Tensor:
+    """What each row was sampled at: one number, or [B] where the members of a group differ.
+
+    The policy that is improved is the one that was sampled: at a row's own temperature its importance ratio starts
+    at exactly 1.
+    """
+    return default if micro.temperature is None else micro.temperature.to(device)
+
+
 def response_logprobs(model: Model, micro: Batch, *, temperature: float, device: torch.device) -> Tensor:
-    """[B, T] log-probabilities, 0 outside the response."""
+    """[B, T] log-probabilities, 0 outside the response; `temperature` where the batch has none of its own."""
     logits_BTV = policy_logits(model, micro, device)
-    logp_BT = token_logprobs(logits_BTV, micro.tokens.to(device), temperature=temperature)
+    own = row_temperature(micro, temperature, device)
+    logp_BT = token_logprobs(logits_BTV, micro.tokens.to(device), temperature=own)
     return logp_BT * micro.response_mask.to(device)
 
 

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.batch import Batch, build_batch
+from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sync.hf_receiver import HFReceiver
 
@@ -37,12 +38,19 @@ class HFGenerator(HFReceiver):
         if not requests:
             raise ValueError("generate: no requests; give at least one")
         chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
-        return Batch.cat([self._generate_chunk(chunk, sampling) for chunk in chunks])
+        return Batch.cat(
+            [with_given_answers(self._generate_chunk, chunk, sampling, self.pad_token_id) for chunk in chunks]
+        )
 
     @torch.no_grad()
     def _generate_chunk(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
         tokens, mask = self._left_pad([r.token_ids for r in requests])
-        sampler = KeyedSampler([r.seed for r in requests], sampling, prompt_length=tokens.shape[1])
+        sampler = KeyedSampler(
+            [r.seed for r in requests],
+            sampling,
+            prompt_length=tokens.shape[1],
+            temperatures=[sampling.temperature if r.temperature is None else r.temperature for r in requests],
+        )
         output = self.model.generate(
             input_ids=tokens,
             attention_mask=mask,
@@ -100,16 +108,24 @@ class KeyedSampler(LogitsProcessor):
 
     The draw depends on the row's own seed and its own logits only: not on its neighbours, on the device or on
     what was sampled before in this process. Collects the log-probability of each drawn token.
+
+    `temperatures` are those of the rows, where they differ from `sampling`; at 0 a row is greedy.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompt_length: int) -> None:
+    def __init__(
+        self, seeds: Sequence[int], sampling: Sampling, prompt_length: int, temperatures: Sequence[float] | None = None
+    ) -> None:
         self.seed_B = torch.tensor([seed & _MASK63 for seed in seeds], dtype=torch.long)
         self.prompt_length = prompt_length
-        self.greedy = sampling.temperature == 0
+        own = list(temperatures or [sampling.temperature] * len(seeds))
+        self.greedy = max(own) == 0
+        self.greedy_B = torch.tensor([temperature == 0 for temperature in own])
         self.logps: list[Tensor] = []
         self.warpers = LogitsProcessorList()
-        if not self.greedy and sampling.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if len(set(own)) > 1:
+            self.warpers.append(RowTemperatures(own))
+        elif own[0] not in (0, 1):
+            self.warpers.append(TemperatureLogitsWarper(own[0]))
         if sampling.top_k > 0:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
@@ -123,8 +139,20 @@ class KeyedSampler(LogitsProcessor):
             u_B = keyed_uniform(self.seed_B, input_ids.shape[1] - self.prompt_length)
             u_B = u_B.float().to(scores.device)  # MPS has no float64
             token_B = sample_by_inversion(logp_BV, u_B)
+            if self.greedy_B.any():
+                token_B = torch.where(self.greedy_B.to(token_B.device), logp_BV.argmax(-1), token_B)
         self.logps.append(logp_BV.gather(-1, token_B[:, None])[:, 0])
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
+
+
+class RowTemperatures(LogitsProcessor):
+    """Divides each row's logits by its own temperature; a greedy row's stay as they are."""
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        self.scale_B1 = torch.tensor([temperature or 1.0 for temperature in temperatures])[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores / self.scale_B1.to(scores.device)
 
 
 def sample_by_inversion(logp_BV: Tensor, u_B: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from rlhf_ray.batch import Batch, build_batch
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, SyncError
+from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sync.session import SyncSession
 
@@ -104,21 +105,25 @@ class VLLMGenerator:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
         """One row a request, in order. `logp_gen` is of the distribution sampled from (after temperature,
         top-p and top-k). Raises DataError for an empty or too long prompt, SyncError after a failed sync."""
-        from vllm import SamplingParams
-
         self._require_ready("generate")
         if not requests:
             raise DataError("generate: no requests; ask for at least one completion")
         self._check_prompts([r.token_ids for r in requests], sampling.max_new_tokens)
-        if not 0.0 <= sampling.temperature <= MAX_TEMPERATURE:
+        return with_given_answers(self._sample, requests, sampling, self.pad_token_id)
+
+    def _sample(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
+        from vllm import SamplingParams
+
+        temperatures = [sampling.temperature if r.temperature is None else r.temperature for r in requests]
+        if not 0.0 <= min(temperatures) <= max(temperatures) <= MAX_TEMPERATURE:
             raise ConfigError(
                 f"generator.engine=vllm samples at temperatures from 0 to {MAX_TEMPERATURE}, not "
-                f"{sampling.temperature}; change rollout.temperature or set generator.engine=hf"
+                f"{max(temperatures)}; change rollout.temperature or set generator.engine=hf"
             )
         params = [
             SamplingParams(
                 max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
+                temperature=temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 seed=request.seed,
@@ -128,7 +133,7 @@ class VLLMGenerator:
                 logprobs=0,
                 detokenize=False,
             )
-            for request in requests
+            for request, temperature in zip(requests, temperatures, strict=True)
         ]
         outputs = self._run([r.token_ids for r in requests], params)
         samples = [output.outputs[0] for output in outputs]

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from rlhf_ray.algo.aggregation import loss_weights
 from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismatch_summary
-from rlhf_ray.algo.kl import kl_loss
+from rlhf_ray.algo.kl import kl_estimate, kl_loss
 from rlhf_ray.algo.logprobs import token_entropy, token_logprobs
 from rlhf_ray.algo.policy_losses import ratio_stats
 from rlhf_ray.algo.registry import POLICY_LOSSES, options_of
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
-from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
-from rlhf_ray.roles.forward import policy_logits, response_logprobs
+from rlhf_ray.roles.forward import policy_logits, response_logprobs, row_temperature
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.roles.training import Share, Totals, Trainer
 from rlhf_ray.sync.sender import WeightSender
@@ -99,26 +98,31 @@ class Learner(Trainer):
         mask_BT = micro.response_mask.to(device)
         tokens_BT = micro.tokens.to(device)
         logits_BTV = policy_logits(self.engine, micro, device)
-        logp_BT = token_logprobs(logits_BTV, tokens_BT, temperature=self.temperature) * mask_BT
+        temperature = row_temperature(micro, self.temperature, device)
+        logp_BT = token_logprobs(logits_BTV, tokens_BT, temperature=temperature) * mask_BT
         old_BT = logp_BT.detach() if micro.logp_old is None else micro.logp_old.to(device)
+        # What wrote a given answer is unknown: it counts as this policy's own, and its ratio starts at 1.
+        gen_BT = torch.where(micro.weight_version.to(device) < 0, old_BT, micro.logp_gen.to(device))
         advantage_BT = micro.advantages.to(device)
         with torch.set_grad_enabled(algorithm.entropy_coef > 0):
-            entropy_BT = token_entropy(logits_BTV, temperature=self.temperature)
+            entropy_BT = token_entropy(logits_BTV, temperature=temperature)
 
         policy_BT = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, **self.policy_loss_options)
-        policy_BT = policy_BT * self._correction(old_BT, micro.logp_gen.to(device), mask_BT)
+        policy_BT = policy_BT * self._correction(old_BT, gen_BT, mask_BT)
         weight_BT = loss_weights(
             mask_BT, algorithm.aggregation,
             total_tokens=share.total_tokens, total_sequences=share.total_sequences, constant=self.max_new_tokens,
         )  # fmt: skip
-        parts = {"policy": (policy_BT * weight_BT).sum()}
+        # The terms without their coefficients, also those that this loss does not have.
+        parts = {
+            "policy": (policy_BT * weight_BT).sum(),
+            "kl": (self._kl(logp_BT, old_BT, micro) * weight_BT).sum(),
+            "entropy": -(entropy_BT * weight_BT).sum(),
+        }
         loss = parts["policy"]
         if micro.logp_ref is not None and algorithm.kl_in == "loss":
-            kl_BT = kl_loss(logp_BT, micro.logp_ref.to(device), algorithm.kl_estimator, old_BT=old_BT) * mask_BT
-            parts["kl"] = (kl_BT * weight_BT).sum()
             loss = loss + kl_coef * parts["kl"]
         if algorithm.entropy_coef > 0:
-            parts["entropy"] = -(entropy_BT * weight_BT).sum()
             loss = loss + algorithm.entropy_coef * parts["entropy"]
 
         stats = {f"loss/{name}": value.detach() for name, value in parts.items()}
@@ -128,12 +132,21 @@ class Learner(Trainer):
             sequence=algorithm.policy_loss == "gspo",
         )  # fmt: skip
         if first_epoch:  # these compare policies that the inner epochs do not change
-            mismatch = mismatch_stats(old_BT, micro.logp_gen.to(device), mask_BT)
+            mismatch = mismatch_stats(old_BT, gen_BT, mask_BT)
             stats |= {f"mismatch/{name}": value for name, value in mismatch.items()}
             if micro.logp_ref is not None:
                 stats["kl_ref_sum"] = ((old_BT - micro.logp_ref.to(device)) * mask_BT).sum()
                 stats["sequences"] = mask_BT.any(1).sum()
         return loss, stats
+
+    def _kl(self, logp_BT: Tensor, old_BT: Tensor, micro: Batch) -> Tensor:
+        """[B, T] KL to the reference at each token; without a reference 0, for then there is no such term."""
+        if micro.logp_ref is None:
+            return torch.zeros_like(logp_BT)
+        ref_BT, estimator = micro.logp_ref.to(self.engine.device), self.algorithm.kl_estimator
+        if self.algorithm.kl_in == "loss":
+            return kl_loss(logp_BT, ref_BT, estimator, old_BT=old_BT)
+        return kl_estimate(logp_BT.detach(), ref_BT, estimator)
 
     def _correction(self, old_BT: Tensor, gen_BT: Tensor, mask_BT: Tensor) -> Tensor | float:
         """Importance weights from the policy that generated to the one that learns."""
@@ -161,7 +174,7 @@ class Learner(Trainer):
             "grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "skipped_steps": float(updates - len(finite)),
             "lr": lr,
-            "perf/peak_mem_gb": peak_memory_gb(self.engine.device),
+            **self.usage(totals),
         }
         if "kl_ref_sum" in totals:
             metrics["kl_ref"] = totals["kl_ref_sum"] / totals["sequences"]

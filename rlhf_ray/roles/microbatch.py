@@ -7,31 +7,29 @@ ranks takes the same optimiser steps as a run on one.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
 
 def split_minibatches(prompt_ids: Sequence[int], count: int, seed: int) -> list[list[int]]:
-    """Rows of each minibatch: whole groups, shuffled, the same number of groups in each.
+    """Rows of each minibatch: whole groups, shuffled, the same number of groups in each or one more.
 
     Args:
         prompt_ids: [B] group of each row.
-        count: number of minibatches; must divide the number of groups.
-    Raises:
-        ValueError: if it does not.
+        count: number of minibatches; fewer where there are fewer groups, for some may have been dropped.
     """
     groups: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompt_ids):
         groups.setdefault(int(prompt), []).append(row)
-    if len(groups) % count:
-        raise ValueError(
-            f"{len(groups)} groups do not split into {count} minibatches; make the number of prompts a multiple"
-        )
     order = sorted(groups)
     if count > 1:
         random.Random(f"{seed}:{order[0]}").shuffle(order)
-    size = len(order) // count
-    return [[row for prompt in order[i * size : (i + 1) * size] for row in groups[prompt]] for i in range(count)]
+    parts = min(count, len(order))
+    starts = [i * len(order) // parts for i in range(parts + 1)]
+    return [
+        [row for prompt in order[start:end] for row in groups[prompt]] for start, end in itertools.pairwise(starts)
+    ]
 
 
 def split_ranks(rows: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:

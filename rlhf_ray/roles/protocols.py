@@ -6,14 +6,16 @@ host the same class. The loop sees only these protocols, and treats a batch as o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from rlhf_ray.batch import Batch
+from rlhf_ray.batch import Batch, gather
 from rlhf_ray.sync.canary import CanaryTarget
 
 
@@ -22,7 +24,8 @@ class Request:
     """One completion to sample.
 
     `seed` is a function of (run seed, step, prompt, member): the same request gives the same tokens on any
-    generator, in any batch, at any later time, as long as the weights are the same.
+    generator, in any batch, at any later time, as long as the weights are the same. `temperature` takes the place
+    of the step's own. A request with an `answer` is not sampled: that completion becomes its row.
     """
 
     prompt_id: int
@@ -30,6 +33,8 @@ class Request:
     token_ids: tuple[int, ...]
     seed: int
     columns: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float | None = None
+    answer: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,36 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of a batch: plain numbers, small enough to travel through a driver."""
+    """Rewards of a batch: plain numbers, small enough to travel through a driver.
+
+    Where a reward function failed and its policy is to drop the group, `score` and the function's own number are NaN.
+    """
 
     score: Tensor  # [B] float32, the weighted sum
     by_function: Mapping[str, Tensor]  # name -> [B] unweighted
     texts: tuple[tuple[str, str], ...]  # (prompt, completion) of as many rows as were asked for
+    keep: Tensor | None = None  # [B] bool, False: the row's group was dropped; None: all rows count
+    stats: Mapping[str, float] = field(default_factory=dict)  # fault/retries, fault/dropped (groups), ...
+    events: tuple[Mapping[str, Any], ...] = ()  # what failed and what was done about it, for events.jsonl
+
+    def select(self, rows: Sequence[int]) -> Scores:
+        """The given rows, all of them judged, in order; texts of as many of the first of them as have one."""
+        index = torch.tensor(rows, dtype=torch.long)
+        texts = itertools.takewhile(lambda row: row < len(self.texts), rows)
+        named = {name: value_B[index] for name, value_B in self.by_function.items()}
+        return Scores(self.score[index], named, tuple(self.texts[row] for row in texts))
+
+    @staticmethod
+    def cat(parts: Sequence[Scores]) -> Scores:
+        """Judged rows of all parts, in order; the texts end with the first row that has none."""
+        texts: list[tuple[str, str]] = []
+        rows = 0
+        for part in parts:
+            if len(texts) == rows:
+                texts += part.texts
+            rows += len(part.score)
+        named = {name: torch.cat([part.by_function[name] for part in parts]) for name in parts[0].by_function}
+        return Scores(torch.cat([part.score for part in parts]), named, tuple(texts))
 
 
 @dataclass(frozen=True)
@@ -90,6 +120,9 @@ class Generator(WeightReceiver, Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+Gather = Callable[[Sequence[tuple[Batch, Sequence[int]]]], Batch]
 
 
 class Reward(Protocol):
@@ -151,4 +184,7 @@ class Roles:
     reference: Reference | None = None
     critic: Critic | None = None
     replicas: Sequence[CanaryTarget] = ()  # each generator by itself, for the canary
+    gather: Gather = gather  # one batch from the given rows of several
     parallel: bool = False  # roles run on workers of their own, so waiting for one need not wait for all
+    devices: float = 1.0  # accelerators that the run occupies; on CPU, machines
+    device_name: str | None = None  # the maker's, or cpu or mps; None where they differ or nobody knows

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_ray.algo.masks import masked_mean, masked_moments, masked_sum, masked_whiten
+from rlhf_ray.algo.masks import masked_mean, masked_sum, masked_whiten
 
 X_BT = torch.tensor([[1.0, 2.0, 99.0], [3.0, float("nan"), float("inf")]])
 MASK_BT = torch.tensor([[True, True, False], [True, False, False]])
@@ -33,12 +33,3 @@ def test_whiten_of_one_token_or_equal_tokens_is_zero():
     one_BT = torch.tensor([[False, True, False], [False, False, False]])
     assert masked_whiten(X_BT, one_BT).abs().max() == 0.0
     assert masked_whiten(torch.full((2, 3), 0.1), MASK_BT).abs().max() < 1e-3
-
-
-def test_moments_of_two_ranks_whiten_like_one():
-    x_BT = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    mask_BT = torch.tensor([[True, True], [True, True]])
-    moments = masked_moments(x_BT[:1], mask_BT[:1]) + masked_moments(x_BT[1:], mask_BT[1:])
-    assert moments.tolist() == [4.0, 12.0, 50.0]
-    parts = [masked_whiten(x_BT[i : i + 1], mask_BT[i : i + 1], moments=moments) for i in range(2)]
-    torch.testing.assert_close(torch.cat(parts), masked_whiten(x_BT, mask_BT))

@@ -55,6 +55,11 @@ def test_running_moments_equal_those_of_everything_seen():
     assert RunningMoments().std == 1.0
 
 
+def test_equal_rewards_have_no_scale():
+    same = RunningMoments().update(torch.full((3,), 5.0))
+    assert same.std == 0 and same.normalize(torch.tensor([5.0, 7.0])).tolist() == [0.0, 2.0]
+
+
 def test_each_source_has_its_own_scale():
     reward_B, source_B = torch.tensor([0.0, 100.0, 2.0, 300.0]), ["easy", "hard", "easy", "hard"]
     moments = MomentsBySource().update(reward_B, source_B)

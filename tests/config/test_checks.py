@@ -114,8 +114,39 @@ CASES = {
         [*SHARED, "algorithm.name=ppo", "critic.engine=deepspeed", "critic.world_size=2"],
         "ray.colocate: critic.world_size=2 exceeds learner.world_size=1", "lower it",
         [*SHARED, "algorithm.name=ppo", "critic.engine=deepspeed", "critic.world_size=2", "device=cpu"]),
+    "packed shards": (["model.lora.quantize=nf4", "learner.engine=deepspeed"],
+                      "model.lora.quantize=nf4 packs the weights, and ZeRO would cut", "set learner.engine=torch",
+                      ["model.lora.quantize=nf4"]),
+    "packed on mps": (["model.lora.quantize=nf4", "device=mps"], "model.lora.quantize=nf4 needs bitsandbytes",
+                      "set device=cpu", ["model.lora.quantize=none", "device=mps"]),
     "bfloat16 on mps": (["device=mps", "dtype=bfloat16"], "dtype=bfloat16 on MPS loses log-probabilities",
                         "set dtype=float32 or auto", ["device=mps", "dtype=auto"]),
+    "resampling without groups": (
+        ["algorithm.name=remax", "algorithm.resample_rounds=2"], "algorithm.resample_rounds=2 replaces groups",
+        "set algorithm.resample_rounds=0", ["algorithm.name=dapo", "algorithm.resample_rounds=2"]),
+    "only references": (
+        ["rollout.group_size=4", "rollout.reference_answers=4"], "rollout.reference_answers=4 leaves none",
+        "lower reference_answers", ["rollout.group_size=4", "rollout.reference_answers=3"]),
+    "idle temperatures": (
+        ["rollout.group_size=3", "rollout.reference_answers=1", "rollout.temperatures=[1,1,2]"],
+        "rollout.temperatures has 3 entries for 2 sampled", "shorten it",
+        ["rollout.group_size=3", "rollout.reference_answers=1", "rollout.temperatures=[1,2]"]),
+    "scheduled to nowhere": (
+        ["algorithm.kl_controller=scheduled", "algorithm.kl_coef=0.1"],
+        "algorithm.kl_controller=scheduled moves the target", "set both or neither",
+        ["algorithm.kl_controller=scheduled", "algorithm.kl_coef=0.1", "algorithm.kl_target_end=2"]),
+    "a target end alone": (["algorithm.kl_target_end=2"], "algorithm.kl_controller=scheduled moves the target",
+                           "set both or neither", []),
+    "two baselines": (
+        ["algorithm.moving_baseline=true"], "algorithm.moving_baseline belongs to advantage=reinforce",
+        "set algorithm.moving_baseline=false", ["algorithm.name=reinforce", "algorithm.moving_baseline=true"]),
+    "normalised alone": (
+        ["algorithm.name=ppo", "rollout.group_size=1", "algorithm.normalize_rewards=group"],
+        "algorithm.normalize_rewards=group compares", "set normalize_rewards=running",
+        ["algorithm.name=ppo", "rollout.group_size=2", "algorithm.normalize_rewards=group"]),
+    "normalised without the greedy one": (
+        ["algorithm.name=remax", "algorithm.normalize_rewards=group"], "algorithm.normalize_rewards=group rescales",
+        "set normalize_rewards=running", ["algorithm.name=remax", "algorithm.normalize_rewards=running"]),
     "ipc locally": (["sync.transport=cuda_ipc"], "sync.transport=cuda_ipc connects processes", "use in_process",
                     ["sync.transport=in_process"]),
 }  # fmt: skip
@@ -138,7 +169,7 @@ def test_vllm_on_a_mac(load, monkeypatch):
         load("generator.engine=vllm")
 
 
-@pytest.mark.parametrize("name", ["ppo", "reinforce", "reinforce_pp"])
+@pytest.mark.parametrize("name", ["ppo", "reinforce", "reinforce_pp", "remax"])
 def test_one_answer_a_prompt_is_enough_without_a_group_baseline(load, name):
     load(f"algorithm.name={name}", "rollout.group_size=1")
 

@@ -4,9 +4,10 @@ import time
 import pytest
 import torch
 
-from rlhf_ray.config.schema import RolloutConfig
-from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts, rollout_metrics, sample_seed, staleness
+from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
+from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts, rollout_metrics, staleness
 from rlhf_ray.roles.protocols import Sampling, Scores
+from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.run.timer import Timer
 
 SAMPLING = Sampling(4)
@@ -14,9 +15,14 @@ SAMPLING = Sampling(4)
 
 @pytest.fixture
 def rollouts(generator, reward, prompts):
-    def make(**settings) -> Rollouts:
-        config = RolloutConfig(prompts_per_step=3, group_size=2, **settings)
-        return Rollouts(generator, reward, prompts, config, SAMPLING, seed=7, timer=Timer(), texts=3)
+    def make(position: int = 0) -> Rollouts:
+        config = RolloutConfig(prompts_per_step=3, group_size=2)
+        made = Rollouts(
+            generator, reward, prompts, config, SAMPLING,
+            algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3,
+        )  # fmt: skip
+        made.load_state_dict({"position": position})
+        return made
 
     return make
 
@@ -25,20 +31,33 @@ def rollouts(generator, reward, prompts):
 
 
 def test_a_step_asks_for_its_place_in_the_stream(rollouts, generator):
-    scored = rollouts().next(2)
+    here = rollouts(6)
+    scored = here.next(2)
     asked = generator.asked[0]
     assert [r.prompt_id for r in asked] == [6, 6, 7, 7, 8, 8], "prompts 6, 7, 8 of the stream"
     assert [r.sample_id for r in asked] == [12, 13, 14, 15, 16, 17]
     assert generator.sampling == [SAMPLING]
     assert scored.batch.score.tolist() == [0, 1, 2, 3, 4, 5]
     assert len(scored.scores.texts) == 3
+    assert scored.batch.temperature is None and scored.batch.baseline is None
+    assert here.state_dict() == {"position": 9}
 
 
-def test_prompts_of_a_step_are_a_function_of_the_step(rollouts, generator):
-    for step in (0, 1, 2, 1):
-        rollouts().next(step)
+def test_prompts_of_a_step_are_a_function_of_the_position(rollouts, generator):
+    whole = rollouts()
+    for step in (0, 1, 2):
+        whole.next(step)
+    rollouts(3).next(1)
     assert generator.asked[3] == generator.asked[1], "a new object, the same requests"
     assert generator.asked[0] != generator.asked[1]
+
+
+def test_a_step_that_fails_has_not_moved_on(rollouts, generator):
+    generator.fail_at = 0
+    here = rollouts(3)
+    with pytest.raises(RuntimeError, match="fell over"):
+        here.next(1)
+    assert here.state_dict() == {"position": 3}
 
 
 def test_every_epoch_visits_every_prompt_once(rollouts):
@@ -108,8 +127,9 @@ def overlapped(generator, reward, prompts):
     def make(bound: int, start: int = 0, steps: int = 20) -> OverlappedRollouts:
         config = RolloutConfig(prompts_per_step=3, group_size=2, max_staleness=bound)
         ahead = OverlappedRollouts(
-            generator, reward, prompts, config, SAMPLING, seed=7, timer=Timer(), texts=3, start=start, steps=steps
-        )
+            generator, reward, prompts, config, SAMPLING,
+            algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3, start=start, steps=steps,
+        )  # fmt: skip
         made.append(ahead)
         return ahead
 
@@ -155,14 +175,17 @@ def test_the_same_prompts_as_without_overlap(overlapped, rollouts, generator):
         ahead.next(step)
         push(ahead, generator, step + 1)
     settle(lambda: len(generator.asked) == 4)
+    assert ahead.state_dict() == {"position": 12}, "of what the loop has taken, not of what lies ready"
+    here = rollouts()
     for step in range(4):
-        rollouts().next(step)
+        here.next(step)
     assert generator.asked[:4] == generator.asked[4:]
 
 
 def test_nothing_is_generated_before_the_first_sync(overlapped, generator):
     """A resumed run's generator holds the weights of its folder until then."""
     ahead = overlapped(1, start=5)
+    ahead.load_state_dict({"position": 15})
     time.sleep(0.1)
     assert generator.asked == []
     push(ahead, generator, 5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ray.batch import Rows, build_batch
-from rlhf_ray.remote.batch import COLUMNS, RemoteBatch, RemoteColumn, join_rows, joined
+from rlhf_ray.remote.batch import COLUMNS, RemoteBatch, RemoteColumn, joined
 from rlhf_ray.roles.protocols import Request
 
 ROWS = Rows((7, 7), (3, 4), (1, 2), (False, True), (0, 0))
@@ -20,7 +20,9 @@ def batch_of_two():
 
 
 def test_columns_are_the_optional_fields():
-    assert COLUMNS == ("score", "logp_old", "logp_ref", "values", "advantages", "returns")
+    assert COLUMNS == (
+        "temperature", "score", "baseline", "logp_old", "logp_ref", "values", "advantages", "returns",
+    )  # fmt: skip
 
 
 def test_replace_leaves_the_original_alone():
@@ -56,10 +58,10 @@ def test_a_per_token_tensor_must_not_pass_through_the_driver():
 
 
 def test_unknown_column():
-    with pytest.raises(TypeError, match="'tokens' is not a column; columns are score, logp_old"):
+    with pytest.raises(TypeError, match="'tokens' is not a column; columns are temperature, score, baseline, logp_old"):
         RemoteBatch("batch", ROWS).replace(tokens=RemoteColumn("x"))
 
 
 def test_rows_join_in_order():
     other = Rows((8,), (5,), (3,), (False,), (1,))
-    assert join_rows([ROWS, other]) == Rows((7, 7, 8), (3, 4, 5), (1, 2, 3), (False, True, False), (0, 0, 1))
+    assert Rows.cat([ROWS, other]) == Rows((7, 7, 8), (3, 4, 5), (1, 2, 3), (False, True, False), (0, 0, 1))

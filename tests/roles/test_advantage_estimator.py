@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.schema import PRESETS, AlgorithmConfig
+from rlhf_ray.errors import DataError
 from rlhf_ray.roles.advantages import AdvantageEstimator
 
 
@@ -112,46 +113,83 @@ def test_rewards_are_clipped(four):
 
 
 def test_rewards_are_divided_by_their_running_standard_deviation(four):
-    scale = estimator(name="rloo", normalize_rewards=True)
+    scale = estimator(name="rloo", normalize_rewards="running")
     batch = four.replace(score=torch.tensor([0.0, 2.0, 0.0, 2.0]))  # std 1.1547
     result = scale.estimate(batch, 0.0).columns["advantages"]
     assert result[:, 1].tolist() == pytest.approx([-3**0.5, 3**0.5, -3**0.5, 3**0.5])
     scale.estimate(four.replace(score=torch.tensor([4.0, 6.0, 4.0, 6.0])), 0.0)
-    assert scale.reward_moments.count == 8 and scale.reward_moments.mean == 3.0
-    assert scale.reward_moments.std == pytest.approx((40 / 7) ** 0.5)
+    moments = scale.reward_moments.sources["all"]
+    assert moments.count == 8 and moments.mean == 3.0 and moments.std == pytest.approx((40 / 7) ** 0.5)
+
+
+def test_each_source_has_a_scale_of_its_own(four):
+    columns = tuple({"data_source": name} for name in ("easy", "easy", "hard", "hard"))
+    batch = four.replace(score=torch.tensor([0.0, 2.0, 0.0, 200.0]), columns=columns)
+    own = estimator(name="rloo", normalize_rewards="source")
+    assert own.estimate(batch, 0.0).columns["advantages"][:, 1].tolist() == pytest.approx([-(2**0.5), 2**0.5] * 2)
+    with pytest.raises(DataError, match="no column 'kind'.*'data_source'.*set algorithm.source_field"):
+        estimator(name="rloo", normalize_rewards="source", source_field="kind").estimate(batch, 0.0)
+
+
+def test_rewards_normalised_in_each_group(four):
+    batch = four.replace(score=torch.tensor([0.0, 2.0, 0.0, 200.0]))
+    result = estimator(name="reinforce", normalize_rewards="group").estimate(batch, 0.0).columns["advantages"]
+    assert result[:, 1].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5] * 2, rel=1e-3)
+
+
+def test_a_moving_baseline_knows_the_past_only(four):
+    moving = estimator(name="reinforce", moving_baseline=True)
+    first = moving.estimate(four, 0.0).columns["advantages"]
+    assert first[:, 1].tolist() == [1, 0, 2, 2], "no past, no baseline"
+    second = moving.estimate(four, 0.0).columns["advantages"]
+    assert second[:, 1].tolist() == pytest.approx([-0.25, -1.25, 0.75, 0.75]), "the mean of the first step was 1.25"
+    other = estimator(name="reinforce", moving_baseline=True)
+    other.load_state_dict(moving.state_dict())
+    assert other.moving_baseline == moving.moving_baseline and other.moving_baseline.updates == 2
+
+
+def test_remax_subtracts_the_reward_of_the_greedy_answer(four):
+    batch = four.replace(baseline=torch.tensor([0.5, 0.5, 3.0, 3.0]))
+    plain = estimator(name="remax").estimate(batch, 0.0).columns["advantages"]
+    assert plain[:, 1].tolist() == [0.5, -0.5, -1.0, -1.0]
+    bounded = estimator(name="remax", reward_clip=1.0).estimate(batch, 0.0).columns["advantages"]
+    assert bounded[:, 1].tolist() == [0.5, -0.5, 0.0, 0.0], "both are shaped alike"
+    scaled = estimator(name="remax", normalize_rewards="running").estimate(batch, 0.0).columns["advantages"]
+    std = float(four.score.std())
+    assert scaled[:, 1].tolist() == pytest.approx([0.5 / std, -0.5 / std, -1 / std, -1 / std])
 
 
 def test_clipping_comes_after_the_division(four):
     batch = four.replace(score=torch.tensor([0.0, 2000.0, 0.0, 2000.0]))
-    result = estimator(name="rloo", normalize_rewards=True, reward_clip=1.0).estimate(batch, 0.0)
+    result = estimator(name="rloo", normalize_rewards="running", reward_clip=1.0).estimate(batch, 0.0)
     assert result.columns["advantages"][:, 1].tolist() == [-1.0, 1.0, -1.0, 1.0]
 
 
 def test_equal_rewards_have_no_scale(four):
     for score in (0.0, 3.0):
-        scale = estimator(name="reinforce", normalize_rewards=True)
+        scale = estimator(name="reinforce", normalize_rewards="running")
         batch = four.replace(score=torch.full((4,), score))
         assert scale.estimate(batch, 0.0).columns["advantages"].tolist() == [[0.0] * 3] * 4
-    ppo = estimator(name="ppo", normalize_rewards=True, whiten_advantages=False, lam=1.0)
+    ppo = estimator(name="ppo", normalize_rewards="running", whiten_advantages=False, lam=1.0)
     batch = four.replace(score=torch.full((4,), 3.0), values=torch.zeros(4, 3))
     assert ppo.estimate(batch, 0.0).columns["advantages"][1].tolist() == [0, 3.0, 0], "taken as they are"
 
 
 def test_the_state_goes_through_a_checkpoint(four):
-    one = estimator(normalize_rewards=True)
+    one = estimator(normalize_rewards="running")
     one.estimate(four, 0.0)
-    other = estimator(normalize_rewards=True)
+    other = estimator(normalize_rewards="running")
     other.load_state_dict(one.state_dict())
-    assert other.reward_moments == one.reward_moments and other.reward_moments.count == 4
+    assert other.reward_moments == one.reward_moments and other.reward_moments.sources["all"].count == 4
     later = four.replace(score=torch.tensor([3.0, 1.0, 0.0, 5.0]))
     mine, theirs = one.estimate(later, 0.0), other.estimate(later, 0.0)
     assert torch.equal(mine.columns["advantages"], theirs.columns["advantages"])
-    assert all(isinstance(x, (int, float)) for x in one.state_dict()["reward_moments"].values())
+    assert all(isinstance(x, (int, float)) for x in one.state_dict()["reward_moments"]["all"].values())
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_gives_finite_advantages(four, name):
-    batch = with_logps(four).replace(values=torch.zeros(4, 3))
+    batch = with_logps(four).replace(values=torch.zeros(4, 3), baseline=torch.tensor([0.5, 0.5, 1.0, 1.0]))
     result = estimator(name=name).estimate(batch, 0.1)
     assert result.columns["advantages"].isfinite().all()
     assert (result.columns["advantages"][~batch.response_mask] == 0).all()

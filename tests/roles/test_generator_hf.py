@@ -140,6 +140,22 @@ def test_the_probability_after_top_k_is_the_one_sampled_with():
     assert math.exp(sampler.logps[0].item()) == pytest.approx({0: 0.625, 1: 0.375}[token], rel=1e-6)
 
 
+def test_rows_of_different_temperatures():
+    """Each row is drawn as it would be with the others at its temperature; a row at 0 is greedy."""
+    logits_BV = torch.tensor([[0.0, 1.0, 2.0]] * 4)
+    tokens = torch.zeros(4, 3, dtype=torch.long)
+    mixed = KeyedSampler(range(4), Sampling(1, temperature=9.0), prompt_length=3, temperatures=[0.5, 2.0, 0.0, 0.5])
+    chosen = mixed(tokens, logits_BV).argmax(-1)
+    for temperature, rows in ((0.5, [0, 3]), (2.0, [1])):
+        alone = KeyedSampler(range(4), Sampling(1, temperature=temperature), prompt_length=3)
+        assert torch.equal(alone(tokens, logits_BV).argmax(-1)[rows], chosen[rows])
+        assert torch.equal(alone.logps[0][rows], mixed.logps[0][rows])
+    assert chosen[2] == 2
+    # Greedy rows in every place: the keyed draw would not always take the likeliest.
+    greedy = KeyedSampler(range(4), Sampling(1), prompt_length=3, temperatures=[0.0, 0.0, 0.0, 1.0])
+    assert greedy(tokens, logits_BV).argmax(-1)[:3].tolist() == [2, 2, 2]
+
+
 # ---- honest probabilities -------------------------------------------------------------------------------------
 
 

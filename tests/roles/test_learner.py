@@ -11,6 +11,7 @@ from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.training import Share
 
 KINDS = ["qwen2", "gpt2", "lstm"]
@@ -71,6 +72,37 @@ def test_logprobs(tiny, learner_of, ragged, reference_logprobs, kind, temperatur
     expected = reference_logprobs(tiny(kind), ragged, temperature).detach()
     assert (ours - expected).abs().max() < 1e-5
     assert (ours[~ragged.response_mask] == 0).all() and ours.dtype == torch.float32
+
+
+def test_rows_of_different_temperatures(tiny, learner_of, ragged, reference_logprobs, with_advantages):
+    """Each row's log-probabilities are those of the distribution it was drawn from, and its first ratio is 1."""
+    own_B = torch.tensor([0.5, 2.0] * 3)
+    batch = with_advantages(ragged).replace(temperature=own_B)
+    learner = learner_of(tiny(), temperature=1.3, tokens_per_microbatch=10)
+    ours = learner.logprobs(batch)
+    for temperature in (0.5, 2.0):
+        rows = own_B == temperature
+        expected = reference_logprobs(tiny(), ragged, temperature).detach()
+        assert (ours - expected)[rows].abs().max() < 1e-5
+    metrics = learner.update(batch.replace(logp_gen=ours), 0, 0.0)
+    assert metrics["ratio/max"] == 1 and metrics["approx_kl"] == 0 and metrics["mismatch/absdiff_max"] == 0
+    reference = Reference(tiny(), temperature=1.3, tokens_per_microbatch=10)
+    assert (reference.logprobs(batch) - ours).abs().max() < 1e-5
+
+
+def test_given_answers_count_as_the_policys_own(tiny, learner_of, ragged, with_advantages):
+    """Nobody knows how likely they were where they come from: no mismatch, no correction, a ratio that starts at 1."""
+    batch = with_advantages(ragged)
+    logp = learner_of(tiny()).logprobs(batch)
+    given = batch.weight_version.clone()
+    given[1] = -1
+    written = logp.clone()
+    written[1] = -99.0 * batch.response_mask[1]
+    batch = batch.replace(weight_version=given, logp_gen=written)
+    corrected = learner_of(tiny(), {"correction": "truncate"})
+    assert distance(gradients_of(corrected, batch), gradients_of(learner_of(tiny()), batch)) < 1e-6
+    metrics = corrected.update(batch, 0, 0.0)
+    assert metrics["mismatch/absdiff_max"] < 1e-5 and metrics["ratio/max"] == 1
 
 
 # ---- one update, derived again --------------------------------------------------------------------------------

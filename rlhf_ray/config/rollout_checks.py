@@ -1,0 +1,68 @@
+"""Which answers make up a group and which groups are learned from: settings that contradict each other."""
+
+from __future__ import annotations
+
+from rlhf_ray.config.schema import RunConfig
+
+# They compare an answer with something outside its group.
+_NO_GROUP_BASELINE = ("gae", "reinforce", "reinforce_pp", "remax")
+
+
+def group_problems(config: RunConfig) -> list[str]:
+    """Each with what, why and what to do."""
+    algorithm, rollout = config.algorithm, config.rollout
+    problems = []
+    if algorithm.advantage not in _NO_GROUP_BASELINE and rollout.group_size < 2:
+        problems.append(
+            f"{algorithm.name}: rollout.group_size={rollout.group_size} makes every advantage 0, "
+            "for an answer is compared with the others of its group; set rollout.group_size >= 2"
+        )
+    if algorithm.resample_rounds and algorithm.advantage in _NO_GROUP_BASELINE:
+        problems.append(
+            f"algorithm.resample_rounds={algorithm.resample_rounds} replaces groups with equal rewards, and "
+            f"algorithm.advantage={algorithm.advantage} learns from these too; set algorithm.resample_rounds=0"
+        )
+    if rollout.reference_answers >= rollout.group_size:
+        problems.append(
+            f"rollout.reference_answers={rollout.reference_answers} leaves none of the rollout.group_size="
+            f"{rollout.group_size} members for the policy to write; raise group_size or lower reference_answers"
+        )
+    sampled = rollout.group_size - rollout.reference_answers
+    if len(rollout.temperatures) > max(1, sampled):
+        problems.append(
+            f"rollout.temperatures has {len(rollout.temperatures)} entries for {sampled} sampled members of a group, "
+            "so some would never be used; shorten it or raise rollout.group_size"
+        )
+    return problems
+
+
+def shaping_problems(config: RunConfig) -> list[str]:
+    """Rewards, baselines and the KL controller."""
+    algorithm = config.algorithm
+    problems = []
+    if algorithm.kl_controller != "fixed" and algorithm.kl_coef == 0:
+        problems.append(
+            f"algorithm.kl_controller={algorithm.kl_controller} multiplies algorithm.kl_coef, which is 0 and would "
+            "stay 0; set a positive kl_coef"
+        )
+    if (algorithm.kl_controller == "scheduled") != (algorithm.kl_target_end is not None):
+        problems.append(
+            "algorithm.kl_controller=scheduled moves the target from kl_target to kl_target_end, and only one of "
+            "kl_controller=scheduled and kl_target_end is set; set both or neither"
+        )
+    if algorithm.moving_baseline and algorithm.advantage != "reinforce":
+        problems.append(
+            f"algorithm.moving_baseline belongs to advantage=reinforce, and {algorithm.advantage} has a baseline of "
+            "its own; set algorithm.moving_baseline=false"
+        )
+    if algorithm.normalize_rewards == "group" and config.rollout.group_size < 2:
+        problems.append(
+            "algorithm.normalize_rewards=group compares an answer with the others of its group, and with "
+            f"rollout.group_size={config.rollout.group_size} every reward would be 0; set normalize_rewards=running"
+        )
+    if algorithm.normalize_rewards == "group" and algorithm.advantage == "remax":
+        problems.append(
+            "algorithm.normalize_rewards=group rescales each group, to which ReMax's greedy answer does not belong, so "
+            "its reward would no longer be comparable; set normalize_rewards=running"
+        )
+    return problems
