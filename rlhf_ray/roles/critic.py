@@ -46,11 +46,13 @@ class Critic(Trainer):
                 grad_norms.append(grad_norm)
                 totals.add(stats.values)
         finite = [norm for norm in grad_norms if math.isfinite(norm)]
+        sums = totals.over_ranks(self.engine)
         return {
-            "loss/value": totals.over_ranks(self.engine)["loss/value"] / len(grad_norms),
+            "loss/value": sums["loss/value"] / len(grad_norms),
             "critic/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "critic/skipped_steps": float(len(grad_norms) - len(finite)),
             "critic/lr": lr,
+            **self.usage(sums),  # the learner's take its place, unless the policy rests
         }
 
     def _loss(self, micro: Batch, share: Share) -> tuple[Tensor, Mapping[str, Tensor]]:
