@@ -78,6 +78,11 @@ def _learner_problems(learner: SupervisedLearnerConfig, model: ModelConfig) -> l
         )
     if learner.gradient_checkpointing and model.path == "scratch:lstm":
         problems.append("learner.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
+    if model.lora is not None and model.lora.quantize != "none":
+        problems.append(
+            f"model.lora.quantize={model.lora.quantize} is for `rl` so far, and would be passed over here; "
+            "set model.lora.quantize=none"
+        )
     return problems
 
 
