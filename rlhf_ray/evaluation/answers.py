@@ -17,7 +17,7 @@ from rlhf_ray.data.types import Instruction
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.rewards.compose import reward_of
+from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.roles.factory import Assets, make_generator, make_reward
 from rlhf_ray.roles.protocols import Generator, Request, Sampling, Scores
@@ -184,14 +184,20 @@ def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[
         generator.close()
 
 
-def check_rewards(config: SampledRunConfig) -> None:
-    """All that people get wrong about rewards, before anything is loaded or sampled. Raises RlhfRayError."""
-    for reward in config.rewards:
-        reward_of(reward).close()
+def check_rewards(config: SampledRunConfig) -> list[str]:
+    """The names of the rewards. All that people get wrong about them shows here, before anything is sampled.
+
+    Raises RlhfRayError.
+    """
+    functions = RewardSet([reward_of(reward) for reward in config.rewards])
+    functions.close()
+    names = list(functions.functions)
     if config.reward_model is not None:
         load_tokenizer(config.reward_model.path)
+        names.append("reward_model")
     if config.judge is not None:
         open_judge(config.judge)
+    return names
 
 
 def tokenizer_of(model: SampledModelConfig) -> PreTrainedTokenizerBase:

@@ -52,7 +52,7 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
 
     Raises RlhfRayError: data, models or rewards that cannot be used, before the first model is loaded where possible.
     """
-    check_rewards(config)
+    _check_names(config, check_rewards(config))
     tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
     prompts = common_prompts({name: read_prompts(config.data, t) for name, t in tokenizers.items()})
     texts = _perplexity_texts(config)
@@ -83,6 +83,14 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
         "samples": side_by_side(shown[: config.samples], answers),
     }
     return Comparison(result, shown, answers)
+
+
+def _check_names(config: EvalRunConfig, rewards: Sequence[str]) -> None:
+    by, right = config.win_rate.by, config.pass_at.reward
+    if by not in ("auto", "judge", "reward", *rewards):
+        raise ConfigError(f"win_rate.by={by} is none of judge, reward, {', '.join(rewards)}; choose one of these")
+    if right is not None and right not in rewards:
+        raise ConfigError(f"pass_at.reward={right} is none of the rewards; choose one of {', '.join(rewards)}")
 
 
 def _perplexity_texts(config: EvalRunConfig) -> list[str]:
@@ -136,10 +144,8 @@ def _std(value_B: Any) -> float:
 
 
 def _pass_at_k(config: EvalRunConfig, answers: Answers) -> dict[str, float]:
-    by_function, wanted = answers.scores.by_function, config.pass_at.reward
-    if wanted is not None and wanted not in by_function:
-        raise ConfigError(f"pass_at.reward={wanted} is none of the rewards; choose one of {', '.join(by_function)}")
-    name = wanted or verifiable_reward(by_function)
+    by_function = answers.scores.by_function
+    name = config.pass_at.reward or verifiable_reward(by_function)
     if name is None:
         return {}
     right = [score >= config.pass_at.right_at for score in by_function[name].tolist()]  # no score: not right
@@ -209,12 +215,7 @@ def _judged_by(config: EvalRunConfig) -> str | None:
 
 
 def _scores(answers: Answers, by: str) -> list[float]:
-    scores = answers.scores
-    if by == "reward":
-        return scores.score.tolist()
-    if by not in scores.by_function:
-        raise ConfigError(f"win_rate.by={by} is none of judge, reward, {', '.join(scores.by_function)}")
-    return scores.by_function[by].tolist()
+    return (answers.scores.score if by == "reward" else answers.scores.by_function[by]).tolist()
 
 
 def _judged(
