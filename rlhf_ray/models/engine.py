@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -79,42 +80,25 @@ class TrainEngine(Protocol):
         """Free what must be freed by hand (process groups)."""
 
 
-def build_engine(
-    kind: EngineKind,
-    module: nn.Module,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    gradient_checkpointing: bool = False,
-    **deepspeed_options: Any,
-) -> TrainEngine:
-    """The one place that chooses an engine; `deepspeed_options` are DeepSpeedEngine's own keywords."""
-    settings: dict[str, Any] = {
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "device": device,
-        "dtype": dtype,
-        "gradient_checkpointing": gradient_checkpointing,
-    }
+def build_engine(kind: EngineKind, module: nn.Module, **settings: Any) -> TrainEngine:
+    """The one place that chooses an engine; `settings` are the keywords of `TorchEngine` or `DeepSpeedEngine`.
+
+    Raises ConfigError for an unknown engine, and for settings that it does not have.
+    """
     if kind == "torch":
-        if deepspeed_options:
-            raise ConfigError(
-                f"learner.engine=torch does not know {sorted(deepspeed_options)}: it trains in one process "
-                "without ZeRO; set learner.engine=deepspeed or drop these settings"
-            )
         from rlhf_ray.models.torch_engine import TorchEngine
 
+        unknown = sorted(settings.keys() - signature(TorchEngine).parameters.keys())
+        if unknown:
+            raise ConfigError(
+                f"learner.engine=torch does not know {unknown}: it trains in one process "
+                "without ZeRO; set learner.engine=deepspeed or drop these settings"
+            )
         return TorchEngine(module, **settings)
     if kind == "deepspeed":
         from rlhf_ray.models.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, **settings, **deepspeed_options)
+        return DeepSpeedEngine(module, **settings)
     raise ConfigError(f"learner.engine={kind!r} is unknown; choose 'torch' or 'deepspeed'")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +36,6 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_head.to(device=backbone.device, dtype=backbone.dtype)
-
-    @classmethod
-    def from_policy(cls, policy: PreTrainedModel) -> ValueModel:
-        """A copy of a causal LM's backbone, without its LM head. The policy itself will not be trained along."""
-        return cls(copy.deepcopy(_backbone_of(policy)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> ValueModel:
@@ -88,16 +82,6 @@ class ValueModel(nn.Module):
             )
         self.backbone.save_pretrained(folder, state_dict=body)
         save_file(head, Path(folder) / HEAD_FILE)
-
-
-def _backbone_of(policy: PreTrainedModel) -> PreTrainedModel:
-    backbone = policy.base_model
-    if backbone is policy or hasattr(backbone, "lm_head"):
-        raise ModelError(
-            f"{type(policy).__name__} has no backbone that a critic could use (base_model_prefix names none, or it is "
-            "a LoRA model); pass the plain causal language model, or set critic.path"
-        )
-    return backbone
 
 
 def _width(config: PreTrainedConfig) -> int:

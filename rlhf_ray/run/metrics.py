@@ -56,10 +56,6 @@ class Metrics:
             if made is not None:
                 self._loggers[name] = made
 
-    @property
-    def active(self) -> list[str]:
-        return list(self._loggers)
-
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`metrics`: numbers, or tensors and arrays of one element."""
         numbers = {name: float(value) for name, value in metrics.items()}

@@ -78,15 +78,15 @@ class CudaSender:
         return SyncStats(time.perf_counter() - started, nbytes / 1e9, self._versioned.calls)
 
     def _open(self, client: WeightClient) -> None:
-        open_channel, rendezvous = _vllm_side()
+        vllm = _vllm_side()
         self.reset()
         self._client, self._versioned = client, VersionedClient(client)
         meeting = None
         if self.transport == "nccl":
             address = self.address or own_address()
-            meeting = rendezvous(address=address, port=free_port(), world_size=1 + self.receivers)
-        self._channel = open_channel(
-            BACKENDS[self.transport],
+            meeting = vllm.Rendezvous(address=address, port=free_port(), world_size=1 + self.receivers)
+        plan = vllm.ChannelPlan(
+            backend=BACKENDS[self.transport],
             metadata=lambda: self._metadata or [],
             stream=self._stream,
             client=self._versioned,
@@ -94,6 +94,7 @@ class CudaSender:
             buffer_bytes=max(self.capacity, *(_nbytes(m) for m in self._metadata or [])),
             rendezvous=meeting,
         )
+        self._channel = vllm.open_channel(plan)
 
     def _stream(self) -> Iterator[Pair]:
         assert self._source is not None
@@ -132,16 +133,17 @@ class VersionedClient:
         self.client.finish_weight_update(str(self.version) if weight_version is None else weight_version)
 
 
-def _vllm_side() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _vllm_side() -> Any:
+    """The module that knows vLLM, or what stands for it in a test."""
     try:
-        from rlhf_ray.sync.vllm_transfer import Rendezvous, open_channel
+        from rlhf_ray.sync import vllm_transfer
     except ImportError as error:
         raise ConfigError(
             f"sync.transport=nccl and cuda_ipc use vLLM's trainer side, which does not import here ({error}); "
             "install rlhf-ray[vllm] (and ray, which vLLM 0.26 needs for IPC) where the learner runs, or set "
             "sync.transport=shared_memory"
         ) from error
-    return open_channel, Rendezvous
+    return vllm_transfer
 
 
 def _nbytes(meta: ParamMeta) -> int:

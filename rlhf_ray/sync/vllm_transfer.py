@@ -199,152 +199,132 @@ class Rendezvous:
 Channel = tuple[Callable[[], None], Callable[[], None]]
 
 
-def open_channel(
-    backend: str,
-    *,
-    metadata: Callable[[], list[ParamMeta]],
-    stream: Callable[[], Iterator[Pair]],
-    client: WeightClient,
-    rank: int,
-    buffer_bytes: int,
-    rendezvous: Rendezvous | None,
-) -> Channel:
+@dataclass(frozen=True)
+class ChannelPlan:
+    """What a channel is made of. `stream` is iterated on every rank; `rendezvous` is for nccl."""
+
+    backend: str  # of vLLM: ipc or nccl
+    metadata: Callable[[], list[ParamMeta]]
+    stream: Callable[[], Iterator[Pair]]
+    client: WeightClient
+    rank: int
+    buffer_bytes: int
+    rendezvous: Rendezvous | None = None
+
+
+def open_channel(plan: ChannelPlan) -> Channel:
     """Rendezvous with the generators; every learner rank calls it.
 
     Returns (send, shutdown): `send` iterates `stream` on every rank and drives start, update and finish.
     """
     # Trainer-side engines came after 0.26. The factory for them is there before, but nothing is registered in it;
     # what sends is a static method of the worker's engine.
-    if backend == "ipc":
+    if plan.backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine as WorkerEngine
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine as WorkerEngine
     old = hasattr(WorkerEngine, "trainer_send_weights")
-    opener = _OPEN_WITH_STATIC_METHODS[backend] if old else _open_with_trainer_engine
-    return opener(backend, metadata, stream, client, rank, buffer_bytes, rendezvous)
+    opener = _OPEN_WITH_STATIC_METHODS[plan.backend] if old else _open_with_trainer_engine
+    return opener(plan)
 
 
-def _open_with_trainer_engine(
-    backend: str,
-    metadata: Callable[[], list[ParamMeta]],
-    stream: Callable[[], Iterator[Pair]],
-    client: WeightClient,
-    rank: int,
-    buffer_bytes: int,
-    rendezvous: Rendezvous | None,
-) -> Channel:
+def _open_with_trainer_engine(plan: ChannelPlan) -> Channel:
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory, base
 
     class ExportSource(base.WeightSource):
         """vLLM's ModuleSource gathers FSDP shards only; this one is whatever the learner exports."""
 
         def metadata(self) -> list[Any]:
-            return [base.ParamMeta(m.name, m.dtype, m.shape) for m in metadata()]
+            return [base.ParamMeta(m.name, m.dtype, m.shape) for m in plan.metadata()]
 
         def __iter__(self) -> Iterator[Pair]:
-            return stream()
+            return plan.stream()
 
     info: Any
-    if backend == "ipc":
+    if plan.backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=buffer_bytes)
+        info = IPCTrainerInitInfo(rank=plan.rank, packed=True, packed_buffer_size_bytes=plan.buffer_bytes)
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        assert rendezvous is not None
+        assert plan.rendezvous is not None
         info = NCCLTrainerInitInfo(
-            rank=rank,
-            master_address=rendezvous.address,
-            master_port=rendezvous.port,
-            world_size=rendezvous.world_size,
+            rank=plan.rank,
+            master_address=plan.rendezvous.address,
+            master_port=plan.rendezvous.port,
+            world_size=plan.rendezvous.world_size,
             packed=True,
-            packed_buffer_size_bytes=buffer_bytes,
+            packed_buffer_size_bytes=plan.buffer_bytes,
         )
-    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ExportSource())
+    engine = WeightTransferTrainerFactory.trainer_init(info, client=plan.client, source=ExportSource())
     return engine.send_weights, engine.shutdown
 
 
-def _open_ipc_0_26(
-    backend: str,
-    metadata: Callable[[], list[ParamMeta]],
-    stream: Callable[[], Iterator[Pair]],
-    client: WeightClient,
-    rank: int,
-    buffer_bytes: int,
-    rendezvous: Rendezvous | None,
-) -> Channel:
+def _open_ipc_0_26(plan: ChannelPlan) -> Channel:
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 
-    if rank == 0:
-        client.init_weight_transfer_engine({})
+    if plan.rank == 0:
+        plan.client.init_weight_transfer_engine({})
     arguments = IPCTrainerSendWeightsArgs(
-        send_mode=lambda info: client.update_weights(asdict(info)),
+        send_mode=lambda info: plan.client.update_weights(asdict(info)),
         packed=True,
-        packed_buffer_size_bytes=buffer_bytes,
+        packed_buffer_size_bytes=plan.buffer_bytes,
     )
 
     def send() -> None:
-        if rank == 0:
-            client.start_weight_update()
-        IPCWeightTransferEngine.trainer_send_weights(stream(), arguments)
-        if rank == 0:
-            client.finish_weight_update()
+        if plan.rank == 0:
+            plan.client.start_weight_update()
+        IPCWeightTransferEngine.trainer_send_weights(plan.stream(), arguments)
+        if plan.rank == 0:
+            plan.client.finish_weight_update()
 
     return send, lambda: None
 
 
-def _open_nccl_0_26(
-    backend: str,
-    metadata: Callable[[], list[ParamMeta]],
-    stream: Callable[[], Iterator[Pair]],
-    client: WeightClient,
-    rank: int,
-    buffer_bytes: int,
-    rendezvous: Rendezvous | None,
-) -> Channel:
+def _open_nccl_0_26(plan: ChannelPlan) -> Channel:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
     from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_NUM_BUFFERS
 
-    if rank != 0:
-        return lambda: _iterate(stream()), lambda: None
-    assert rendezvous is not None
+    if plan.rank != 0:
+        return lambda: _iterate(plan.stream()), lambda: None
+    assert plan.rendezvous is not None
     meeting = {
-        "master_address": rendezvous.address,
-        "master_port": rendezvous.port,
-        "world_size": rendezvous.world_size,
+        "master_address": plan.rendezvous.address,
+        "master_port": plan.rendezvous.port,
+        "world_size": plan.rendezvous.world_size,
     }
     packing = {
         "packed": True,
-        "packed_buffer_size_bytes": buffer_bytes,
+        "packed_buffer_size_bytes": plan.buffer_bytes,
         "packed_num_buffers": DEFAULT_PACKED_NUM_BUFFERS,
     }
     # Workers block in the rendezvous until the trainer joins, hence the thread.
     with ThreadPoolExecutor(max_workers=1) as caller:
-        joined = caller.submit(client.init_weight_transfer_engine, {**meeting, "rank_offset": 1})
+        joined = caller.submit(plan.client.init_weight_transfer_engine, {**meeting, "rank_offset": 1})
         group = NCCLWeightTransferEngine.trainer_init(meeting)
         joined.result()
 
     def send() -> None:
-        meta = metadata()
+        meta = plan.metadata()
         update = {
             "names": [m.name for m in meta],
             "dtype_names": [dtype_name(m.dtype) for m in meta],
             "shapes": [list(m.shape) for m in meta],
             **packing,
         }
-        client.start_weight_update()
+        plan.client.start_weight_update()
         caller = ThreadPoolExecutor(max_workers=1)
         try:
-            received = caller.submit(client.update_weights, update)
+            received = caller.submit(plan.client.update_weights, update)
             if received.done():
                 received.result()  # refused before any NCCL call: a broadcast would wait forever
-            NCCLWeightTransferEngine.trainer_send_weights(stream(), {"group": group, **packing})
+            NCCLWeightTransferEngine.trainer_send_weights(plan.stream(), {"group": group, **packing})
             received.result()
         finally:
             # After a failed broadcast the receiver never returns: waiting for it would hide the error.
             caller.shutdown(wait=False)
-        client.finish_weight_update()
+        plan.client.finish_weight_update()
         torch.cuda.current_stream().synchronize()
 
     return send, lambda: None

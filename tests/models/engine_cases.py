@@ -134,7 +134,7 @@ class Rank:
         models = {
             "untied": lambda: tiny(tied=False),
             "lora": tiny_lora,
-            "critic": lambda: ValueModel.from_policy(tiny()),
+            "critic": lambda: ValueModel(tiny().base_model),
             "lstm": lambda: build_scratch("lstm", vocab_size=VOCAB, hidden_size=32, layers=1),
         }
         for name, build in models.items():

@@ -133,7 +133,7 @@ def test_other_models_train_like_one_process(found: Any, name: str, stage: int) 
     models = {
         "untied": lambda: tiny(tied=False),
         "lora": tiny_lora,
-        "critic": lambda: ValueModel.from_policy(tiny()),
+        "critic": lambda: ValueModel(tiny().base_model),
         "lstm": lambda: build_scratch("lstm", vocab_size=48, hidden_size=32, layers=1),
     }
     expected = reference(models[name]())

@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
 
 
 def test_a_critic_trains_and_its_folder_loads(tmp_path: Path) -> None:
-    engine = TorchEngine(ValueModel.from_policy(tiny()), gradient_checkpointing=True)
+    engine = TorchEngine(ValueModel(tiny().base_model), gradient_checkpointing=True)
     losses = [loss for loss, _ in train(engine, [0] * 5)]
     assert losses[-1] < losses[0]
     engine.save_pretrained(tmp_path, None)

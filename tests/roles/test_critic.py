@@ -15,7 +15,7 @@ KINDS = ["qwen2", "gpt2", "lstm"]
 def critic_of(tiny):
     def make(kind="qwen2", **settings) -> Critic:
         config = CriticConfig(**{"lr": 1e-2, "max_grad_norm": 1e9, **settings})
-        model = ValueModel.from_policy(tiny(kind, sharpness=1.0))
+        model = ValueModel(tiny(kind, sharpness=1.0).base_model)
         with torch.no_grad():
             generator = torch.Generator().manual_seed(3)
             model.value_head.weight.copy_(torch.randn(model.value_head.weight.shape, generator=generator))
@@ -38,7 +38,7 @@ def test_a_value_has_read_what_stands_before_its_token_and_no_more(critic_of, ra
 
 
 def test_a_new_critic_says_0(tiny, ragged):
-    engine = TorchEngine(ValueModel.from_policy(tiny()))
+    engine = TorchEngine(ValueModel(tiny().base_model))
     assert (Critic(engine, CriticConfig(), seed=0, total_steps=1).values(ragged) == 0).all()
 
 

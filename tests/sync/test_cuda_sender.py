@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, SyncError
+from rlhf_ray.models.engine import plain_state
 from rlhf_ray.sync import cuda_sender
-from rlhf_ray.sync.export import module_pairs
 from rlhf_ray.sync.factory import make_sender
 
 
@@ -22,8 +23,8 @@ class FakeVllm:
         self.sent: list[list[str]] = []
         self.fail = False
 
-    def open_channel(self, backend, **given):
-        self.opened.append({"backend": backend, **given})
+    def open_channel(self, plan: dict):
+        self.opened.append(plan)
         return self.send, self.shut
 
     def send(self) -> None:
@@ -48,13 +49,14 @@ class FakeVllm:
 @pytest.fixture
 def fake(monkeypatch) -> Iterator[FakeVllm]:
     fake = FakeVllm()
-    monkeypatch.setattr(cuda_sender, "_vllm_side", lambda: (fake.open_channel, dict))
+    vllm = SimpleNamespace(open_channel=fake.open_channel, ChannelPlan=dict, Rendezvous=dict)
+    monkeypatch.setattr(cuda_sender, "_vllm_side", lambda: vllm)
     yield fake
 
 
 def test_nccl_group_counts_learner_and_all_workers(fake, make_tied, recorder):
     sender = make_sender("nccl", receivers=6, address="node-a", bucket_mb=1, device="cpu")
-    stats = sender.send(lambda: module_pairs(make_tied()), recorder, 3)
+    stats = sender.send(lambda: plain_state(make_tied()), recorder, 3)
     opened = fake.opened[0]
     assert opened["backend"] == "nccl" and opened["buffer_bytes"] == 2**20
     assert opened["rendezvous"]["address"] == "node-a" and opened["rendezvous"]["world_size"] == 7
@@ -71,7 +73,7 @@ def test_nccl_group_counts_learner_and_all_workers(fake, make_tied, recorder):
 
 def test_ipc_has_no_rendezvous_and_a_buffer_that_holds_the_largest_tensor(fake, recorder):
     sender = make_sender("cuda_ipc", bucket_mb=0.001, device="cpu")
-    sender.send(lambda: module_pairs(torch.nn.Linear(100, 100)), recorder, 1)
+    sender.send(lambda: plain_state(torch.nn.Linear(100, 100)), recorder, 1)
     assert fake.opened[0]["backend"] == "ipc" and fake.opened[0]["rendezvous"] is None
     assert fake.opened[0]["buffer_bytes"] == 40_000
 
@@ -79,12 +81,12 @@ def test_ipc_has_no_rendezvous_and_a_buffer_that_holds_the_largest_tensor(fake, 
 def test_channel_is_kept_until_the_receivers_change(fake, make_tied, recorder, make_recorder):
     sender = make_sender("nccl", device="cpu")
     for version in (1, 2):
-        sender.send(lambda: module_pairs(make_tied()), recorder, version)
+        sender.send(lambda: plain_state(make_tied()), recorder, version)
     assert len(fake.opened) == 1 and fake.closed == 0
-    sender.send(lambda: module_pairs(make_tied()), make_recorder(), 3)
+    sender.send(lambda: plain_state(make_tied()), make_recorder(), 3)
     assert len(fake.opened) == 2 and fake.closed == 1
     sender.reset()
-    sender.send(lambda: module_pairs(make_tied()), recorder, 4)
+    sender.send(lambda: plain_state(make_tied()), recorder, 4)
     assert len(fake.opened) == 3 and fake.closed == 2
     sender.close()
     assert fake.closed == 3
@@ -94,7 +96,7 @@ def test_failure_drains_the_export_and_drops_the_channel(fake, make_tied, record
     seen = []
 
     def pairs():
-        for name, tensor in module_pairs(make_tied()):
+        for name, tensor in plain_state(make_tied()):
             seen.append(name)
             yield name, tensor
 
@@ -110,14 +112,14 @@ def test_failure_drains_the_export_and_drops_the_channel(fake, make_tied, record
 
 
 def test_other_ranks_iterate_and_report_nothing(fake, make_tied, recorder):
-    stats = make_sender("cuda_ipc", rank=1, device="cpu").send(lambda: module_pairs(make_tied()), recorder, 1)
+    stats = make_sender("cuda_ipc", rank=1, device="cpu").send(lambda: plain_state(make_tied()), recorder, 1)
     assert len(fake.sent) == 1 and recorder.calls == [] and stats.gigabytes == 0.0
 
 
 def test_without_vllm_the_remedy_is_named(monkeypatch, make_tied, recorder):
     monkeypatch.setitem(__import__("sys").modules, "rlhf_ray.sync.vllm_transfer", None)
     with pytest.raises(ConfigError, match=r"rlhf-ray\[vllm\].*sync.transport=shared_memory"):
-        make_sender("nccl", device="cpu").send(lambda: module_pairs(make_tied()), recorder, 1)
+        make_sender("nccl", device="cpu").send(lambda: plain_state(make_tied()), recorder, 1)
 
 
 def test_export_that_gives_nothing_is_an_error(fake, recorder):

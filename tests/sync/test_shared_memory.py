@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_ray.errors import SyncError
-from rlhf_ray.sync.export import module_pairs
+from rlhf_ray.models.engine import plain_state
 from rlhf_ray.sync.factory import make_sender
 from rlhf_ray.sync.hf_receiver import HFReceiver
 from rlhf_ray.sync.segment import GRACE_SECONDS, PREFIX, AttachedSegments, Segment, attach, remove_leftovers
@@ -69,7 +69,7 @@ def test_between_real_processes(tmp_path, repo_root):
         for version in (1, 2, 3):
             torch.manual_seed(version)
             learner = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 30))
-            stats = sender.send(lambda learner=learner: module_pairs(learner), client, version)
+            stats = sender.send(lambda learner=learner: plain_state(learner), client, version)
             assert client.checksum() == [float(p.detach().double().sum()) for p in learner.parameters()] + [version]
             assert stats.buckets == 2  # the large weight, then all others
             # Both sides hold the memory, no name is left: killing either leaves nothing behind.
@@ -95,12 +95,12 @@ def test_new_generator_behind_the_same_client_needs_a_handshake(tmp_path, make_t
     """The segments have no names any more; the first try says so, and the second is whole again."""
     client = Forwarding(HFReceiver(make_tied(0)))
     sender = make_sender("shared_memory", bucket_mb=1, directory=tmp_path)
-    sender.send(lambda: module_pairs(make_tied(1)), client, 1)
+    sender.send(lambda: plain_state(make_tied(1)), client, 1)
     client.receiver = HFReceiver(make_tied(0))
     with pytest.raises(SyncError, match="newer than the learner's handshake, which WeightSender.reset repeats"):
-        sender.send(lambda: module_pairs(make_tied(2)), client, 2)
+        sender.send(lambda: plain_state(make_tied(2)), client, 2)
     client.receiver = HFReceiver(make_tied(0))
-    sender.send(lambda: module_pairs(make_tied(2)), client, 2)
+    sender.send(lambda: plain_state(make_tied(2)), client, 2)
     assert client.receiver.version == 2 and not list(tmp_path.iterdir())
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, SyncError, WorkerError
+from rlhf_ray.models.engine import plain_state
 from rlhf_ray.sync.cuda_sender import shift_ranks
-from rlhf_ray.sync.export import module_pairs
 from rlhf_ray.sync.factory import make_sender
 from rlhf_ray.sync.hf_receiver import HFReceiver
 from rlhf_ray.sync.segment import PREFIX
@@ -35,7 +35,7 @@ def test_three_syncs(sender, make_tied):
     receiver = HFReceiver(target)
     for version in (1, 2, 3):
         learner = make_tied(version)
-        stats = sender.send(lambda learner=learner: module_pairs(learner), receiver, version)
+        stats = sender.send(lambda learner=learner: plain_state(learner), receiver, version)
         assert same(learner, target) and receiver.version == version
         # embed 32 bytes, body 16 and 8, head 32: each padded to 64
         assert (stats.buckets, stats.gigabytes) == (4, 256e-9)
@@ -44,20 +44,20 @@ def test_three_syncs(sender, make_tied):
 
 def test_one_bucket_when_all_fits(tmp_path, make_tied, recorder):
     sender = make_sender("in_process", bucket_mb=1)
-    sender.send(lambda: module_pairs(make_tied()), recorder, 5)
+    sender.send(lambda: plain_state(make_tied()), recorder, 5)
     assert recorder.order == ["init", "start", "update", "finish"]
     assert recorder.calls[-1] == ("finish", "5")
     assert recorder.calls[2][1]["last"] is True
-    sender.send(lambda: module_pairs(make_tied()), recorder, 6)
+    sender.send(lambda: plain_state(make_tied()), recorder, 6)
     assert recorder.order[4:] == ["start", "update", "finish"]  # the handshake is made once
     sender.reset()
-    sender.send(lambda: module_pairs(make_tied()), recorder, 7)
+    sender.send(lambda: plain_state(make_tied()), recorder, 7)
     assert recorder.order[7:] == ["init", "start", "update", "finish"]
 
 
 def test_a_tensor_larger_than_a_bucket_travels_alone(sender):
     learner, target = torch.nn.Linear(40, 30), torch.nn.Linear(40, 30)
-    stats = sender.send(lambda: module_pairs(learner), HFReceiver(target), 1)
+    stats = sender.send(lambda: plain_state(learner), HFReceiver(target), 1)
     assert stats.buckets == 2 and same(learner, target)
 
 
@@ -78,13 +78,13 @@ def test_tensors_need_only_live_until_the_next_one(sender):
 
 def test_learner_in_float32_generator_in_bfloat16(sender, make_tied):
     learner, target = make_tied(1), make_tied(2).to(torch.bfloat16)
-    sender.send(lambda: module_pairs(learner), HFReceiver(target), 1)
+    sender.send(lambda: plain_state(learner), HFReceiver(target), 1)
     assert torch.equal(target.body.weight, learner.body.weight.to(torch.bfloat16))
 
 
 def test_other_ranks_only_iterate(make_tied, recorder):
     seen = []
-    pairs = ((name, seen.append(name)) for name, _ in module_pairs(make_tied()))
+    pairs = ((name, seen.append(name)) for name, _ in plain_state(make_tied()))
     stats = make_sender("in_process", rank=1).send(lambda: pairs, recorder, 1)
     assert len(seen) == 4 and recorder.calls == [] and stats.buckets == 0
 
@@ -94,7 +94,7 @@ def test_failed_send_still_iterates_to_the_end(sender, make_tied, make_recorder)
     seen = []
 
     def pairs():
-        for name, tensor in module_pairs(make_tied()):
+        for name, tensor in plain_state(make_tied()):
             seen.append(name)
             yield name, tensor
 
@@ -110,7 +110,7 @@ def test_errors_of_this_package_keep_their_type(sender, make_tied, recorder):
 
     recorder.update_weights = dead
     with pytest.raises(WorkerError, match="generator 2"):
-        sender.send(lambda: module_pairs(make_tied()), recorder, 1)
+        sender.send(lambda: plain_state(make_tied()), recorder, 1)
 
 
 def test_export_that_gives_nothing_is_an_error(sender, recorder):
@@ -128,13 +128,13 @@ def test_export_that_gives_nothing_is_an_error(sender, recorder):
 )
 def test_strict_receiver(sender, make_tied, change, message):
     receiver = HFReceiver(make_tied(0))
-    pairs = change(list(module_pairs(make_tied(1))))
+    pairs = change(list(plain_state(make_tied(1))))
     with pytest.raises(SyncError, match=message):
         sender.send(lambda: pairs, receiver, 1)
     with pytest.raises(SyncError, match="replace this generator"):
         receiver.require_whole("generate")
     with pytest.raises(SyncError):
-        sender.send(lambda: module_pairs(make_tied(1)), receiver, 2)
+        sender.send(lambda: plain_state(make_tied(1)), receiver, 2)
 
 
 def test_one_of_two_tied_names_is_enough(sender, make_tied):
@@ -147,7 +147,7 @@ def test_cut_half_way(sender, make_tied):
     receiver = HFReceiver(make_tied(0))
 
     def dies():
-        yield from list(module_pairs(make_tied(1)))[:2]
+        yield from list(plain_state(make_tied(1)))[:2]
         raise RuntimeError("learner out of memory")
 
     with pytest.raises(SyncError, match="out of memory"):

@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from rlhf_ray.sync.export import describe, module_pairs
+from rlhf_ray.models.engine import plain_state
+from rlhf_ray.sync.export import describe
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux only")]
 
@@ -27,15 +28,16 @@ def opened(transfer, make_tied, recorder):
 
     def open_channel(backend, rank=0):
         meeting = transfer.Rendezvous("10.0.0.1", 2900, 3) if backend == "nccl" else None
-        return transfer.open_channel(
-            backend,
-            metadata=lambda: describe(module_pairs(module)),
-            stream=lambda: iter(module_pairs(module)),
+        plan = transfer.ChannelPlan(
+            backend=backend,
+            metadata=lambda: describe(plain_state(module)),
+            stream=lambda: iter(plain_state(module)),
             client=recorder,
             rank=rank,
             buffer_bytes=4096,
             rendezvous=meeting,
         )
+        return transfer.open_channel(plan)
 
     return open_channel
 
