@@ -11,6 +11,7 @@ import os
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch: with a thread pool per process, several processes on few cores run ten times
 # slower, and sums in another order break comparisons to the last bit.
@@ -88,3 +89,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the external sample data (../shared/data) is not on this machine")
     return folder
+
+
+@pytest.fixture
+def tiny_tree() -> dict[str, Any]:
+    """The settings of a run of one step, which takes a second."""
+    return {
+        "name": "tiny",
+        "steps": 1,
+        "device": "cpu",
+        "model": {
+            "path": "scratch:qwen2",
+            "tokenizer": {"path": "scratch:char"},
+            "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 32},
+        },
+        "data": {"path": "task:arithmetic", "max_prompt_tokens": 16, "eval_size": 2},
+        "rollout": {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2},
+        "rewards": [{"function": "repetition_penalty"}],
+        "eval": {"size": 2},
+        "logging": {"loggers": []},
+    }

@@ -20,27 +20,11 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.run.checkpoint import Checkpoints
 
-TINY = {
-    "name": "tiny",
-    "steps": 1,
-    "device": "cpu",
-    "model": {
-        "path": "scratch:qwen2",
-        "tokenizer": {"path": "scratch:char"},
-        "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 32},
-    },
-    "data": {"path": "task:arithmetic", "max_prompt_tokens": 16, "eval_size": 2},
-    "rollout": {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2},
-    "rewards": [{"function": "repetition_penalty"}],
-    "eval": {"size": 2},
-    "logging": {"loggers": []},
-}
-
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, tiny_tree):
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
+    path.write_text(yaml.safe_dump(tiny_tree))
     return lambda *overrides: load_config(path, overrides)
 
 

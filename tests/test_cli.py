@@ -12,27 +12,12 @@ import yaml
 from rlhf_ray import cli
 from rlhf_ray.config.load import load_config
 
-TINY = {
-    "name": "tiny",
-    "steps": 1,
-    "device": "cpu",
-    "model": {
-        "path": "scratch:qwen2",
-        "tokenizer": {"path": "scratch:char"},
-        "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16},
-    },
-    "data": {"path": "task:arithmetic", "max_prompt_tokens": 8},
-    "rollout": {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2},
-    "rewards": [{"function": "exact_answer"}],
-    "eval": {"size": 2},
-    "logging": {"loggers": []},
-}
-
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, tiny_tree):
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
+    # A reward of 0 or 1, for the table to have an accuracy.
+    path.write_text(yaml.safe_dump({**tiny_tree, "rewards": [{"function": "exact_answer"}]}))
     return path
 
 
