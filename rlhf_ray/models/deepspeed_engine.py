@@ -239,6 +239,7 @@ def _join(
     """Enter the process group, with a deadline on each of its collectives. Returns (rank, world size)."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed wants it even when the group exists
     if torch.distributed.is_initialized():
         there = (torch.distributed.get_rank(), torch.distributed.get_world_size())
         if there != (rank, world_size):
@@ -251,7 +252,6 @@ def _join(
     port = port if port is not None else int(os.environ.get("MASTER_PORT", "29500"))
     # DeepSpeed reads these even when the group exists.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
