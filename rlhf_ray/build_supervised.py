@@ -24,6 +24,7 @@ from rlhf_ray.loops.supervised_start import (
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.supervised_factory import make_trainer
+from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.supervised_recorder import SupervisedRecorder
 
@@ -57,6 +58,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
             run.progress.note(str(report))
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
         with open_trainer(config, assets, splits) as trainer:
+            run.workload = Workload(devices=trainer.devices)
             if isinstance(config, DPOConfig):
                 set_reference(config, trainer, run)
             result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)

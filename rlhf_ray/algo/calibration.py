@@ -1,4 +1,4 @@
-"""Is a judge's confidence what it says, and does it only look at the length? All on [N] tensors of one number a case."""
+"""Is a judge's confidence what it says, and does it only look at length? All on [N] tensors, one number a case."""
 
 from __future__ import annotations
 

@@ -122,10 +122,12 @@ def _colocated(config: RunConfig) -> Plan:
 
 def check_fit(plan: Plan, nodes: Sequence[Mapping[str, float]], colocated: bool) -> None:
     """Refuse what can never be placed. `nodes`: the resources of each machine. Raises PlacementError."""
+    generates = "generator" in plan.by_role("CPU")  # a supervised run does not, and has nobody to share with
+    fewer = "lower learner.world_size" + (", generator.count or generator.tensor_parallel" if generates else "")
     for resource, plural, remedies in (
         ("GPU", "GPUs", [
-            "lower learner.world_size, generator.count or generator.tensor_parallel",
-            *([] if colocated else ["set ray.colocate=true to share them"]), "or add machines",
+            fewer,
+            *([] if colocated or not generates else ["set ray.colocate=true to share them"]), "or add machines",
         ]),
         ("CPU", "CPUs", ["lower ray.cpus_per_worker", "or add machines"]),
     ):  # fmt: skip

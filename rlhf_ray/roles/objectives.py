@@ -105,12 +105,24 @@ class SFT:
         return language_model_inputs(batch)
 
     def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
-        return {"loss": -(token_logprobs(outputs.logits, batch.tokens) * batch.learned).sum(1),
-                "weight": batch.learned[:, 1:].sum(1)}  # fmt: skip
+        learned_BT = batch.learned[:, 1:]
+        greedy_BT = outputs.logits.detach()[:, :-1].argmax(-1) == batch.tokens[:, 1:]
+        return {
+            "loss": -(token_logprobs(outputs.logits, batch.tokens) * batch.learned).sum(1),
+            "weight": learned_BT.sum(1),
+            "right": (greedy_BT & learned_BT).sum(1),
+        }
 
     def metrics(self, measured: Measured) -> dict[str, float]:
-        loss = float(measured["loss"].sum() / measured["weight"].sum().clamp(min=1))
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        weight = measured["weight"].sum().clamp(min=1)
+        loss = float(measured["loss"].sum() / weight)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            # Of the learned tokens, and of the answers: what greedy decoding would have written.
+            "token_accuracy": float(measured["right"].sum() / weight),
+            "exact_accuracy": float((measured["right"] == measured["weight"]).double().mean()),
+        }
 
     def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
         return self.metrics(measured), {}
@@ -271,7 +283,7 @@ class Classification:
         confidence_B, guess_B = logits_BC.detach().softmax(-1).max(-1)
         return {
             "loss": cross_entropy(logits_BC, label_B, reduction="none"),
-            "correct": guess_B == label_B, "confidence": confidence_B, "label": label_B,
+            "correct": (guess_B == label_B).float(), "confidence": confidence_B, "label": label_B,
         }  # fmt: skip
 
     def metrics(self, measured: Measured) -> dict[str, float]:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Of each pair, by split: (chosen, rejected), each summed over the tokens of its answer.
+ReferenceLogprobs = dict[str, list[tuple[float, float]]]
+
+
 @dataclass(frozen=True)
 class Report:
     """An evaluation: metrics by name, and details that are no single number (histograms)."""
@@ -44,6 +48,8 @@ class Plan:
 
 class SupervisedTrainer:
     """`splits` are lists of items by name; `train` is what `step` takes its rows from."""
+
+    devices = 1.0
 
     def __init__(
         self,
@@ -126,7 +132,7 @@ class SupervisedTrainer:
             table = self.engine.all_reduce(table)
         return dict(zip(names, table.unbind(1), strict=True))
 
-    def reference_logprobs(self, path: str | None = None) -> dict[str, list[tuple[float, float]]]:
+    def reference_logprobs(self, path: str | None = None) -> ReferenceLogprobs:
         """DPO: (chosen, rejected) log-probabilities of every pair in every split, under the policy as it is now.
 
         Before the first step that is the reference policy, so no second model is kept in memory. `path` names
@@ -153,7 +159,7 @@ class SupervisedTrainer:
         table = self._gathered(len(items), plan, measured)
         return list(zip(table["chosen"].tolist(), table["rejected"].tolist(), strict=True))
 
-    def set_reference(self, logprobs: dict[str, list[tuple[float, float]]]) -> None:
+    def set_reference(self, logprobs: ReferenceLogprobs) -> None:
         """Put the reference's log-probabilities beside the pairs."""
         for name, pairs in self.splits.items():
             both = zip(pairs, logprobs[name], strict=True)

@@ -14,7 +14,7 @@ from rlhf_ray.run.directory import RunDirectory
 # The sections that decide which weights a run starts from.
 POLICY = ("seed", "model", "warm_start")
 # The settings that decide which prompts come, in which order, and how they are numbered.
-STREAM = ("data", "rollout.prompts_per_step", "rollout.group_size")
+STREAM = ("data", "plain_text", "rollout.prompts_per_step", "rollout.group_size", "learner.batch_size")
 
 
 def refuse_other_beginnings(config: RunConfig, directory: RunDirectory) -> None:

@@ -1,0 +1,74 @@
+"""Supervised runs on a real Ray: two sharded ranks give the numbers of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_ray.build_supervised import run_supervised
+from rlhf_ray.config.load import apply_override, parse_config
+from rlhf_ray.config.supervised import SCHEMAS, SupervisedConfig
+from rlhf_ray.remote.supervised import plan_ranks
+
+# Ragged, so that the two ranks get different numbers of micro-batches.
+ROWS = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}" + "9" * (a * b % 5), "rejected": "0"} for a in range(1, 6)
+        for b in range(4)]  # fmt: skip
+
+
+def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tree: dict[str, Any] = {
+        "device": "cpu",
+        "steps": 4,
+        "model": {
+            "path": "scratch:qwen2",
+            "tokenizer": {"path": "scratch:char"},
+            "scratch": {"hidden_size": 16, "layers": 2, "heads": 2, "max_length": 24},
+        },
+        "data": {"path": str(data), "eval_size": 5, "max_length": 24},
+        "learner": {"batch_size": 6, "lr": 1e-3, "tokens_per_microbatch": 24},
+        "eval": {"every": 2},
+        "checkpoint": {"every": 2},
+        "ray": {"start_deadline_s": 200},
+        "logging": {"loggers": []},
+    }
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, SCHEMAS[command], source="the test")
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("own_ray")
+@pytest.mark.parametrize(("command", "stage"), [("sft", 2), ("dpo", 3)])
+def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
+    """Losses, validation, samples and weights; the second half of the Ray run is a resumed one."""
+    ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
+    for name, overrides in (("local", []), ("ray", ray)):
+        run_supervised(config(tmp_path, command, *overrides, "steps=2"), tmp_path / name)
+        run_supervised(config(tmp_path, command, *overrides), tmp_path / name, resume=True)
+    one, other = tmp_path / "local", tmp_path / "ray"
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    assert len(rows[0]) == len(rows[1]) == 4
+    for a, b in zip(*rows, strict=True):
+        names = [name for name in a if not name.startswith(("time/", "perf/", "cost/"))]
+        assert {n: b[n] for n in names} == pytest.approx({n: a[n] for n in names}, abs=1e-5), a["step"]
+        assert a["grad_norm"] > 0
+    ends = [json.loads((run / "summary.json").read_text())["after"] for run in (one, other)]
+    assert ends[0].get("samples") == ends[1].get("samples")
+    weights = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (one, other)]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-5, rtol=0)
+
+
+def test_every_rank_has_a_gpu_of_its_own(tmp_path):
+    settings = config(tmp_path, "rm", "executor=ray", "learner.engine=deepspeed", "learner.world_size=3")
+    plan = plan_ranks(settings, "cuda")
+    assert [seat.name for seat in plan.seats] == [f"trainer rank {i}" for i in range(3)]
+    assert plan.bundles == [{"CPU": 0.5, "GPU": 1.0}] * 3 and plan_ranks(settings, "cpu").total("GPU") == 0
