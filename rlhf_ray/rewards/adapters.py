@@ -45,7 +45,7 @@ def _convention(function: Callable[..., Any]) -> str:
 
 
 def _taking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, given only those of its arguments that it has: `compute_score(solution_str, ground_truth)` is usual."""
+    """`function`, given only those arguments that it has: many a compute_score leaves out the source or the extras."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return function

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_ray.errors import ConfigError
@@ -66,9 +66,3 @@ def _vader() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
-
-
-BUILTIN: dict[str, Callable[..., list[float]]] = {
-    function.__name__: function
-    for function in (exact_answer, sentiment, length_penalty, repetition_penalty, keyword, regex)
-}

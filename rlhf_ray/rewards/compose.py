@@ -39,7 +39,7 @@ def load_reward(
     weight: float = 1.0,
     args: Mapping[str, Any] | None = None,
     name: str | None = None,
-    policy: FailurePolicy = FailurePolicy(),
+    policy: FailurePolicy | None = None,
     isolated: bool = False,
     timeout_s: float = 300.0,
     adapter: Adapter = "auto",
@@ -57,7 +57,7 @@ def load_reward(
     args = dict(args or {})
     if clash := set(args) & _OWN_ARGUMENTS:
         raise ConfigError(f"reward {function!r}: args may not set {sorted(clash)}; each call brings its own")
-    settings = {"weight": weight, "policy": policy, "timeout_s": timeout_s}
+    settings = {"weight": weight, "policy": policy or FailurePolicy(), "timeout_s": timeout_s}
     name = name or default_name(function)
     if is_http(function):
         from rlhf_ray.rewards.http_client import HttpReward

@@ -78,7 +78,8 @@ class HttpReward:
         pause, why = _FIRST_PAUSE_S, "no answer"
         while True:
             try:
-                outcome = await asyncio.wait_for(self._post(session, data, rows), max(0.001, deadline - time.monotonic()))
+                left = max(0.001, deadline - time.monotonic())
+                outcome = await asyncio.wait_for(self._post(session, data, rows), left)
                 return Outcome(outcome.values, outcome.failures, outcome.cause, retries)
             except asyncio.TimeoutError:
                 break
@@ -107,7 +108,8 @@ class HttpReward:
             raise _NotNow(f"HTTP {status}")
         if status in (401, 403):
             raise ConfigError(
-                f"reward server {self.url} refuses the token (HTTP {status}); set token_env to the variable that holds it"
+                f"reward server {self.url} refuses the token (HTTP {status}); "
+                "set token_env to the name of the environment variable that holds the right one"
             )
         if status == 404:
             raise ConfigError(f"reward server {self.url} has no such path (HTTP 404); give the URL of its scores")

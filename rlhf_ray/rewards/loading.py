@@ -16,16 +16,17 @@ from rlhf_ray.errors import ConfigError
 
 # Name -> where it lives. Imported when a config asks for it: some need packages that nobody else needs.
 BUILTIN = {
-    name: f"rlhf_ray.rewards.{module}:{name}"
-    for module, names in {
-        "builtin": ("exact_answer", "sentiment", "length_penalty", "repetition_penalty", "keyword", "regex"),
-        "code": ("code_tests",),
-        "judge": ("judge",),
-        "math_answer": ("math_answer",),
-        "rouge": ("rouge",),
-        "judge": ("judge",),
-    }.items()
-    for name in names
+    "exact_answer": "rlhf_ray.rewards.builtin:exact_answer",
+    "keyword": "rlhf_ray.rewards.builtin:keyword",
+    "regex": "rlhf_ray.rewards.builtin:regex",
+    "length_penalty": "rlhf_ray.rewards.builtin:length_penalty",
+    "repetition_penalty": "rlhf_ray.rewards.builtin:repetition_penalty",
+    "sentiment": "rlhf_ray.rewards.builtin:sentiment",
+    "classifier": "rlhf_ray.rewards.classifier:classifier",
+    "math": "rlhf_ray.rewards.math_answer:math_answer",
+    "rouge": "rlhf_ray.rewards.rouge:rouge",
+    "code": "rlhf_ray.rewards.code_tests:code_tests",
+    "judge": "rlhf_ray.rewards.judge:judge",
 }
 
 

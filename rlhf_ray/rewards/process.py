@@ -35,7 +35,11 @@ _LENGTH = struct.Struct(">Q")
 
 
 class ChildLost(RewardError):
-    """The child died or had to be killed; the message reads on after "reward x"."""
+    """The child died, or was killed because it took too long; the message reads on after "reward x"."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 class Child:
@@ -101,7 +105,9 @@ class Child:
             answer = json.loads(self._receive(length, deadline))
         except TimeoutError:
             self._kill()
-            raise ChildLost(f"did not return within {timeout_s:g} s, and its process was killed") from None
+            raise ChildLost(
+                f"did not return within {timeout_s:g} s, and its process was killed", timed_out=True
+            ) from None
         except (EOFError, OSError):
             raise ChildLost(f"lost its process, which {self._how_it_ended()}") from None
         if "error" in answer:

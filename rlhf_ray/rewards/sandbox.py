@@ -57,9 +57,13 @@ class Ran:
     why: str = ""
 
 
-def run_python(program: str, *, stdin: str = "", limits: Limits = Limits(), tier: str | None = None) -> Ran:
+def run_python(
+    program: str, *, stdin: str = "", limits: Limits = Limits(), tier: str | None = None, may_exit: bool = False
+) -> Ran:
     """Run `program` to its end, or to that of its limits. Never raises for what the program does.
 
+    Args:
+        may_exit: `sys.exit(0)` counts as its end. Not where tests stand at its end, which it would skip.
     Raises:
         ConfigError: this machine has no sandbox to offer.
     """
@@ -75,7 +79,7 @@ def run_python(program: str, *, stdin: str = "", limits: Limits = Limits(), tier
             uid = _unused_uid() if os.geteuid() == 0 else None
             if uid is not None:
                 os.chown(folder, uid, uid)
-            settings = _settings(tier, limits, uid, job.fileno(), writing)
+            settings = _settings(tier, limits, uid, job.fileno(), writing, may_exit)
             process = subprocess.Popen(
                 _command(tier, settings), cwd=folder, env=_environment(folder, token), stdin=given,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[job.fileno(), writing],
@@ -126,12 +130,12 @@ def _trial(tier: str) -> str | None:
 # ---- starting -------------------------------------------------------------------------------------------------
 
 
-def _settings(tier: str, limits: Limits, uid: int | None, job: int, result: int) -> dict[str, Any]:
+def _settings(tier: str, limits: Limits, uid: int | None, job: int, result: int, may_exit: bool) -> dict[str, Any]:
     # Processes are counted for each user: of one that others use too, theirs come on top.
     others = 0 if uid is not None or tier == "bubblewrap" else tasks_of(os.geteuid())
     seconds = int(limits.seconds) + 1
     return {
-        "job_fd": job, "result_fd": result, "uid": uid, "readable": [*_readable(), *_DEVICES],
+        "job_fd": job, "result_fd": result, "may_exit": may_exit, "uid": uid, "readable": [*_readable(), *_DEVICES],
         "landlock": tier == "landlock", "seccomp": sandbox_inner.seccomp_known(),
         "limits": {
             "RLIMIT_CPU": seconds, "RLIMIT_AS": limits.memory_mb << 20, "RLIMIT_FSIZE": limits.file_mb << 20,
@@ -148,8 +152,8 @@ def _command(tier: str, settings: dict[str, Any]) -> list[str]:
 
 def _bubblewrap(disk: int) -> list[str]:
     """Everything unshared; of the file system only what Python needs, read-only; an own /tmp in memory."""
-    command = [shutil.which("bwrap"), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--die-with-parent", "--new-session"]
+    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session"]
+    command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     if os.geteuid() == 0:
         # Just enough to become somebody else inside: limits on processes do not hold for root.
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]

@@ -45,19 +45,19 @@ def main() -> None:
     os.set_inheritable(result, False)
     give_up(settings)
     sys.argv = ["sample"]
-    if run(program):
+    if run(program, settings["may_exit"]):
         sys.stdout.flush()
         os.write(result, token.encode())
     # Threads and exit handlers of the sample have no say any more.
     os._exit(0)
 
 
-def run(program: str) -> bool:
-    """Did it end by itself, without an exception?"""
+def run(program: str, may_exit: bool) -> bool:
+    """Did it get to its end without an exception? `may_exit`: `sys.exit(0)` is an end too."""
     try:
         exec(compile(program, "<sample>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
-        return end.code in (None, 0)
+        return may_exit and end.code in (None, 0)
     except BaseException as error:
         # No traceback module: the sample may have replaced everything, or used up the memory.
         os.write(2, f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
