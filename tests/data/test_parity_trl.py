@@ -45,7 +45,8 @@ def of_trl(trl, tokenizer, rows, folder, **options):
     shape = Qwen2Config(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                         num_key_value_heads=1, intermediate_size=8)  # fmt: skip
     settings = trl.SFTConfig(output_dir=str(folder), max_length=None, report_to=[], use_cpu=True, bf16=False,
-                             per_device_train_batch_size=1, train_sampling_strategy="sequential", **options)  # fmt: skip
+                             per_device_train_batch_size=1, train_sampling_strategy="sequential",
+                             **options)  # fmt: skip
     trainer = trl.SFTTrainer(Qwen2ForCausalLM(shape), settings, train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer)  # fmt: skip
     batches = [{k: v[0].tolist() for k, v in batch.items()} for batch in trainer.get_train_dataloader()]

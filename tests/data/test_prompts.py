@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from rlhf_ray.data.prompts import first_words, load_prompts, load_texts
@@ -16,16 +14,6 @@ TEMPLATE = (
 @pytest.fixture
 def tokenizer():
     return char_tokenizer("abcdefghijklmnopqrstuvwxyz []")  # " " is 3, "[" 4, "]" 5, "a" 6, ...
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="data.jsonl"):
-        file = tmp_path / name
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(file)
-
-    return write
 
 
 def test_prompts_columns_and_tokens(write, tokenizer):
@@ -79,6 +67,46 @@ def test_chat_is_templated_and_ends_where_the_assistant_begins(write, tokenizer)
     assert question.prompt == answered.prompt == "[user]hi[go]"
     more = [*turns, {"role": "user", "content": "so"}]
     assert load_prompts(write({"prompt": more}), tokenizer).examples[0].prompt == "[user]hi[assistant]yo[user]so[go]"
+
+
+def test_every_type_of_dataset_is_a_source_of_prompts(write, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    ask, say = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+
+    def one(**row):
+        (example,) = load_prompts(write(row), tokenizer).examples
+        return example.prompt, example.columns
+
+    judge = {"style": "rule", "ground_truth": "d"}
+    assert one(prompt=[ask], data_source="x", reward_model=judge) == (
+        "[user]hi[go]",
+        {"data_source": "x", "reward_model": judge},
+    )
+    assert one(prompt="ab", completion="cd") == ("ab", {"completion": "cd"})
+    assert one(chosen=[ask, say], rejected=[ask, ask | {"role": "assistant"}])[0] == "[user]hi[go]"
+    assert one(text="ab", label=1) == ("ab", {"label": 1})
+    assert one(prompt="ab", completions=["c", "d"]) == ("ab", {}), "a reward function gets its own completions"
+
+
+def test_plain_prompts_in_the_chat_template(write, tokenizer):
+    source = write({"question": "ab", "answer": "c"})
+    options = {"field": "question", "template": "chat", "chat_template": "zephyr", "system_prompt": "be"}
+    (example,) = load_prompts(source, tokenizer, **options).examples
+    assert example.prompt == "<|system|>\nbe<eos>\n<|user|>\nab<eos>\n<|assistant|>\n"
+    assert example.columns == {"answer": "c"}
+    assert "<|assistant|>" in tokenizer.chat_template, "it is saved with the model"
+
+
+def test_cutting_words_off_a_chat_is_refused(write, tokenizer):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: data\.prompt_words cuts plain texts"):
+        load_prompts(write({"prompt": [{"role": "user", "content": "hi you"}]}), tokenizer, prompt_words=1)
+
+
+def test_reference_answers_end_in_eos_and_count_from_behind_the_prompt(write, tokenizer):
+    source = write({"prompt": "ab", "answer": ["cd", "abc"]})
+    assert load_prompts(source, tokenizer, reference_field="answer").answers == (((8, 9, 1), (8, 1)),)
+    with pytest.raises(DataError, match=r"data\.jsonl:1: the reference answer is None, not a text"):
+        load_prompts(source, tokenizer, reference_field="gold")
 
 
 def test_bos_is_added_to_plain_text_but_not_after_a_template(write, tokenizer):
