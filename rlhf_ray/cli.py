@@ -123,11 +123,15 @@ def validate_data(
     from rlhf_ray.config.data import DatasetConfig
     from rlhf_ray.config.load import parse_config
     from rlhf_ray.data.validate import columns_from, validate
-    from rlhf_ray.models.loading import load_tokenizer
 
     given = {"path": path, "type": kind, "split": split, "template": template, "chat_template": chat_template}
     data = parse_config({**given, "columns": columns_from(column or [])}, DatasetConfig, source="validate-data")
-    report = validate(data, load_tokenizer(model) if model else None, max_length=max_length)
+    tokenizer = None
+    if model is not None:
+        from rlhf_ray.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+    report = validate(data, tokenizer, max_length=max_length)
     print(report.json() if as_json else report)
     raise typer.Exit(0 if report.is_good else 1)
 
@@ -159,6 +163,29 @@ def evaluate(
     result = add_ratings(run_dir or config.parent, ratings) if ratings else run_eval(settings, run_dir, report=print)
     print_evaluation(result)
     print(f"Everything is in {result['run_dir']}")
+
+
+@app.command()
+def pairs(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/pairs_reviews.yaml")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Preference pairs from a model's own answers, labelled by an AI judge, reward functions or a reward model."""
+    from rlhf_ray.config.feedback import PairsConfig
+    from rlhf_ray.config.load import dump_config, load_config
+
+    settings = load_config(config, overrides or [], PairsConfig)
+    if dry_run:
+        print(dump_config(settings))
+        return
+    _quiet_libraries(settings.device)
+    from rlhf_ray.feedback.pairs import describe, run_pairs
+
+    result = run_pairs(settings, run_dir, report=print)
+    print(describe(result))
+    print(f"The pairs are in {result['run_dir']}/pairs.jsonl: rlhf-ray rm | dpo ... data.path=<that file>")
 
 
 @app.command()
