@@ -110,8 +110,7 @@ class RewardSet:
             columns: one mapping a row; a function receives each column as a list, None where a row lacks it.
             groups: [B] rows with equal labels answer the same prompt; default: rows with equal prompts.
         Raises:
-            RewardError: names function and row, where a function gave no finite number and its policy is to raise;
-                or if no group is left.
+            RewardError: names function and row, where a function gave no finite number and its policy is to raise.
         """
         groups = list(prompts if groups is None else groups)
         outcomes = self._outcomes(_inputs(prompts, completions, completion_ids, columns), groups)
@@ -119,11 +118,6 @@ class RewardSet:
         scores = {name: _filled(outcome, self.functions[name].policy) for name, outcome in outcomes.items()}
         total = [sum(f.weight * scores[name][i] for name, f in self.functions.items()) for i in range(len(groups))]
         lost = {group for group, value in zip(groups, total, strict=True) if math.isnan(value)}
-        if lost and len(lost) == len(set(groups)):
-            raise RewardError(
-                f"every one of the {len(lost)} groups was dropped, so nothing is left to learn from: "
-                + "; ".join(event["reason"] for event in events if event["action"] == "drop_group")
-            )
         defaulted = sum(event["rows"] for event in events if event["action"] == "default")
         stats = {
             "fault/retries": float(sum(outcome.retries for outcome in outcomes.values())),
