@@ -69,9 +69,14 @@ def warm(grpo: tuple[Path, dict[str, Any]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def classifier(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("classifier") / "folder"
-    run("examples/review_classifier.py", str(shared_data / "movie_reviews.train.jsonl"), str(folder))
-    return f"reward_model.path={folder}"
+    """The reward model, made by its own command; the test reviews decide nothing in it."""
+    run_dir = tmp_path_factory.mktemp("classifier") / "run"
+    paths = [f"{key}={shared_data / f'movie_reviews.{split}.jsonl'}"
+             for key, split in (("data.path", "train"), ("eval.test_path", "test"))]  # fmt: skip
+    run("-m", "rlhf_ray.cli", "classifier", "configs/classifier_reviews.yaml", *paths, "--run-dir", str(run_dir))
+    accuracy = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["after"]["test/accuracy"]
+    assert accuracy >= 0.72
+    return f"reward_model.path={run_dir / 'model'}"
 
 
 def test_grpo_with_a_sentiment_lexicon(grpo):
