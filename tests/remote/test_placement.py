@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import ray
 
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.remote.calls import Worker
+from rlhf_ray.remote.crew import Crew
 from rlhf_ray.remote.placement import Plan, Seat, check_fit, choose_transport, plan_seats
+from rlhf_ray.remote.roles import _devices
 
 PPO = ("algorithm.name=ppo", "algorithm.kl_coef=0.05")
 SHARDED = ("executor=ray", "learner.engine=deepspeed")
@@ -108,3 +112,14 @@ def test_a_bundle_must_fit_one_machine():
 def test_a_worker_without_cpu_share_still_has_a_bundle(tiny_config):
     plan = plan_seats(tiny_config("executor=ray", "ray.cpus_per_worker=0"), "cpu", "shared_memory")
     assert all(bundle["CPU"] > 0 for bundle in plan.bundles)
+
+
+def test_what_a_run_occupies(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 2.0})
+    assert _devices(Crew(), THREE_GPUS, "cuda") == {"devices": 3.0, "device_name": "H100"}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"accelerator_type:H100": 1.0, "accelerator_type:L4": 1.0})
+    assert _devices(Crew(), THREE_GPUS, "cuda")["device_name"] is None, "two kinds have no common peak"
+    crew = Crew()
+    crew.workers = [Worker("learner rank 0", None, "node-a"), Worker("reward", None, "node-b"),
+                    Worker("generator 0", None, "node-a")]  # fmt: skip
+    assert _devices(crew, THREE_GPUS, "cpu") == {"devices": 2.0, "device_name": "cpu"}, "machines"
