@@ -189,6 +189,33 @@ def pairs(
 
 
 @app.command()
+def serve_reward(
+    config: Annotated[Path, typer.Argument(help="a YAML file with rewards, e.g. configs/reward_server.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="e.g. port=9000")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Serve reward functions over HTTP, for runs that name this machine's URL as their reward."""
+    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.reward_server import RewardServerConfig
+
+    settings = load_config(config, overrides or [], RewardServerConfig)
+    if dry_run:
+        print(dump_config(settings))
+        return
+    _quiet_libraries(settings.device)
+    from rlhf_ray.serve import open_reward_server
+
+    server = open_reward_server(settings)
+    print(f"serving {', '.join(server.health()['rewards'])} at {server.url}; stop with Ctrl-C", flush=True)
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        print("rlhf-ray: stopped", file=sys.stderr)
+    finally:
+        server.close()
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Check this machine: versions, devices, Ray, vLLM, DeepSpeed, memory, disk. Each failing line names its remedy."""
     from rlhf_ray.doctor import run_doctor

@@ -47,5 +47,9 @@ class DeadlineError(RlhfRayError, TimeoutError):
     """A remote call did not return in time; the message names the worker and the call."""
 
 
+class StageError(RlhfRayError, RuntimeError):
+    """A stage of a pipeline failed; the message names it and its exit status."""
+
+
 class StorageError(RlhfRayError, OSError):
     """The disk does not take our bytes: full, over quota, read-only or forbidden."""

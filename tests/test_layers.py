@@ -29,7 +29,7 @@ LEVEL = {
     "run": 4.5,
     "evaluation": 4.7,
     "loops": 5, "remote": 5, "feedback": 5, "scale": 5,
-    "build": 6, "build_supervised": 6.5,
+    "build": 6, "serve": 6, "build_supervised": 6.5,
     "doctor": 7, "plan": 7, "pipeline": 7,
     "cli": 8,
 }  # fmt: skip

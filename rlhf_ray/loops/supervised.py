@@ -200,7 +200,7 @@ def train_supervised(
 ) -> float:
     """Train for at most `steps` optimiser steps; returns the mean loss of the last ten, in nats a token.
 
-    The rate falls linearly to a tenth of `lr`. Ends early when `target_accuracy` of the completions of the last ten
+    The rate falls linearly to a tenth of `lr`. Ends early when `target_accuracy` of the completions of the last four
     batches are what the model would write greedily: a loss says less, for models of equal loss differ in this by a
     half. Each epoch visits every example once, in an order drawn from `seed`. `ignored_token` is read but never
     learned: a model that has learned `<unk>` writes it.
@@ -220,7 +220,7 @@ def train_supervised(
         losses.append(float(loss.detach()))
         accuracies.append(accuracy)
         on_step(step + 1, losses[-1])
-        if target_accuracy is not None and step >= 9 and fmean(accuracies[-10:]) >= target_accuracy:
+        if target_accuracy is not None and step >= 3 and fmean(accuracies[-4:]) >= target_accuracy:
             break
     return fmean(losses[-10:])
 

@@ -9,7 +9,7 @@ import pytest
 from rlhf_ray.config.pipeline import load_pipeline, resolve
 from rlhf_ray.errors import ConfigError
 
-SFT = "model: {path: scratch:qwen2, tokenizer: {path: scratch:char}}\ndata: {path: rows.jsonl}\n"
+SFT = "model: {path: scratch:qwen2, tokenizer: {path: scratch:char}}\ndata: {path: rows.jsonl, max_length: 64}\n"
 RL = "model: {path: nowhere}\ndata: {path: 'task:arithmetic'}\nrewards: [{function: exact_answer}]\n"
 STAGES = """
 name: both

@@ -95,7 +95,7 @@ def test_it_ends_at_the_target_accuracy(engine):
         engine, EXAMPLES, steps=200, batch_size=3, lr=2e-2, seed=0, target_accuracy=0.6,
         on_step=lambda step, _: steps.append(step),
     )  # fmt: skip
-    assert 10 < steps[-1] < 100
+    assert 4 <= steps[-1] < 100
     right = sum(written_greedily(engine, example) for example in EXAMPLES)
     assert right >= 2  # 2/3 is the first share at or above the target; nothing of it holds at the start
 
