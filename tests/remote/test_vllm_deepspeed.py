@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,19 +12,31 @@ from rlhf_ray.build import run_rl
 STEPS = 3
 
 
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def completions_of(folder: Path) -> list[list[str]]:
+    files = [folder / "rollouts" / f"step_{step}.jsonl" for step in range(1, STEPS + 1)]
+    return [[json.loads(line)["completion"] for line in file.read_text().splitlines()] for file in files]
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
     """The run starts its own Ray, learns something, and the generator follows each update to 1e-4."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = tiny_config(
-        "executor=ray", f"steps={STEPS}", "generator.engine=vllm", "generator.count=2", "learner.engine=deepspeed",
-        "learner.world_size=2", "learner.zero_stage=2", "algorithm.kl_coef=0.01", "ray.start_deadline_s=400",
+    settings = (
+        f"steps={STEPS}", "generator.engine=vllm", "algorithm.kl_coef=0.01", "logging.rollouts=24",
         # vLLM's CPU attention has no kernel for heads narrower than 32.
         "model.scratch.hidden_size=64", "model.scratch.heads=2",
     )  # fmt: skip
+    config = tiny_config(
+        *settings, "executor=ray", "generator.count=2", "learner.engine=deepspeed", "learner.world_size=2",
+        "learner.zero_stage=2", "ray.start_deadline_s=400",
+    )  # fmt: skip
     summary = run_rl(config, tmp_path / "run")
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics_of(tmp_path / "run")
     assert summary["status"] == "finished" and len(steps) == STEPS
     for step in steps:
         assert step["sync/canary_absdiff"] < 1e-4
@@ -31,3 +44,10 @@ def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
         assert step["grad_norm"] > 0 and step["approx_kl"] == 0 and step["ratio/max"] == 1
         assert step["staleness/max"] == 0
     assert abs(steps[-1]["kl_ref"]) > 0, "the policy has moved from the reference"
+
+    # One generator, one process, another training engine: the same tokens, and the same losses.
+    run_rl(tiny_config(*settings), tmp_path / "alone")
+    assert completions_of(tmp_path / "alone") == completions_of(tmp_path / "run")
+    for one, two in zip(metrics_of(tmp_path / "alone"), steps, strict=True):
+        for name in ("loss/policy", "loss/kl", "grad_norm", "entropy", "reward/mean", "kl_ref"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), (name, one["step"])
