@@ -13,7 +13,7 @@ from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import PromptsConfig, SampledModelConfig, SampledRunConfig, SamplingConfig
 from rlhf_ray.config.schema import DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TokenizerConfig
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts
-from rlhf_ray.data.types import Instruction
+from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_tokenizer
@@ -97,11 +97,17 @@ def _identity(example: Example) -> tuple[str, str]:
 
 def shown_prompt(example: Example) -> str:
     """The prompt as people and judges read it: without a model's template."""
-    asked = example.asked
+    return prompt_text(example.asked)
+
+
+def prompt_text(asked: Prompt) -> str:
+    """A prompt or an answer of any kind as one text; the role of a lone message goes without saying."""
     if isinstance(asked, str):
         return asked
     if isinstance(asked, Instruction):
         return "\n\n".join(part for part in (asked.instruction, asked.input) if part)
+    if len(asked) == 1:
+        return asked[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
 
 
@@ -148,6 +154,19 @@ class AnsweringModel:
             reward.functions.close()
         completions = tuple(completion for _, completion in scores.texts)
         return Answers(prompts.examples, len(batch) // len(prompts), completions, batch.rows, scores)
+
+    def score_texts(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """The run's reward of answers that were given, not sampled. Reward functions get no columns."""
+        reward = make_reward(self.run, self.assets)
+        ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        try:
+            totals = reward.functions.score(prompts, completions, ids, [{}] * len(ids), range(len(ids))).total
+        finally:
+            reward.functions.close()
+        if reward.model is None:
+            return totals
+        judged = reward.model.score([p + c for p, c in zip(prompts, completions, strict=True)])
+        return [total + reward.model.config.weight * score for total, score in zip(totals, judged, strict=True)]
 
     def longest_window(self) -> int:
         """Tokens of a sequence whose log-probabilities the generator can give."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.evaluation.answers import requests_for
 from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics
-from rlhf_ray.roles.protocols import Generator, Request, Reward, Sampling
-from rlhf_ray.roles.seeds import sample_seed
+from rlhf_ray.roles.protocols import Generator, Reward, Sampling
 
 SAMPLES_SHOWN = 10
 
@@ -22,12 +22,7 @@ class Evaluator:
         self.generator = generator
         self.reward = reward
         self.sampling = sampling
-        # Evaluation seeds differ from every training seed, and are the same at every evaluation: what changes
-        # between two evaluations is the policy alone.
-        self.requests = [
-            Request(i, i, tokens, sample_seed(seed, -1 - i, 0), {**example.columns, "prompt": example.prompt})
-            for i, (example, tokens) in enumerate(zip(prompts.examples, prompts.token_ids, strict=True))
-        ]
+        self.requests = requests_for(prompts, seed)
 
     def evaluate(self) -> dict[str, Any]:
         """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (the first function whose

@@ -6,12 +6,13 @@ import pytest
 import yaml
 
 from rlhf_ray.config.evaluation import EvalRunConfig
+from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import check_device, dump_config, load_config, parse_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
 
-COMMANDS = {"rl": RunConfig, "eval": EvalRunConfig, **SCHEMAS}
+COMMANDS = {"rl": RunConfig, "eval": EvalRunConfig, "pairs": PairsConfig, **SCHEMAS}
 
 
 def problems(error: pytest.ExceptionInfo) -> list[str]:

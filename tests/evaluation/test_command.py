@@ -65,7 +65,8 @@ def test_ratings_come_back(path, answers, tmp_path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         for row in rows:
-            writer.writerow({**row, **dict.fromkeys(("helpful", "harmless", "honest"), 3 if "[" in row["answer"] else 9)})
+            rating = 3 if "[" in row["answer"] else 9
+            writer.writerow({**row, "helpful": rating, "harmless": rating, "honest": rating})
     result = add_ratings(run, [filled])
     assert (result["ratings"]["base"]["helpful"], result["ratings"]["tuned"]["honest"]) == (3, 9)
     assert json.loads((run / "eval.json").read_text())["ratings"] == result["ratings"]

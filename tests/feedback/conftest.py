@@ -1,0 +1,6 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+
+from answering import folders, table  # noqa: F401  fixtures
