@@ -10,6 +10,7 @@ import yaml
 from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.supervised import SFTConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.protocols import Scores
@@ -159,6 +160,18 @@ def test_settings_that_order_the_prompts_cannot_change(recorder, changes, named)
     recorder()
     with pytest.raises(ConfigError, match=f"in the stream of prompts .*{named} changed since.*set it back, or start"):
         recorder(resume=True, **changes)
+
+
+def test_the_batches_of_a_supervised_run_cannot_change(tmp_path):
+    def start(batch_size: int, resume: bool) -> None:
+        tree = {"model": {"path": "m"}, "data": {"path": "d"}, "learner": {"batch_size": batch_size},
+                "logging": {"loggers": []}}  # fmt: skip
+        Recorder(SFTConfig.model_validate(tree), RunDirectory(tmp_path / "run", resume=resume))
+
+    start(8, resume=False)
+    start(8, resume=True)
+    with pytest.raises(ConfigError, match="learner.batch_size has changed since"):
+        start(4, resume=True)
 
 
 def test_everything_that_cannot_change_is_named_at_once(recorder):
