@@ -21,10 +21,13 @@ from rlhf_ray.roles.protocols import Request, Sampling
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), pytest.mark.usefixtures("own_ray")]
 
 PPO = (
-    "algorithm.name=ppo", "algorithm.normalize_rewards=true", "learner.minibatches=2", "critic.minibatches=3",
+    "algorithm.name=ppo", "algorithm.normalize_rewards=running", "learner.minibatches=2", "critic.minibatches=3",
     "learner.epochs=2", "generator.count=2",
 )  # fmt: skip
-SHARDED = ("learner.engine=deepspeed", "learner.world_size=2", "learner.zero_stage=2")
+SHARDED = (
+    "learner.engine=deepspeed", "learner.world_size=3", "learner.zero_stage=2", "critic.engine=deepspeed",
+    "critic.world_size=2", "critic.zero_stage=2",
+)  # fmt: skip
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -64,10 +67,18 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_generators(tiny_config
     require_equal(tmp_path / "1", tmp_path / "2", tolerance=1e-6)
 
 
-def test_sharded_learner_gives_the_numbers_of_one_process(tiny_config, tmp_path):
-    run_rl(tiny_config("logging.rollouts=24"), tmp_path / "one")
-    run_rl(tiny_config("logging.rollouts=24", "executor=ray", *SHARDED), tmp_path / "two")
-    require_equal(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
+def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path):
+    """Three ranks and two, which share completions of every length."""
+    ppo = (
+        "logging.rollouts=24", "algorithm.name=ppo", "learner.minibatches=2", "critic.minibatches=3",
+        "algorithm.kl_coef=0",  # no reference: a worker less to start
+    )  # fmt: skip
+    run_rl(tiny_config(*ppo), tmp_path / "one")
+    run_rl(tiny_config(*ppo, "executor=ray", *SHARDED), tmp_path / "many")
+    require_equal(tmp_path / "one", tmp_path / "many", tolerance=1e-5)
+    assert len({row["tokens"] for step in completions_of(tmp_path / "one") for row in step}) > 3, "ragged"
+    for step in metrics_of(tmp_path / "many"):
+        assert step["loss/value"] > 0 and step["critic/grad_norm"] > 0
 
 
 def test_overlapped_generation_keeps_its_bound(tiny_config, tmp_path):
@@ -79,7 +90,7 @@ def test_overlapped_generation_keeps_its_bound(tiny_config, tmp_path):
 
 
 def test_a_resumed_run_gives_the_numbers_of_an_undisturbed_one(tiny_config, tmp_path):
-    options = ("logging.rollouts=24", "algorithm.name=ppo", "algorithm.normalize_rewards=true")
+    options = ("logging.rollouts=24", "algorithm.name=ppo", "algorithm.normalize_rewards=running")
     run_rl(tiny_config(*options), tmp_path / "whole")
     run_rl(tiny_config(*options, "executor=ray", "steps=2"), tmp_path / "parts")
     run_rl(tiny_config(*options, "executor=ray"), tmp_path / "parts", resume=True)
