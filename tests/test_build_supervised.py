@@ -130,6 +130,7 @@ def test_a_classifier_is_a_reward_model_and_keeps_its_frozen_layers(config, tmp_
     assert 0 <= low < high <= 1
 
 
+@pytest.mark.slow
 def test_lora_trains_a_policy_and_a_reward_model(config, tmp_path):
     pytest.importorskip("peft")
     run_supervised(config("sft", "model.lora.r=2"), tmp_path / "sft")
@@ -140,6 +141,16 @@ def test_lora_trains_a_policy_and_a_reward_model(config, tmp_path):
     summary = run_supervised(config("rm", "model.lora.r=2"), tmp_path / "rm")
     assert summary["after"]["train/loss"] < summary["before"]["train/loss"]
     load_reward_model(tmp_path / "rm" / "model")
+
+
+@pytest.mark.slow
+def test_qlora_trains_a_reward_model_whose_folder_is_not_packed(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = ["model.scratch.hidden_size=64", "model.lora={r: 2, quantize: nf4}"]
+    summary = run_supervised(config("rm", *wide), tmp_path / "run")
+    assert summary["after"]["train/loss"] < summary["before"]["train/loss"]
+    model, _ = load_reward_model(tmp_path / "run" / "model")
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
 
 
 def test_plain_text_is_mixed_in_by_its_share(config, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import ModelConfig, RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import LoraConfig, ModelConfig, RunConfig, TrainEngineConfig
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
@@ -73,6 +73,8 @@ def _rewards(config: RunConfig) -> list[str]:
                 f"set rewards.{index}.name to another"
             )
         problems += failure_problems(reward, f"rewards.{index}")
+    if config.safety is not None and config.safety.safe_label and config.safety.unsafe_label:
+        problems.append("safety.safe_label and safety.unsafe_label say the same thing twice; remove one of them")
     return problems
 
 
@@ -97,11 +99,22 @@ def _batch_shapes(config: RunConfig) -> list[str]:
 
 
 def _data(config: RunConfig) -> list[str]:
-    if config.data.path.startswith("task:") and config.data.split != "train":
-        return [
-            f"data.split={config.data.split} of {config.data.path} is what the run is tested on; set data.split=train"
-        ]
-    return []
+    problems, data = [], config.data
+    if data.path.startswith("task:") and data.split != "train":
+        problems.append(
+            f"data.split={data.split} of {data.path} is what the run is tested on; set data.split=train"
+        )
+    if config.warm_start.completion is not None and (data.prompt_words is not None or data.path.startswith("task:")):
+        problems.append(
+            f"warm_start.completion={config.warm_start.completion} names a column of whole answers, but the prompts are "
+            "cut off texts (data.prompt_words) or come from a task with answers of its own; remove it"
+        )
+    if data.template in ("alpaca", "none") and (data.chat_template or data.chat_template_args or data.system_prompt):
+        problems.append(
+            f"data.template={data.template} uses no chat template, so data.chat_template, data.chat_template_args and "
+            "data.system_prompt would do nothing; remove them, or set data.template=chat"
+        )
+    return problems
 
 
 def _lengths(config: RunConfig) -> list[str]:
@@ -196,18 +209,24 @@ def _training(config: RunConfig, device: str) -> list[str]:
         problems.append(
             "dtype=bfloat16 on MPS loses log-probabilities to rounding and is slower there; set dtype=float32 or auto"
         )
-    lora = config.model.lora
-    if lora is not None and lora.quantize != "none":
-        if config.learner.engine == "deepspeed":
-            problems.append(
-                f"model.lora.quantize={lora.quantize} packs the weights, and ZeRO would cut the packed bytes to pieces; "
-                "set learner.engine=torch, or model.lora.quantize=none"
-            )
-        if device == "mps":
-            problems.append(
-                f"model.lora.quantize={lora.quantize} needs bitsandbytes, which does not run on MPS; set device=cpu, or "
-                "model.lora.quantize=none"
-            )
+    return [*problems, *quantize_problems(config.model.lora, config.learner.engine, device)]
+
+
+def quantize_problems(lora: LoraConfig | None, engine: str, device: str) -> list[str]:
+    """Frozen weights in 4 bits: can the learner hold them so?"""
+    problems = []
+    if lora is None or lora.quantize == "none":
+        return problems
+    if engine == "deepspeed":
+        problems.append(
+            f"model.lora.quantize={lora.quantize} packs the weights, and ZeRO would cut the packed bytes to pieces; "
+            "set learner.engine=torch, or model.lora.quantize=none"
+        )
+    if device == "mps":
+        problems.append(
+            f"model.lora.quantize={lora.quantize} needs bitsandbytes, which does not run on MPS; set device=cpu, or "
+            "model.lora.quantize=none"
+        )
     return problems
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.checks import engine_problems, scratch_problems, tokenizer_problems
+from rlhf_ray.config.checks import engine_problems, quantize_problems, scratch_problems, tokenizer_problems
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.schema import (
     CheckpointConfig,
@@ -64,6 +64,7 @@ class SupervisedConfig(Section):
             *scratch_problems(self.model, self.scratch_kinds),
             *tokenizer_problems(self.model),
             *engine_problems("learner", self.learner, self.executor, device or self.device),
+            *quantize_problems(self.model.lora, self.learner.engine, device or self.device),
             *_learner_problems(self.learner, self.model),
             *_data_problems(self.data, self.model, self.eval),
         ]
@@ -78,11 +79,6 @@ def _learner_problems(learner: SupervisedLearnerConfig, model: ModelConfig) -> l
         )
     if learner.gradient_checkpointing and model.path == "scratch:lstm":
         problems.append("learner.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
-    if model.lora is not None and model.lora.quantize != "none":
-        problems.append(
-            f"model.lora.quantize={model.lora.quantize} is for `rl` so far, and would be passed over here; "
-            "set model.lora.quantize=none"
-        )
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,16 @@ from rlhf_ray.models.loading import load_pretrained
 
 
 def load_classifier(
-    path: str | Path, *, labels: Sequence[str], pad_token_id: int, seed: int, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    labels: Sequence[str],
+    pad_token_id: int,
+    seed: int,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """A float32 classifier on the CPU. From a causal language model's folder it takes the backbone and gets a new
-    head, which depends on `seed` alone. One label makes a reward model.
+    head, which depends on `seed` alone. One label makes a reward model. `options` go to `from_pretrained`.
 
     Raises ModelError for a folder that is missing or holds no such model.
     """
@@ -28,7 +35,7 @@ def load_classifier(
         torch.default_generator.manual_seed(seed)
         model = load_pretrained(
             AutoModelForSequenceClassification, path, "a sequence classifier", trust_remote_code,
-            dtype=torch.float32, num_labels=len(labels), ignore_mismatched_sizes=True, **names,
+            dtype=torch.float32, num_labels=len(labels), ignore_mismatched_sizes=True, **names, **options,
         )  # fmt: skip
     # A decoder's classifier reads the last token that is not this one: it must be what the rows are padded with.
     model.config.pad_token_id = pad_token_id

@@ -15,7 +15,7 @@ from rlhf_ray.config.supervised import ClassifierConfig, DPOConfig, RMConfig, SF
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.classifiers import freeze_layers, head_names, load_classifier
 from rlhf_ray.models.loading import load_policy, load_tokenizer
-from rlhf_ray.models.lora import apply_lora
+from rlhf_ray.models.lora import apply_lora, quantization
 from rlhf_ray.roles.factory import Assets, Rank, train_engine
 from rlhf_ray.roles.objectives import DPO, SFT, BradleyTerry, Classification, Objective
 from rlhf_ray.roles.supervised import SupervisedTrainer
@@ -86,16 +86,16 @@ def labels_of(config: SupervisedConfig, splits: Splits) -> tuple[str, ...]:
 def _network(
     config: SupervisedConfig, assets: Assets, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
 ) -> nn.Module:
-    trust = config.model.trust_remote_code
+    lora = config.model.lora
+    options = {} if lora is None else quantization(lora.quantize, assets.hardware.dtype)
+    options["trust_remote_code"] = config.model.trust_remote_code
     if labels:
-        model = load_classifier(
-            assets.policy, labels=labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed, trust_remote_code=trust
-        )
+        pad = tokenizer.pad_token_id
+        model = load_classifier(assets.policy, labels=labels, pad_token_id=pad, seed=config.seed, **options)
         if isinstance(config, ClassifierConfig):
             freeze_layers(model, config.classifier.frozen_layers)
     else:
-        model = load_policy(assets.policy, dtype=torch.float32, trust_remote_code=trust)
-    lora = config.model.lora
+        model = load_policy(assets.policy, dtype=torch.float32, **options)
     if lora is None:
         return model
     heads = head_names(model) if labels else ()

@@ -4,8 +4,6 @@ import sys
 
 import pytest
 
-from rlhf_ray.config.load import parse_config
-from rlhf_ray.config.supervised import SFTConfig
 from rlhf_ray.errors import ConfigError
 
 SCRATCH = ("model.path=scratch:qwen2", "model.tokenizer.path=scratch:char", "data.max_prompt_tokens=8",
@@ -192,11 +190,3 @@ def test_what_a_config_says_about_its_roles(load):
     assert load("algorithm.kl_coef=0.1").uses_reference
     assert load("learner.minibatches=2").uses_old_logprobs and load("learner.epochs=2").uses_old_logprobs
     assert load("rollout.prompts_per_step=3", "rollout.group_size=5").samples_per_step == 15
-
-
-def test_packing_is_refused_where_it_would_be_passed_over():
-    tree = {"model": {"path": "m", "lora": {"quantize": "nf4"}}, "data": {"path": "d.jsonl"}}
-    with pytest.raises(ConfigError, match="model.lora.quantize=nf4 is for `rl` so far.*set model.lora.quantize=none"):
-        parse_config(tree, SFTConfig, "the test")
-    tree["model"]["lora"]["quantize"] = "none"
-    parse_config(tree, SFTConfig, "the test")
