@@ -257,13 +257,14 @@ def test_lora(tiny_config, tmp_path, read_rows, quantize):
 
 
 def test_an_exception_in_the_loop_ends_the_run_cleanly(tiny_config, tmp_path, monkeypatch, read_rows):
-    reward = tmp_path / "judge.py"
+    reward, mended = tmp_path / "judge.py", tmp_path / "mended"
     reward.write_text(
+        "from pathlib import Path\n"
         "calls = 0\n"
         "def judge(completions):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    if calls == 3: raise ZeroDivisionError('no answers')\n"  # before, step 1, step 2
+        f"    if calls == 3 and not Path({str(mended)!r}).exists(): raise ZeroDivisionError('no answers')\n"  # in step 2
         "    return [float(len(c)) for c in completions]\n"
     )
     closed = []
@@ -274,6 +275,7 @@ def test_an_exception_in_the_loop_ends_the_run_cleanly(tiny_config, tmp_path, mo
     assert len(closed) == 1
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["steps"] == 1 and "no answers" in summary["error"]
+    mended.touch()
     assert run_rl(tiny_config(*settings), tmp_path / "a", resume=True)["steps"] == 3
     assert [row["step"] for row in read_rows(tmp_path / "a")] == [1, 2, 3]
 
