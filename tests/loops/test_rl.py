@@ -263,8 +263,8 @@ def test_an_exception_in_the_loop_ends_the_run_cleanly(tiny_config, tmp_path, mo
         "calls = 0\n"
         "def judge(completions):\n"
         "    global calls\n"
-        "    calls += 1\n"
-        f"    if calls == 3 and not Path({str(mended)!r}).exists(): raise ZeroDivisionError('no answers')\n"  # in step 2
+        "    calls += 1\n"  # before, step 1, step 2
+        f"    if calls == 3 and not Path({str(mended)!r}).exists(): raise ZeroDivisionError('no answers')\n"
         "    return [float(len(c)) for c in completions]\n"
     )
     closed = []
