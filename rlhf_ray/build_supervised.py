@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rlhf_ray.build import hardware_of, kept_only_if_used
 from rlhf_ray.config.load import check_device
-from rlhf_ray.config.supervised import DPOConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.errors import ModelError
 from rlhf_ray.loops.supervised import Batches, Judged, Trainer, train
@@ -29,6 +29,10 @@ from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.supervised_recorder import SupervisedRecorder
 
 Config = TypeVar("Config", bound=SupervisedConfig)
+
+# What a reward model should be able to do before anything is optimised against it.
+LEAST_ACCURACY = 0.6
+MOST_LENGTH_CORRELATION = 0.6
 
 
 def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume: bool = False) -> dict[str, Any]:
@@ -62,6 +66,8 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
             if isinstance(config, DPOConfig):
                 set_reference(config, trainer, run)
             result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
+            if isinstance(config, RMConfig):
+                doubt_judge(result, run)
             trainer.export_model(directory.model)
         run.finish("finished", **result)
     except BaseException as error:
@@ -99,6 +105,23 @@ def set_reference(config: DPOConfig, trainer: Any, run: SupervisedRecorder) -> N
         return trainer.reference_logprobs(config.dpo.reference)
 
     trainer.set_reference(run.remember("reference", compute))
+
+
+def doubt_judge(result: dict[str, Any], run: SupervisedRecorder) -> None:
+    """Alarms about a reward model that is no use as one, from its numbers on rows it has not seen."""
+    after, step = result["after"], result["kept_step"]
+    accuracy, correlation = after.get("val/accuracy"), after.get("val/length_correlation")
+    if accuracy is not None and accuracy < LEAST_ACCURACY:
+        run.alarm(
+            "weak_judge", f"on held-out pairs it agrees with the labels {accuracy:.0%} of the time, and below "
+            f"{LEAST_ACCURACY:.0%} its scores are mostly noise; use more or better pairs, or a larger model", step,
+        )  # fmt: skip
+    if correlation is not None and abs(correlation) > MOST_LENGTH_CORRELATION:
+        longer = "longer" if correlation > 0 else "shorter"
+        run.alarm(
+            "length_bias", f"its scores correlate with the answers' length ({correlation:+.2f}), so a policy would "
+            f"learn to write {longer} answers; balance the lengths of the pairs, or add a length penalty", step,
+        )  # fmt: skip
 
 
 @contextmanager

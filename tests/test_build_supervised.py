@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_ray.build_supervised import run_supervised
+from rlhf_ray.build_supervised import doubt_judge, run_supervised
 from rlhf_ray.config.load import apply_override, parse_config
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.config.supervised import SCHEMAS, SupervisedConfig
@@ -112,6 +113,37 @@ def test_a_reward_model_comes_from_the_sft_model_and_judges_text(config, tmp_pat
     assert right > 0.8
     inside = weights_of(tmp_path / "sft")["model.embed_tokens.weight"]
     assert inside.shape == model.state_dict()["model.embed_tokens.weight"].shape
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "correlation", "expected"),
+    [
+        (0.59, 0.0, ["weak_judge: on held-out pairs it agrees with the labels 59% of the time"]),
+        (0.9, 0.7, ["length_bias: its scores correlate with the answers' length (+0.70), so a policy would learn to "
+                    "write longer answers"]),
+        (0.9, -0.7, ["length_bias: its scores correlate with the answers' length (-0.70), so a policy would learn to "
+                     "write shorter answers"]),
+        (0.6, 0.6, []),
+        (None, None, []),
+    ],
+)  # fmt: skip
+def test_a_judge_of_no_use_is_an_alarm(accuracy, correlation, expected):
+    heard: list[str] = []
+    run = SimpleNamespace(alarm=lambda kind, reason, step: heard.append(f"{kind}: {reason} (step {step})"))
+    after = {} if accuracy is None else {"val/accuracy": accuracy, "val/length_correlation": correlation}
+    doubt_judge({"after": after, "kept_step": 7}, run)
+    assert len(heard) == len(expected)
+    for said, beginning in zip(heard, expected, strict=True):
+        assert said.startswith(beginning) and said.endswith("(step 7)")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lstm"])
+def test_every_model_from_scratch_can_be_tuned_and_judge(config, tmp_path, kind):
+    summary = run_supervised(config("sft", f"model.path=scratch:{kind}"), tmp_path / "sft")
+    assert summary["after"]["train/loss"] < summary["before"]["train/loss"]
+    start = [f"model.path={tmp_path}/sft/model", "model.tokenizer.path=null"]
+    run_supervised(config("rm", *start), tmp_path / "rm")
+    assert load_reward_model(tmp_path / "rm" / "model")[0].config.num_labels == 1
 
 
 def test_a_classifier_is_a_reward_model_and_keeps_its_frozen_layers(config, tmp_path):
