@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from rlhf_ray.config.load import check_device
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.prompts import PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.tasks import is_task
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.loops.evaluate import Evaluator
@@ -110,8 +110,9 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
     """
     for reward in config.rewards:
         reward_of(reward).close()
-    if config.reward_model is not None:
-        load_tokenizer(config.reward_model.path)
+    for judge in (config.reward_model, config.safety):
+        if judge is not None:
+            load_tokenizer(judge.path)
     tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -155,16 +156,7 @@ def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Seque
 def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
     """(training prompts, held-out prompts), disjoint."""
     data = config.data
-    options: dict[str, Any] = {
-        "field": data.field,
-        "prompt_words": data.prompt_words,
-        "max_prompt_tokens": data.max_prompt_tokens,
-        "overlong": data.overlong_prompts,
-        "template": data.template,
-        "chat_template": data.chat_template,
-        "chat_template_args": data.chat_template_args,
-        "system_prompt": data.system_prompt,
-    }
+    options = prompt_options(data)
     references = config.rollout.reference_field if config.rollout.reference_answers else None
     prompts = load_prompts(
         data.path, tokenizer, split=data.split, limit=data.limit, reference_field=references, **options

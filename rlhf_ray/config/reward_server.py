@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from rlhf_ray.config.reward_checks import failure_problems
@@ -18,7 +20,8 @@ class RewardServerConfig(Section):
     host: str = Field("127.0.0.1", description="0.0.0.0: every address of this machine; needs token_env")
     port: int = Field(8000, ge=0, le=65535, description="0: a free one, which is printed")
     token_env: str | None = Field(None, description="environment variable with the bearer token that clients must send")
-    max_body_mb: float = Field(64.0, gt=0)
+    max_body_mb: float = Field(64.0, gt=0, description="larger requests are refused")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="of the reward model")
 
     def contradictions(self) -> list[str]:
         problems = [p for i, reward in enumerate(self.rewards) for p in failure_problems(reward, f"rewards.{i}")]

@@ -100,6 +100,9 @@ class WarmStartConfig(Section):
     batch_size: int = Field(128, gt=0)
     lr: float = Field(1e-3, gt=0)
     max_length: int = Field(64, gt=1, description="tokens; longer texts are cut")
+    completion: str | None = Field(
+        None, description="column with the answer that is learned after each prompt; empty: whole texts are learned"
+    )
     target_accuracy: float | None = Field(
         None, gt=0, le=1, description="stop early when this share of the completions would be written right greedily"
     )
@@ -158,6 +161,17 @@ class RewardModelConfig(Section):
     path: str
     weight: float = 1.0
     output: Literal["logit", "logprob", "prob"] = Field("logit", description="of the positive (last) label")
+    max_length: int = Field(512, gt=0)
+    batch_size: int = Field(64, gt=0)
+
+
+class SafetyConfig(Section):
+    """A classifier that says how safe a text is: the reward becomes (1 - weight) * all others + weight * P(safe)."""
+
+    path: str
+    weight: float = Field(0.5, ge=0, le=1)
+    safe_label: str | None = Field(None, description="the label that means safe; empty, without unsafe_label: the last")
+    unsafe_label: str | None = Field(None, description="or the one that means unsafe: P(safe) = 1 - P(unsafe)")
     max_length: int = Field(512, gt=0)
     batch_size: int = Field(64, gt=0)
 
@@ -331,6 +345,7 @@ class RunConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     rewards: list[RewardConfig] = []
     reward_model: RewardModelConfig | None = None
+    safety: SafetyConfig | None = None
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.rewards.adapters import Adapter, adapt
 from rlhf_ray.rewards.failures import FailurePolicy, Outcome, checked, raised
 from rlhf_ray.rewards.loading import find_function
@@ -50,12 +50,12 @@ def start(function: RewardFunction, inputs: Inputs) -> Outcome | Awaitable[Outco
     """Call it: an outcome, or for an async function what to wait for (`together`).
 
     Raises:
-        ConfigError: the function explains wrong arguments of its own.
+        ConfigError, ModelError: the function explains wrong arguments of its own.
     """
     rows = len(inputs["completions"])
     try:
         returned = function.call(inputs)
-    except ConfigError:
+    except (ConfigError, ModelError):
         raise
     except (Exception, SystemExit) as error:  # sys.exit() would end the run as if it had finished
         return raised(error, inputs, rows)

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from rlhf_ray.config.schema import SafetyConfig
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.loading import load_reward_model
 
 
 def classifier(
@@ -73,22 +75,30 @@ class Classifier:
         return (logprob_BC if output == "logprob" else logprob_BC.exp())[:, index].tolist()
 
 
+class Safety:
+    """How safe texts are, for `(1 - weight) * quality + weight * safety`."""
+
+    def __init__(self, config: SafetyConfig, device: str = "cpu") -> None:
+        """Raises ConfigError or ModelError."""
+        self.config = config
+        self.model = load_classifier(config.path, device)
+        self.index = self.model.index_of(config.safe_label or config.unsafe_label)
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Probability that each text is safe."""
+        size, scores = self.config.batch_size, []
+        for start in range(0, len(texts), size):
+            scores += self.model.scores(texts[start : start + size], self.index, "prob", self.config.max_length)
+        return [1.0 - score for score in scores] if self.config.unsafe_label else scores
+
+
 @functools.lru_cache(maxsize=4)
 def load_classifier(path: str, device: str = "cpu") -> Classifier:
-    """Raises ConfigError if there is none."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        network = AutoModelForSequenceClassification.from_pretrained(path).to(device).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"classifier {path} cannot be loaded ({error}); give a folder or a Hub name") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    network.config.pad_token_id = tokenizer.pad_token_id
+    """Raises ModelError if there is none."""
+    network, tokenizer = load_reward_model(path, device=device)
     # Padding on the left would shift absolute positions; of a text that is too long the end is what counts.
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
-    return Classifier(network, tokenizer, path)
+    return Classifier(network.requires_grad_(False), tokenizer, path)
 
 
 def _longest(network: Any) -> int:

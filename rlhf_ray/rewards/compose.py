@@ -57,17 +57,20 @@ def load_reward(
     args = dict(args or {})
     if clash := set(args) & _OWN_ARGUMENTS:
         raise ConfigError(f"reward {function!r}: args may not set {sorted(clash)}; each call brings its own")
-    settings = {"weight": weight, "policy": policy or FailurePolicy(), "timeout_s": timeout_s}
+    settings = {"weight": weight, "policy": policy or FailurePolicy()}
     name = name or default_name(function)
     if is_http(function):
         from rlhf_ray.rewards.http_client import HttpReward
 
-        return RewardFunction(name, HttpReward(function, timeout_s=timeout_s, **args), **settings)
+        try:
+            return RewardFunction(name, HttpReward(function, timeout_s=timeout_s, **args), **settings)
+        except TypeError as error:
+            raise ConfigError(f"reward {function}: {error}; its args are batch_size and connections") from error
     if not isolated:
-        return replace(bind(function, adapter, args), name=name, **settings)
+        return replace(bind(function, adapter, args), name=name, timeout_s=timeout_s, **settings)
     if is_builtin(function):
         check_builtin(function)
-    return RewardFunction(name, IsolatedFunction(function, adapter, args, timeout_s), **{**settings, "timeout_s": None})
+    return RewardFunction(name, IsolatedFunction(function, adapter, args, timeout_s), **settings)
 
 
 def reward_of(config: RewardConfig) -> RewardFunction:

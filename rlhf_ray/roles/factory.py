@@ -16,6 +16,7 @@ from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf_ray.models.lora import apply_lora, quantization
+from rlhf_ray.rewards.classifier import Safety
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
@@ -86,7 +87,8 @@ def make_reward(config: RunConfig, assets: Assets) -> Reward:
         path = config.reward_model.path
         network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
         model = RewardModel(network, tokenizer, config.reward_model)
-    return Reward(RewardSet(functions), _tokenizer(config, assets), model=model)
+    safety = None if config.safety is None else Safety(config.safety, assets.hardware.device)
+    return Reward(RewardSet(functions), _tokenizer(config, assets), model=model, safety=safety)
 
 
 def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank = Rank()) -> Learner:

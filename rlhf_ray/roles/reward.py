@@ -1,4 +1,4 @@
-"""The judge of completions: reward functions and, if there is one, a reward model."""
+"""The judge of completions: reward functions and, where there are such, a reward model and a safety classifier."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.errors import RewardError
+from rlhf_ray.rewards.classifier import Safety
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.roles.protocols import Scores
 
@@ -65,10 +66,12 @@ class Reward:
         tokenizer: PreTrainedTokenizerBase,
         *,
         model: RewardModel | None = None,
+        safety: Safety | None = None,
     ) -> None:
         self.functions = functions
         self.tokenizer = tokenizer
         self.model = model
+        self.safety = safety
 
     def score(self, batch: Batch, texts: int = 0) -> Scores:
         """Reward of each row, and the decoded text of the first `texts` rows.
@@ -81,15 +84,15 @@ class Reward:
         rewards = self.functions.score(prompts, completions, ids, batch.columns, batch.prompt_id.tolist())
         score_B = torch.tensor(rewards.total, dtype=torch.float32)
         named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
+        if self.model is not None or self.safety is not None:
+            wholes = self._whole_texts(batch, prompts, completions)
         if self.model is not None:
-            judged_B = torch.tensor(self.model.score(self._whole_texts(batch, prompts, completions)))
-            if not judged_B.isfinite().all():
-                row = int((~judged_B.isfinite()).nonzero()[0])
-                raise RewardError(
-                    f"reward_model: row {row} scored {judged_B[row]}; check the folder {self.model.config.path}"
-                )
-            named["reward_model"] = judged_B
-            score_B = score_B + self.model.config.weight * judged_B
+            named["reward_model"] = _finite("reward_model", self.model.score(wholes), self.model.config.path)
+            score_B = score_B + self.model.config.weight * named["reward_model"]
+        if self.safety is not None:
+            named["safety"] = _finite("safety", self.safety.score(wholes), self.safety.config.path)
+            weight = self.safety.config.weight
+            score_B = (1 - weight) * score_B + weight * named["safety"]
         keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
         texts_of = tuple(zip(prompts, completions, strict=True))[:texts]
         return Scores(score_B, named, texts_of, keep_B, rewards.stats, tuple(rewards.events))
@@ -109,6 +112,14 @@ class Reward:
             prompt + (whole[len(start) :] if whole.startswith(start) else completion)
             for prompt, completion, whole, start in zip(prompts, completions, wholes, starts, strict=True)
         ]
+
+
+def _finite(name: str, scores: Sequence[float], path: str) -> torch.Tensor:
+    score_B = torch.tensor(scores)
+    if not score_B.isfinite().all():
+        row = int((~score_B.isfinite()).nonzero()[0])
+        raise RewardError(f"{name}: row {row} scored {score_B[row]}; check the folder {path}")
+    return score_B
 
 
 def _longest(model: PreTrainedModel) -> int:

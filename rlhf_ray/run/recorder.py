@@ -99,6 +99,8 @@ class Recorder:
         self.metrics.log(step, metrics)
         self.steps_done = step
         self.progress.update(step, metrics)
+        for event in scores.events:
+            self.directory.event("reward_failed", step=step, **event)
         if self.config.logging.rollouts:
             self.directory.write_rollouts(step, rollout_rows(rows, scores, self.config.logging.rollouts))
         if step % self.config.logging.samples_every == 0:

@@ -8,11 +8,14 @@ import yaml
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import check_device, dump_config, load_config, parse_config
+from rlhf_ray.config.reward_server import RewardServerConfig
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
 
-COMMANDS = {"rl": RunConfig, "eval": EvalRunConfig, "pairs": PairsConfig, **SCHEMAS}
+COMMANDS = {
+    "rl": RunConfig, "eval": EvalRunConfig, "pairs": PairsConfig, "serve-reward": RewardServerConfig, **SCHEMAS
+}  # fmt: skip
 
 
 def problems(error: pytest.ExceptionInfo) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, RewardError
-from rlhf_ray.rewards.compose import RewardFunction, RewardSet, load_reward
+from rlhf_ray.rewards.calling import RewardFunction
+from rlhf_ray.rewards.compose import RewardSet, load_reward
 
 PROMPTS, TEXTS, IDS = ["p1", "p2"], ["one", "three"], [[5], [6, 7, 8]]
 COLUMNS = ({"prompt": "p1", "answer": "one"}, {"prompt": "p2", "answer": "two"})

@@ -16,11 +16,13 @@ from transformers import (
 )
 
 from rlhf_ray.batch import build_batch
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.schema import RewardModelConfig, SafetyConfig
 from rlhf_ray.errors import RewardError
 from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.models.tokenizers import build_tokenizer
-from rlhf_ray.rewards.compose import RewardFunction, RewardSet
+from rlhf_ray.rewards.calling import RewardFunction
+from rlhf_ray.rewards.compose import RewardSet
+from rlhf_ray.rewards.failures import FailurePolicy
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.roles.reward import Reward, RewardModel
 
@@ -89,6 +91,32 @@ def test_the_model_adds_its_weighted_score_and_reads_whole_texts(words, batch):
     assert judge.texts == ["the film was good", "the film was bad, really bad"], "with the blank between the words"
     assert scores.score.tolist() == [3.0, -3.0]
     assert scores.by_function["reward_model"].tolist() == [0.5, -1.0]
+
+
+def test_safety_takes_its_share_of_the_whole_reward(words, batch):
+    """(1 - w) quality + w safety, where quality is all that stands before it: 0.75 * (1 + 4 * 0.5) + 0.25 * 0.2."""
+    safety = Judge([0.2, 1.0])
+    safety.config = SafetyConfig(path="safety", weight=0.25)
+    one = RewardSet([RewardFunction("one", lambda completions: [1.0, 1.0])])
+    scores = Reward(one, words, model=Judge([0.5, -1.0], weight=4.0), safety=safety).score(batch)
+    assert scores.score.tolist() == pytest.approx([2.3, -2.0])
+    assert scores.by_function["safety"].tolist() == pytest.approx([0.2, 1.0])
+    assert safety.texts == ["the film was good", "the film was bad, really bad"]
+    safety.scores = [0.2, math.inf]
+    with pytest.raises(RewardError, match="safety: row 1 scored inf; check the folder safety"):
+        Reward(one, words, safety=safety).score(batch)
+
+
+def test_groups_that_a_policy_drops_are_marked(words, batch):
+    def picky(completions):
+        return [None if text == "good" else 1.0 for text in completions]
+
+    functions = RewardSet([RewardFunction("picky", picky, policy=FailurePolicy("drop_group"))])
+    scores = Reward(functions, words).score(batch)
+    assert scores.keep.tolist() == [False, False], "both rows answer the same prompt"
+    assert scores.score.isnan().tolist() == [True, False] and scores.stats["fault/dropped"] == 1.0
+    assert scores.events[0]["reason"].startswith("reward 'picky' gave None for row 0")
+    assert Reward(RewardSet([]), words).score(batch).keep is None
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

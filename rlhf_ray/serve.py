@@ -1,0 +1,42 @@
+"""`rlhf-ray serve-reward`: from a config to a reward server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_ray.config.reward_server import RewardServerConfig
+from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.models.devices import choose_hardware
+from rlhf_ray.models.loading import load_reward_model
+from rlhf_ray.rewards.calling import RewardFunction
+from rlhf_ray.rewards.compose import RewardSet, reward_of
+from rlhf_ray.rewards.http_client import token_from
+from rlhf_ray.rewards.server import RewardServer
+from rlhf_ray.roles.reward import RewardModel
+
+
+def open_reward_server(config: RewardServerConfig) -> RewardServer:
+    """It listens already; call `serve`.
+
+    Raises:
+        RlhfRayError: a reward, a token or an address that cannot be used.
+    """
+    token = token_from(config.token_env) if config.token_env else None
+    functions = [reward_of(reward) for reward in config.rewards]
+    if config.reward_model is not None:
+        functions.append(_as_function(config.reward_model, config.device))
+    return RewardServer(
+        RewardSet(functions), config.host, config.port, token=token, max_body_mb=config.max_body_mb
+    )  # fmt: skip
+
+
+def _as_function(config: RewardModelConfig, device: str) -> RewardFunction:
+    hardware = choose_hardware(device, "auto")
+    network, tokenizer = load_reward_model(config.path, dtype=hardware.dtype, device=hardware.device)
+    model = RewardModel(network, tokenizer, config)
+
+    def reward_model(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+        return model.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+
+    return RewardFunction("reward_model", reward_model, config.weight)

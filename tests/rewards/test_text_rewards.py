@@ -1,0 +1,114 @@
+"""ROUGE, and classifiers as rewards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from rlhf_ray.config.schema import SafetyConfig
+from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.rewards.classifier import Safety, classifier, load_classifier
+from rlhf_ray.rewards.compose import RewardSet, load_reward
+from rlhf_ray.rewards.rouge import rouge
+
+CORPUS = ["the film was good", "the film was bad , really bad", "a very good and long story", "bad"]
+
+
+def test_rouge_by_hand():
+    # reference "the cat sat on the mat": longest common subsequence with "the cat the mat" is 4 words of 4 and of 6
+    texts, reference = ["the cat the mat", "a dog", ""], ["the cat sat on the mat"] * 3
+    assert rouge(texts, reference=reference).values == pytest.approx((2 * 1 * (4 / 6) / (1 + 4 / 6), 0, 0))
+    assert rouge(texts[:1], reference=reference[:1], measure="recall").values == pytest.approx((4 / 6,))
+    assert rouge(texts[:1], reference=reference[:1], kind="rouge1", measure="precision").values == (1.0,)
+    # bigrams: "the cat", "cat the", "the mat"; two of three stand in the reference
+    precision = rouge(texts[:1], reference=reference[:1], kind="rouge2", measure="precision")
+    assert precision.values == pytest.approx((2 / 3,))
+
+
+def test_rouge_takes_the_best_of_several_references_and_stems_when_asked():
+    assert rouge(["b"], summary=[["a", "b", "c"]], column="summary").values == (1.0,)
+    assert rouge(["cats"], reference=["cat"]).values == (0.0,)
+    assert rouge(["cats"], reference=["cat"], stem=True).values == (1.0,)
+
+
+def test_rouge_says_what_is_wrong():
+    with pytest.raises(ConfigError, match="no column 'reference', only summary"):
+        rouge(["a"], summary=["a"])
+    with pytest.raises(ConfigError, match="kind='rouge9'"):
+        rouge(["a"], reference=["a"], kind="rouge9")
+    outcome = rouge(["a", "a"], reference=[None, "a"])
+    assert outcome.values == (None, 1.0) and "found no text in column 'reference'" in outcome.failures[0].what
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """make(labels, ...) -> folder of a small BERT whose labels are named."""
+
+    def make(*labels: str, **settings) -> str:
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=32, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
+            **settings,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(3.0)
+        path = tmp_path_factory.mktemp("classifier")
+        model.save_pretrained(path)
+        build_tokenizer("word", CORPUS).save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+def logits(path: str, text: str) -> list[float]:
+    model = load_classifier(path)
+    return model.network(**model.tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0].tolist()
+
+
+def test_a_classifier_is_a_reward(folder):
+    path = folder("negative", "neutral", "positive")
+    reward = load_reward("classifier", args={"path": path, "label": "Neutral", "batch_size": 2})
+    scores = RewardSet([reward]).score([""] * 4, CORPUS, [[1]] * 4, [{}] * 4).total
+    for text, score in zip(CORPUS, scores, strict=True):
+        a, b, c = map(math.exp, logits(path, text))
+        assert score == pytest.approx(b / (a + b + c), abs=1e-5)
+    assert classifier([""], CORPUS[:1], path=path) == pytest.approx(
+        classifier([""], CORPUS[:1], path=path, label="positive")), "the last label is the good one"  # fmt: skip
+    (logit,) = classifier([""], CORPUS[:1], path=path, output="logit")
+    assert logit == pytest.approx(logits(path, CORPUS[0])[2], abs=1e-5)
+    whole = classifier(["the film was"], [" good"], path=path, output="logit", whole=True)
+    assert whole == pytest.approx([logits(path, "the film was good")[2]], abs=1e-5)
+
+
+def test_labels_that_do_not_exclude_each_other(folder):
+    path = folder("toxic", "insult", problem_type="multi_label_classification")
+    (score,) = classifier([""], CORPUS[:1], path=path, label="toxic")
+    assert score == pytest.approx(1 / (1 + math.exp(-logits(path, CORPUS[0])[0])), abs=1e-5)
+    (log,) = classifier([""], CORPUS[:1], path=path, label="toxic", output="logprob")
+    assert log == pytest.approx(math.log(score), abs=1e-5)
+
+
+def test_safety_by_either_label(folder):
+    path = folder("safe", "unsafe")
+    safe = Safety(SafetyConfig(path=path, safe_label="safe")).score(CORPUS)
+    other_way = SafetyConfig(path=path, unsafe_label="unsafe", batch_size=1)
+    assert Safety(other_way).score(CORPUS) == pytest.approx(safe, abs=1e-5)
+    assert Safety(SafetyConfig(path=path)).score(CORPUS) == pytest.approx([1 - p for p in safe], abs=1e-5), "the last"
+    assert max(safe) - min(safe) > 1e-3
+
+
+def test_what_is_wrong_with_a_classifier(folder, tmp_path):
+    with pytest.raises(ConfigError, match="has no label 'kind'; its labels are safe, unsafe"):
+        classifier([""], ["x"], path=folder("safe", "unsafe"), label="kind")
+    with pytest.raises(ConfigError, match="output='odds'"):
+        classifier([""], ["x"], path="x", output="odds")
+    reward = RewardSet([load_reward("classifier", args={"path": str(tmp_path / "none")})])
+    with pytest.raises(ModelError, match="no such folder"):
+        reward.score([""], ["x"], [[1]], [{}])
