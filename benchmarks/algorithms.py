@@ -28,6 +28,8 @@ SEEDS = (0, 1, 2)
 MEASURED = 1e-9
 # Steps at the end of a curve whose mean counts.
 LAST = 5
+# Of the page, people write what stands before this line.
+MARKER = "<!-- from here on: python benchmarks/algorithms.py -->"
 
 # Two optimiser steps on each batch: with one, every importance ratio is 1 and all clipped losses are the same.
 _RATIO = ("learner.minibatches=2",)
@@ -64,22 +66,25 @@ class Task:
 
 
 TASKS = {
-    "arithmetic": Task(
+    "sums": Task(
         "configs/grpo_arithmetic.yaml",
         (
-            "steps=60", "rollout.prompts_per_step=32", "rollout.group_size=8", "rollout.max_new_tokens=6",
-            "rollout.temperature=1.0", "learner.lr_warmup_steps=0", "learner.lr_schedule=constant",
+            "steps=80", "rollout.prompts_per_step=32", "rollout.group_size=8", "rollout.max_new_tokens=5",
+            "rollout.temperature=1.0", "learner.lr_warmup_steps=5", "learner.lr_schedule=constant",
+            "model.scratch.hidden_size=64", "model.scratch.layers=2", "model.tokenizer.alphabet=0123456789+=",
+            "warm_start.steps=60", "warm_start.target_accuracy=null", "warm_start.lr=2e-3", "warm_start.batch_size=64",
+            "data.path={sums}", "data.eval_path={sums}", "eval.size=100",
         ),
-        lr=2e-4, headline="accuracy, greedy", metric="accuracy",
+        lr=5e-4, headline="accuracy, greedy", metric="accuracy",
     ),
     "reviews": Task(
         "configs/grpo_reviews.yaml",
         (
-            "steps=40", "rollout.prompts_per_step=24", "rollout.group_size=8", "rollout.max_new_tokens=16",
+            "steps=30", "rollout.prompts_per_step=24", "rollout.group_size=8", "rollout.max_new_tokens=16",
             "model.tokenizer.vocab_size=2000", "model.scratch.hidden_size=96", "model.scratch.intermediate_size=288",
             "warm_start.steps=500", "algorithm.kl_controller=fixed", "data.path={reviews}",
         ),
-        lr=3e-4, headline="distinct-2", metric="distinct_2",
+        lr=2e-4, headline="distinct-2", metric="distinct_2",
     ),
 }  # fmt: skip
 
@@ -114,29 +119,42 @@ class Result:
     peak_mb: float
 
 
+def write_sums(target: Path) -> None:
+    """The 100 sums of two digits. All of them are practised and asked: the question is how fast a policy improves."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(a, b, a + b) for a in range(10) for b in range(10)]
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "text": f"{a}+{b}={c}", "answer": str(c)}) for a, b, c in rows]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def settings_of(run: Run, root: Path, reviews: Path) -> list[str]:
     task = TASKS[run.task]
     start = root / run.task / f"seed{run.seed}" / "start" / "start"
     kl = () if run.algorithm in _OWN_KL else (f"algorithm.kl_coef={MEASURED}",)
     fixed = (
         *task.settings, f"seed={run.seed}", f"model.path={start}", "model.tokenizer.path=null", "warm_start.steps=0",
-        f"learner.lr={task.lr}", "checkpoint.every=0", "logging.loggers=[]", "eval.size=256", "device=cpu", *kl,
+        f"learner.lr={task.lr}", "checkpoint.every=0", "logging.loggers=[]", "device=cpu", *kl,
     )  # fmt: skip
-    names = {"reviews": reviews, "lr2": 2 * task.lr}
+    names = {"reviews": reviews, "sums": root / "sums.jsonl", "lr2": 2 * task.lr}
     return [setting.format(**names) for setting in (*fixed, *ALGORITHMS[run.algorithm])]
 
 
-def start_settings(task: Task, seed: int, reviews: Path) -> list[str]:
+def start_settings(task: Task, seed: int, root: Path, reviews: Path) -> list[str]:
     """One step at a rate that changes nothing: what is wanted is the warm start, which all algorithms share."""
     own = (*task.settings, f"seed={seed}", "steps=1", "learner.lr=1e-45", "logging.loggers=[]", "device=cpu")
-    return [setting.format(reviews=reviews) for setting in own]
+    return [setting.format(reviews=reviews, sums=root / "sums.jsonl") for setting in own]
 
 
 def execute(config: str, settings: Sequence[str], folder: Path) -> dict[str, float]:
-    """Run the command; (CPU seconds, peak memory) of its process. A run that was cut off begins again."""
+    """Run the command; CPU seconds and peak memory of its process.
+
+    A run that is finished is not repeated; one that was cut off, or had other settings, begins again.
+    """
     marker = folder / "usage.json"
     if marker.exists():
-        return json.loads(marker.read_text(encoding="utf-8"))
+        finished = json.loads(marker.read_text(encoding="utf-8"))
+        if finished["settings"] == list(settings):
+            return finished["used"]
     shutil.rmtree(folder, ignore_errors=True)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -151,7 +169,7 @@ def execute(config: str, settings: Sequence[str], folder: Path) -> dict[str, flo
         raise SystemExit(f"{' '.join(command)} failed; see {log}")
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * scale / 1e6}
-    marker.write_text(json.dumps(used), encoding="utf-8")
+    marker.write_text(json.dumps({"settings": list(settings), "used": used}), encoding="utf-8")
     return used
 
 
@@ -183,9 +201,8 @@ def all_runs(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
 def run_all(tasks: Sequence[str], seeds: Sequence[int], root: Path, reviews: Path, jobs: int) -> list[Result]:
     def start(item: tuple[str, int]) -> None:
         task, seed = item
-        execute(
-            TASKS[task].config, start_settings(TASKS[task], seed, reviews), root / task / f"seed{seed}" / "start"
-        )  # fmt: skip
+        settings = start_settings(TASKS[task], seed, root, reviews)
+        execute(TASKS[task].config, settings, root / task / f"seed{seed}" / "start")
 
     def timed(run: Run) -> Result:
         began = time.monotonic()
@@ -198,6 +215,7 @@ def run_all(tasks: Sequence[str], seeds: Sequence[int], root: Path, reviews: Pat
         )
         return result
 
+    write_sums(root / "sums.jsonl")
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool:
         for seed in seeds:
@@ -272,13 +290,15 @@ def table(task: str, results: Sequence[Result]) -> list[str]:
 
 
 def write_report(results: Sequence[Result], docs: Path) -> None:
-    page = [(docs / "algorithms_results.head.md").read_text(encoding="utf-8").rstrip(), ""]
+    target = docs / "algorithms_results.md"
+    head = target.read_text(encoding="utf-8").partition(MARKER)[0] if target.exists() else "# Results\n\n"
+    page = [head + MARKER, ""]
     for task in dict.fromkeys(r.task for r in results):
         own = [r for r in results if r.task == task]
         draw(task, own, docs / "images" / f"algorithms_{task}.svg")
         page += [f"## {task.capitalize()}", "", f"![Reward curves](images/algorithms_{task}.svg)", ""]
         page += [*table(task, own), "", f"Seeds: {', '.join(str(seed) for seed in sorted({r.seed for r in own}))}.", ""]
-    (docs / "algorithms_results.md").write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
+    target.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
     numbers = json.dumps([asdict(result) for result in results], indent=1)
     (docs / "algorithms_results.json").write_text(numbers + "\n", encoding="utf-8")
 

@@ -30,6 +30,8 @@ def test_every_file_the_page_names_exists(repo_root):
     words = page.replace("`", " ").replace(",", " ").replace(":", " ").split()
     for name in {word for word in words if word.startswith("test_") and word.endswith(".py")}:
         assert (repo_root / "tests" / "algo" / name).exists(), name
+    for name in {word for word in words if "/test_" in word and word.endswith(".py")}:
+        assert (repo_root / "tests" / name).exists() or (repo_root / name).exists(), name
 
 
 def test_sizes(repo_root, modules):
