@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.data.prompts import first_words, load_texts
+from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.prompts import first_words, load_prompts, load_texts, prompt_options
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.loops.supervised import SupervisedExample, train_supervised
+from rlhf_ray.loops.supervised import Batches, warm_up
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.roles.objectives import SFT
+from rlhf_ray.roles.supervised import SupervisedTrainer
+from rlhf_ray.roles.supervised_factory import unknown_token
 
 Report = Callable[[int, float], None]
+Tokens = tuple[int, ...]
 
 
 def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report: Report) -> tuple[str, str]:
@@ -76,12 +81,19 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
 def training_texts(config: RunConfig) -> list[str]:
     """The file's whole texts, without those whose first words are held out for evaluation (the last ones)."""
     data = config.data
-    texts = load_texts(data.path, field=data.field or "text", split=data.split)
+    texts = load_texts(data.path, field=data.field, split=data.split)
+    if config.warm_start.completion is not None:
+        answers = load_texts(data.path, field=config.warm_start.completion, split=data.split)
+        texts = [f"{text}\n{answer}" for text, answer in zip(texts, answers, strict=True)]
     if data.prompt_words is not None:
         texts = [text for text in texts if first_words(text, data.prompt_words) is not None]
     texts = texts[: data.limit]
-    held_out = data.eval_size if data.eval_path is None and len(texts) > data.eval_size else 0
-    return texts[: len(texts) - held_out]
+    return texts[: len(texts) - _held_out(config, len(texts))]
+
+
+def _held_out(config: RunConfig, rows: int) -> int:
+    data = config.data
+    return data.eval_size if data.eval_path is None and rows > data.eval_size else 0
 
 
 def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -102,23 +114,27 @@ def warm_start(
     settings = config.warm_start
     if not settings.steps:
         return model
-    engine = build_engine("torch", model, device=hardware.device, dtype=hardware.dtype)
-    train_supervised(
-        engine,
-        warm_start_examples(config, tokenizer),
+    examples = warm_start_examples(config, tokenizer)
+    trainer = SupervisedTrainer(
+        build_engine("torch", model, device=hardware.device, dtype=hardware.dtype),
+        SFT(tokenizer.pad_token_id, unknown_token(tokenizer)),
+        {"train": examples},
+        tokens_per_microbatch=config.learner.tokens_per_microbatch,
+        tokenizer=tokenizer,
+    )
+    warm_up(
+        trainer,
+        Batches(len(examples), settings.batch_size, config.seed),
         steps=settings.steps,
-        batch_size=settings.batch_size,
         lr=settings.lr,
-        seed=config.seed,
         target_accuracy=settings.target_accuracy,
-        ignored_token=tokenizer.unk_token_id,
         on_step=report,
     )
     return model.cpu()
 
 
-def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[SupervisedExample]:
-    """Tokenized examples; EOS ends each one that is not cut at `warm_start.max_length`."""
+def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedExample]:
+    """Answers to learn after their prompts, or whole texts; EOS ends each that is not cut at the limit."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -126,11 +142,28 @@ def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -
     limit, eos = config.warm_start.max_length, [tokenizer.eos_token_id]
     if is_task(config.data.path):
         pairs = [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(config.data.path)]
+    elif config.warm_start.completion is not None:
+        pairs = _answered_prompts(config, tokenizer)
     else:
         pairs = [([], encode(text) + eos) for text in training_texts(config)]
     # A prompt that fills the limit leaves nothing to learn.
-    return [
-        SupervisedExample(tuple(prompt), tuple(completion[: limit - len(prompt)]))
-        for prompt, completion in pairs
-        if len(prompt) < limit
-    ]
+    return [_example(prompt, completion[: limit - len(prompt)]) for prompt, completion in pairs if len(prompt) < limit]
+
+
+def _example(prompt: Sequence[int], completion: Sequence[int]) -> TokenizedExample:
+    return TokenizedExample((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
+
+
+def _answered_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tokens, Tokens]]:
+    """The training prompts, with the very tokens that the generator will get, and the answers in their rows."""
+    data = config.data
+    prompts = load_prompts(
+        data.path,
+        tokenizer,
+        split=data.split,
+        limit=data.limit,
+        reference_field=config.warm_start.completion,
+        **prompt_options(data),
+    )
+    train = prompts.slice(0, len(prompts) - _held_out(config, len(prompts)))
+    return [(ids, answer) for ids, answers in zip(train.token_ids, train.answers, strict=True) for answer in answers]

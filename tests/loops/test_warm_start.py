@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.loops import warm_start
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy, warm_start_examples
 from rlhf_ray.models.devices import Hardware
@@ -18,6 +19,13 @@ def reviews(tmp_path):
     path = tmp_path / "reviews.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a good film", "a bad film", "good good good")))
     return path
+
+
+def taken_apart(example: TokenizedExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(prompt, answer): an answer is all that is learned, and stands at the end."""
+    start = example.learned.index(True)
+    assert all(example.learned[start:])
+    return example.token_ids[:start], example.token_ids[start:]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -63,9 +71,10 @@ def test_a_task_teaches_answers_and_their_end(tiny_config):
     config = tiny_config("warm_start={steps: 1, max_length: 16}")
     tokenizer = make_tokenizer(config)
     example = warm_start_examples(config, tokenizer)[0]
-    prompt, answer = tokenizer.decode(example.prompt), tokenizer.decode(example.completion[:-1])
-    assert prompt.endswith("=") and str(eval(prompt[:-1])) == answer
-    assert example.completion[-1] == tokenizer.eos_token_id
+    prompt, answer = taken_apart(example)
+    assert tokenizer.decode(prompt).endswith("=")
+    assert str(eval(tokenizer.decode(prompt[:-1]))) == tokenizer.decode(answer[:-1])
+    assert answer[-1] == tokenizer.eos_token_id
 
 
 def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
@@ -75,12 +84,13 @@ def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
     first = warm_start_examples(config, tokenizer)[0]
-    assert first.prompt == () and tokenizer.decode(first.completion) == "a good film", "three words, no room for EOS"
+    prompt, text = taken_apart(first)
+    assert prompt == () and tokenizer.decode(text) == "a good film", "three words, no room for EOS"
     longer = warm_start_examples(
         tiny_config(f"data.path={reviews}", "data.eval_size=256", "model.tokenizer.path=scratch:word",
                     "warm_start={steps: 1, max_length: 9}"), tokenizer,
     )  # fmt: skip
-    assert longer[0].completion[-1] == tokenizer.eos_token_id and len(longer[0].completion) == 4
+    assert longer[0].token_ids[-1] == tokenizer.eos_token_id and len(longer[0].token_ids) == 4
 
 
 def test_tokenizers(tiny_config, reviews, tmp_path):
