@@ -202,7 +202,8 @@ def serve_reward(
     if dry_run:
         print(dump_config(settings))
         return
-    _quiet_libraries(settings.device)
+    if settings.reward_model is not None:
+        _quiet_libraries(settings.device)
     from rlhf_ray.serve import open_reward_server
 
     server = open_reward_server(settings)

@@ -7,13 +7,10 @@ from typing import Any
 
 from rlhf_ray.config.reward_server import RewardServerConfig
 from rlhf_ray.config.schema import RewardModelConfig
-from rlhf_ray.models.devices import choose_hardware
-from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.rewards.calling import RewardFunction
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.http_client import token_from
 from rlhf_ray.rewards.server import RewardServer
-from rlhf_ray.roles.reward import RewardModel
 
 
 def open_reward_server(config: RewardServerConfig) -> RewardServer:
@@ -32,6 +29,11 @@ def open_reward_server(config: RewardServerConfig) -> RewardServer:
 
 
 def _as_function(config: RewardModelConfig, device: str) -> RewardFunction:
+    # A server of functions alone needs no torch, and starts at once.
+    from rlhf_ray.models.devices import choose_hardware
+    from rlhf_ray.models.loading import load_reward_model
+    from rlhf_ray.roles.reward import RewardModel
+
     hardware = choose_hardware(device, "auto")
     network, tokenizer = load_reward_model(config.path, dtype=hardware.dtype, device=hardware.device)
     model = RewardModel(network, tokenizer, config)

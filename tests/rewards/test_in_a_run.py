@@ -1,0 +1,114 @@
+"""Rewards that fail in the middle of a run, and a server that serves one: through the real commands' code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_ray.build import run_rl
+from rlhf_ray.config.load import parse_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError, RewardError
+
+# Dies when it is asked for the second time in training (the first call is the evaluation before), and gives NaN for
+# the first row of each batch of four.
+FAILING = """
+import math, os
+
+def flaky(completions, **_):
+    if len(completions) == 4 and not os.path.exists(DIED):
+        open(DIED, "w").close()
+        os._exit(1)
+    return [math.nan if len(completions) == 4 and row == 0 else float(len(text))
+            for row, text in enumerate(completions)]
+"""
+
+
+@pytest.fixture
+def run(tmp_path, tiny_tree):
+    (tmp_path / "my_reward.py").write_text(f"DIED = {str(tmp_path / 'died')!r}\n{FAILING}")
+
+    def start(**reward) -> list[dict]:
+        """Events of a run of two steps."""
+        rewards = [{"function": f"{tmp_path}/my_reward.py:flaky", **reward}, {"function": "repetition_penalty"}]
+        config = parse_config({**tiny_tree, "steps": 2, "rewards": rewards}, RunConfig, source="the test")
+        run_rl(config, tmp_path / "run")
+        return lines("events.jsonl")
+
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+
+    start.lines = lines
+    return start
+
+
+def test_the_run_goes_on_without_the_groups_that_nobody_could_judge(run):
+    events = [event for event in run(on_failure="drop_group", retries=1) if event["event"] == "reward_failed"]
+    # Step 1: the whole call dies, is repeated, and gives NaN. Step 2: NaN, and then for that group alone a number.
+    assert [(event["step"], event["action"], event["rows"]) for event in events] == [
+        (1, "drop_group", 1), (2, "retry", 0)]  # fmt: skip
+    assert events[0]["reason"].startswith("reward 'flaky' gave nan for row 0")
+    metrics = run.lines("metrics.jsonl")
+    assert [row["fault/dropped"] for row in metrics] == [1.0, 0.0]
+    assert [row["fault/retries"] for row in metrics] == [1.0, 1.0]
+    assert all(row["reward/flaky"] is not None and row["loss/policy"] is not None for row in metrics)
+
+
+def test_by_default_the_run_ends_and_says_why(run):
+    with pytest.raises(RewardError, match="reward 'flaky' lost its process, which ended with exit status 1"):
+        run()
+
+
+def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_starts(run, tmp_path):
+    (tmp_path / "my_reward.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match="my_reward.py cannot be run .ZeroDivisionError"):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_serve_reward(tmp_path, tiny_tree, repo_root):
+    """The command serves, a run learns from it, Ctrl-C ends it."""
+    config = tmp_path / "server.yaml"
+    config.write_text("port: 0\ntoken_env: MY_TOKEN\nrewards: [{function: repetition_penalty, weight: 2.0}]\n")
+    environment = {**os.environ, "MY_TOKEN": "secret", "PYTHONPATH": str(repo_root), "PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen([sys.executable, "-m", "rlhf_ray.cli", "serve-reward", str(config)], text=True,
+                              env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        said = server.stdout.readline()
+        assert said.startswith("serving repetition_penalty at http://127.0.0.1:"), server.stderr.read()
+        url = said.split(" at ")[1].split(";")[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MY_TOKEN", "secret")
+            rewards = [{"function": url, "name": "remote", "token_env": "MY_TOKEN"}]
+            settings = parse_config({**tiny_tree, "rewards": rewards}, RunConfig, source="the test")
+            summary = run_rl(settings, tmp_path / "run")
+        assert summary["status"] == "finished" and "reward/remote" in summary["after"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0 and "secret" not in (tmp_path / "run" / "config.yaml").read_text()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("rewards: []", "no reward to serve"),
+        ("rewards: [{function: sentiment}]\nhost: 0.0.0.0", "set token_env, or host=127.0.0.1"),
+        ("rewards: [{function: sentimnt}]", "did you mean 'sentiment'"),
+        ("rewards: [{function: sentiment}]\ntoken_env: NOT_SET_ANYWHERE", "environment variable is not set"),
+    ],
+)
+def test_serve_reward_refuses(tmp_path, settings, says, monkeypatch, capsys):
+    from rlhf_ray import cli
+
+    (tmp_path / "server.yaml").write_text(settings)
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "serve-reward", str(tmp_path / "server.yaml")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and says in capsys.readouterr().err
