@@ -61,8 +61,7 @@ class Task:
     config: str
     settings: tuple[str, ...]
     lr: float
-    headline: str  # what the table calls the task's own metric, and its name in summary.json
-    metric: str
+    metrics: dict[str, str]  # of the evaluation: what the table calls it -> its name in summary.json
 
 
 TASKS = {
@@ -75,7 +74,7 @@ TASKS = {
             "warm_start.steps=60", "warm_start.target_accuracy=null", "warm_start.lr=2e-3", "warm_start.batch_size=64",
             "data.path={sums}", "data.eval_path={sums}", "eval.size=100",
         ),
-        lr=5e-4, headline="accuracy, greedy", metric="accuracy",
+        lr=5e-4, metrics={"accuracy, greedy": "accuracy"},
     ),
     "reviews": Task(
         "configs/grpo_reviews.yaml",
@@ -84,7 +83,7 @@ TASKS = {
             "model.tokenizer.vocab_size=2000", "model.scratch.hidden_size=96", "model.scratch.intermediate_size=288",
             "warm_start.steps=500", "algorithm.kl_controller=fixed", "data.path={reviews}",
         ),
-        lr=2e-4, headline="distinct-2", metric="distinct_2",
+        lr=2e-4, metrics={"reward, held-out prompts": "reward", "distinct-2": "distinct_2"},
     ),
 }  # fmt: skip
 
@@ -109,14 +108,16 @@ class Result:
     algorithm: str
     seed: int
     rewards: list[float]  # mean of each step's own samples
-    reward_before: float
-    reward: float  # held-out prompts, like the next two
-    metric_before: float
-    metric: float
+    before: dict[str, float]  # the task's metrics
+    after: dict[str, float]
     kl: float  # to the start policy, nats a completion, the last steps' mean
     samples: float  # that the policy wrote
     cpu_seconds: float
     peak_mb: float
+
+    @property
+    def reward(self) -> float:
+        return statistics.fmean(self.rewards[-LAST:])
 
 
 def write_sums(target: Path) -> None:
@@ -178,12 +179,13 @@ def measure(run: Run, root: Path, reviews: Path) -> Result:
     used = execute(TASKS[run.task].config, settings_of(run, root, reviews), folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    before, after, metric = summary["before"], summary["after"], TASKS[run.task].metric
+    metrics = TASKS[run.task].metrics.values()
     size = next(int(s.partition("=")[2]) for s in TASKS[run.task].settings if s.startswith("rollout.prompts_per_step"))
     return Result(
         run.task, run.algorithm, run.seed,
         rewards=[row["reward/mean"] for row in rows],
-        reward_before=before["reward"], reward=after["reward"], metric_before=before[metric], metric=after[metric],
+        before={name: summary["before"][name] for name in metrics},
+        after={name: summary["after"][name] for name in metrics},
         kl=statistics.fmean(row["kl_ref"] for row in rows[-LAST:]),
         samples=sum(8 * row.get("groups/asked", size) for row in rows),
         **used,
@@ -208,8 +210,8 @@ def run_all(tasks: Sequence[str], seeds: Sequence[int], root: Path, reviews: Pat
         began = time.monotonic()
         result = measure(run, root, reviews)
         print(
-            f"{run.task:10} seed {run.seed} {run.algorithm:22} reward {result.reward_before:.3f} -> {result.reward:.3f}"
-            f"  {result.metric:.3f}  KL {result.kl:.2f}  {result.cpu_seconds:.0f} s CPU"
+            f"{run.task:10} seed {run.seed} {run.algorithm:22} reward {result.rewards[0]:.3f} -> {result.reward:.3f}"
+            f"  {result.after}  KL {result.kl:.2f}  {result.cpu_seconds:.0f} s CPU"
             f" ({time.monotonic() - began:.0f} s)",
             flush=True,
         )
@@ -272,19 +274,19 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def table(task: str, results: Sequence[Result]) -> list[str]:
-    head = TASKS[task].headline
-    lines = [
-        f"| | reward | {head} | KL to start, nats | samples | CPU, s | peak memory, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    metrics = TASKS[task].metrics
+    heads = ["", f"reward, last {LAST} steps", *metrics, "KL to start, nats", "samples", "CPU, s", "peak memory, MB"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     starts = {r.seed: r for r in results}.values()
-    before = [(spread([getattr(r, name) for r in starts], 3)) for name in ("reward_before", "metric_before")]
-    lines.append(f"| *start* | {before[0]} | {before[1]} | 0 | | | |")
+    before = [spread([r.before[name] for r in starts], 3) for name in metrics.values()]
+    lines.append(f"| *start* | | {' | '.join(before)} | 0 | | | |")
     for name in ALGORITHMS:
         runs = [r for r in results if r.algorithm == name]
         if runs:
-            columns = [("reward", 3), ("metric", 3), ("kl", 2), ("samples", 0), ("cpu_seconds", 0), ("peak_mb", 0)]
-            cells = [spread([getattr(r, column) for r in runs], digits) for column, digits in columns]
+            cells = [spread([r.reward for r in runs], 3)]
+            cells += [spread([r.after[metric] for r in runs], 3) for metric in metrics.values()]
+            numbers = (("kl", 2), ("samples", 0), ("cpu_seconds", 0), ("peak_mb", 0))
+            cells += [spread([getattr(r, number) for r in runs], digits) for number, digits in numbers]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
