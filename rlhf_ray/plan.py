@@ -5,6 +5,7 @@ The models are built on the meta device (shapes without numbers), so this costs 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.size import Size, saved_size, size_of
 
 ADAM_BYTES = 8  # two moments a trained parameter, float32
+PACKED_BITS = 4.127  # with its share of doubly quantised scales (QLoRA, Dettmers et al. 2023, section 3.2)
 MASTER_BYTES = 4  # gradients, and the float32 copy of weights that are computed with in bfloat16
 
 
@@ -135,7 +137,8 @@ def train_bytes(size: Size, settings: TrainEngineConfig, dtype: torch.dtype) -> 
     """
     ranks = settings.world_size
     stage = settings.zero_stage if settings.engine == "deepspeed" else 0
-    weights, gradients = size.parameters * dtype.itemsize, size.trained * MASTER_BYTES
+    gradients = size.trained * MASTER_BYTES
+    weights = (size.parameters - size.packed) * dtype.itemsize + math.ceil(size.packed * PACKED_BITS / 8)
     # DeepSpeed keeps masters in float32 runs as well.
     masters = size.trained * MASTER_BYTES if dtype != torch.float32 or settings.engine == "deepspeed" else 0
     optimiser = size.trained * ADAM_BYTES + masters

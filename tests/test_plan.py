@@ -70,6 +70,13 @@ def test_a_count_agrees_with_peft(config, tmp_path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size.trained
 
 
+def test_qlora_holds_its_linear_layers_in_4_bits(config):
+    size = model_size(config("model.lora={r: 2, quantize: nf4}"))
+    assert size.packed == 8 * 24 + 8 * 8 + 8 * 32 + 32 * 8
+    # 900 of 1000 weights in 4.127 bits, 100 in 2 bytes; 100 trained: 4 + 4 + 8 bytes
+    assert train_bytes(Size(1000, 100, 900), LearnerConfig(), torch.bfloat16) == 200 + 465 + 1600
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype", "expected"),
     [

@@ -109,6 +109,8 @@ def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tup
             with torch.no_grad():  # not around the yield: it would hold for whoever reads the stream, too
                 weight = _unpacked(packed[name]) if name in packed else tensor.detach()
                 weight = weight if layer is None else _merged(weight, layer)
+                if name in packed and getattr(packed[name], "source_cls", None) is Conv1D:
+                    weight = weight.T.contiguous()  # GPT-2's [in, out] was turned before it was packed
             yield name.replace(_BASE, "."), weight
 
 

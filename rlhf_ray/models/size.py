@@ -18,10 +18,11 @@ Kind = Literal["policy", "classifier"]
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model, and how many of them are trained."""
+    """Parameters of a model, how many of them are trained, and how many its learner holds in 4 bits."""
 
     parameters: int
     trained: int
+    packed: int = 0
 
     @property
     def base(self) -> int:
@@ -45,13 +46,20 @@ def size_of(model: PreTrainedModel, lora: LoraConfig | None = None) -> Size:
     if lora is None:
         return Size(parameters, parameters)
     adapters = sum(lora.r * sum(layer.weight.shape) for layer in _adapted(model, lora))
-    return Size(parameters + adapters, adapters)
+    packed = 0
+    if lora.quantize != "none":
+        packed = sum(layer.weight.numel() for layer in _linear(model).values())
+    return Size(parameters + adapters, adapters, packed)
 
 
 def _adapted(model: PreTrainedModel, lora: LoraConfig) -> list[nn.Module]:
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    linear = _linear(model)
     if lora.target_modules == "all-linear":
         return list(linear.values())
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     return [module for name, module in linear.items() if name.rpartition(".")[2] in wanted]
+
+
+def _linear(model: PreTrainedModel) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}

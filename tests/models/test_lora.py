@@ -119,10 +119,12 @@ def packed(tmp_path_factory):
     """`packed()`: a model whose linear layers are held in 4 bits, with adapters that do something."""
     pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("packed")
-    build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=2, heads=2, seed=1).save_pretrained(folder)
+    for kind in ("qwen2", "gpt2"):
+        model = build_scratch(kind, vocab_size=20, hidden_size=64, layers=2, heads=2, seed=1)
+        model.save_pretrained(folder / kind)
 
-    def make(targets="all-linear", seed=2):
-        model = load_policy(folder, **quantization("nf4", torch.float32))
+    def make(targets="all-linear", seed=2, kind="qwen2"):
+        model = load_policy(folder / kind, **quantization("nf4", torch.float32))
         model = apply_lora(model, r=4, alpha=8, target_modules=targets, seed=seed)
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
@@ -134,14 +136,16 @@ def packed(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])
-def test_packed_weights_leave_as_numbers_with_their_adapters(packed, targets):
-    model = packed(targets)
-    assert model.get_base_model().model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+@pytest.mark.parametrize(("kind", "targets"), [
+    ("qwen2", "all-linear"), ("qwen2", ["q_proj"]), ("gpt2", "all-linear"), ("gpt2", ["c_fc"]),
+])  # fmt: skip
+def test_packed_weights_leave_as_numbers_with_their_adapters(packed, kind, targets):
+    model = packed(targets, kind=kind)
+    assert any(parameter.dtype == torch.uint8 for parameter in model.parameters())
     state = dict(merged_state(model))
-    plain = build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=2, heads=2, seed=9)
+    plain = build_scratch(kind, vocab_size=20, hidden_size=64, layers=2, heads=2, seed=9)
     assert list(state) == list(plain.state_dict()) and {t.dtype for t in state.values()} == {torch.float32}
-    original = build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=2, heads=2, seed=1)
+    original = build_scratch(kind, vocab_size=20, hidden_size=64, layers=2, heads=2, seed=1)
     plain.load_state_dict(state)
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from rlhf_ray.errors import CheckpointError
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.scratch import build_scratch
@@ -78,3 +79,13 @@ def test_log_probabilities_are_the_learners_after_each_of_three_syncs(generator,
         new = learner.canary_logprobs(FIXED)
         assert largest_difference(old, new) > 0.05, "the weights did change"
         assert largest_difference(generator.logprobs(FIXED), new) < BOUND
+
+
+def test_a_diverged_model_is_not_exported_by_deepspeed_either(generator, engine_of, tmp_path):
+    """Every rank hears of it: one that raised alone would leave the others waiting."""
+    engine = engine_of("deepspeed")
+    with torch.no_grad():
+        next(p for p in engine.module.parameters() if not p.requires_grad).fill_(torch.nan)
+    with pytest.raises(CheckpointError, match=r"weights are not finite \(the first is model.embed_tokens.weight\)"):
+        engine.save_pretrained(tmp_path / "model", None)
+    assert not (tmp_path / "model").exists()
