@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import LoraConfig, ModelConfig, RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainEngineConfig
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
@@ -106,15 +107,19 @@ def _data(config: RunConfig) -> list[str]:
         )
     if config.warm_start.completion is not None and (data.prompt_words is not None or data.path.startswith("task:")):
         problems.append(
-            f"warm_start.completion={config.warm_start.completion} names a column of whole answers, but the prompts are "
-            "cut off texts (data.prompt_words) or come from a task with answers of its own; remove it"
+            f"warm_start.completion={config.warm_start.completion} names a column of whole answers, but the prompts "
+            "are cut off texts (data.prompt_words) or come from a task with answers of its own; remove it"
         )
+    return problems + template_problems(data)
+
+
+def template_problems(data: DataConfig | DatasetConfig) -> list[str]:
     if data.template in ("alpaca", "none") and (data.chat_template or data.chat_template_args or data.system_prompt):
-        problems.append(
+        return [
             f"data.template={data.template} uses no chat template, so data.chat_template, data.chat_template_args and "
             "data.system_prompt would do nothing; remove them, or set data.template=chat"
-        )
-    return problems
+        ]
+    return []
 
 
 def _lengths(config: RunConfig) -> list[str]:

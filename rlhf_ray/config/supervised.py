@@ -10,7 +10,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.checks import engine_problems, quantize_problems, scratch_problems, tokenizer_problems
+from rlhf_ray.config.checks import (
+    engine_problems,
+    quantize_problems,
+    scratch_problems,
+    template_problems,
+    tokenizer_problems,
+)
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.schema import (
     CheckpointConfig,
@@ -66,7 +72,9 @@ class SupervisedConfig(Section):
             *engine_problems("learner", self.learner, self.executor, device or self.device),
             *quantize_problems(self.model.lora, self.learner.engine, device or self.device),
             *_learner_problems(self.learner, self.model),
-            *_data_problems(self.data, self.model, self.eval),
+            *template_problems(self.data),
+            *_length_problems("data", self.data, self.model),
+            *_validation_problems(self.data, self.eval),
         ]
 
 
@@ -82,19 +90,22 @@ def _learner_problems(learner: SupervisedLearnerConfig, model: ModelConfig) -> l
     return problems
 
 
-def _data_problems(data: DatasetConfig, model: ModelConfig, validation: ValidationConfig) -> list[str]:
-    problems = []
-    if model.path.startswith("scratch:") and data.max_length > model.scratch.max_length:
-        problems.append(
-            f"data.max_length={data.max_length} exceeds model.scratch.max_length={model.scratch.max_length}; "
-            "raise the model's or lower the data's"
-        )
-    if validation.patience is not None and data.eval_path is None and data.eval_size == 0:
-        problems.append(
-            "eval.patience stops on the validation loss, and there are no rows to validate on; "
-            "set data.eval_size or data.eval_path, or leave eval.patience empty"
-        )
-    return problems
+def _length_problems(name: str, data: DatasetConfig, model: ModelConfig) -> list[str]:
+    if not model.path.startswith("scratch:") or data.max_length <= model.scratch.max_length:
+        return []
+    return [
+        f"{name}.max_length={data.max_length} exceeds model.scratch.max_length={model.scratch.max_length}; "
+        "raise the model's or lower the data's"
+    ]
+
+
+def _validation_problems(data: DatasetConfig, validation: ValidationConfig) -> list[str]:
+    if validation.patience is None or data.eval_path is not None or data.eval_size > 0:
+        return []
+    return [
+        "eval.patience stops on the validation loss, and there are no rows to validate on; "
+        "set data.eval_size or data.eval_path, or leave eval.patience empty"
+    ]
 
 
 class PlainTextConfig(Section):
@@ -118,7 +129,10 @@ class SFTConfig(SupervisedConfig):
 
     def contradictions(self, device: str | None = None) -> list[str]:
         problems, rows = super().contradictions(device), self.plain_text_rows
-        if self.plain_text is not None and not 0 < rows < self.learner.batch_size:
+        if self.plain_text is None:
+            return problems
+        problems += _length_problems("plain_text.data", self.plain_text.data, self.model)
+        if not 0 < rows < self.learner.batch_size:
             problems.append(
                 f"plain_text.share={self.plain_text.share} of learner.batch_size={self.learner.batch_size} is {rows} "
                 "rows, so one of the two kinds would be missing; change the share, or raise the batch size"

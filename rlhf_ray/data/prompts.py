@@ -11,15 +11,20 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
+from rlhf_ray.config.schema import DataConfig
 from rlhf_ray.data.columns import Columns
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.types import Prompt, detect, parse, prompt_of
+from rlhf_ray.data.types import Prompt, detect, parse, prompt_of, texts_of
 from rlhf_ray.errors import ConfigError, DataError
 
-_PROMPT_COLUMN: dict[DataType, str] = {"text": "text", "labelled": "text", "messages": "messages"}
+# What else such rows hold (an answer, a label) is for the reward functions to read: it need not be there.
+_ASKED_AS: dict[DataType, DataType] = {
+    "labelled": "text", "prompt_completion": "prompt", "unpaired": "prompt", "ranked": "prompt"
+}  # fmt: skip
+_PROMPT_COLUMN: dict[DataType, str] = {"text": "text", "messages": "messages"}
 _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions get these from the rollout
 
 
@@ -117,9 +122,31 @@ def load_prompts(
     return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers))
 
 
-def load_texts(source: str, *, field: str = "text", split: str = "train") -> list[str]:
-    """The whole texts of one column: the corpus for a tokenizer and for a supervised warm start."""
-    return [Columns(row, ColumnsConfig(text=field)).text("text") for row in read_rows(source, split=split)]
+def prompt_options(data: DataConfig) -> dict[str, Any]:
+    """What `load_prompts` needs to know of the settings, for training and held-out prompts alike."""
+    return {
+        "field": data.field,
+        "prompt_words": data.prompt_words,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "overlong": data.overlong_prompts,
+        "template": data.template,
+        "chat_template": data.chat_template,
+        "chat_template_args": data.chat_template_args,
+        "system_prompt": data.system_prompt,
+    }
+
+
+def load_texts(source: str, *, field: str | None = None, split: str = "train") -> list[str]:
+    """All the text of each row, or one column's: the corpus for a tokenizer and for a supervised warm start."""
+    rows = read_rows(source, split=split)
+    if field is not None:
+        return [Columns(row, ColumnsConfig(text=field)).text("text") for row in rows]
+    kind: DataType | None = None
+    texts = []
+    for row in rows:
+        kind = kind or detect(row)
+        texts += ["\n".join(texts_of(record)) for record in parse(row, kind)]
+    return texts
 
 
 def first_words(text: str, count: int) -> str | None:
@@ -137,7 +164,9 @@ def _asked(source: str, field: str | None, split: str) -> Iterator[tuple[Prompt,
     names = ColumnsConfig(prompt=field)
     kind: DataType | None = None if field is None else "prompt"
     for row in read_rows(source, split=split):
-        kind = kind or detect(row, names)
+        if kind is None:
+            detected = detect(row, names)
+            kind = _ASKED_AS.get(detected, detected)
         copied = Columns(row, names).name(_PROMPT_COLUMN.get(kind, "prompt"))
         columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
         for record in parse(row, kind, names):

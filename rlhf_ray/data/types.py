@@ -5,9 +5,9 @@ A row becomes a small frozen record. Its texts are plain strings, conversations 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.data.columns import USUAL, Columns, Messages, Text
@@ -118,6 +118,20 @@ def prompt_of(record: Record) -> Prompt:
     if isinstance(prompt, tuple) and prompt[-1]["role"] == "assistant":
         return prompt[:-1]
     return prompt
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All that is written in a record, or in one of its fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts_of(value.get("content"))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from texts_of(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from texts_of(getattr(value, field.name))
 
 
 def _prompt(columns: Columns) -> tuple[Record, ...]:
