@@ -69,10 +69,6 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
-    def report_file(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
