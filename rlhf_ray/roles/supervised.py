@@ -126,7 +126,7 @@ class SupervisedTrainer:
         names = sorted(measured[0])
         table = torch.zeros(count, len(names), dtype=torch.float64)
         for places, found in list(zip(plan.parts, measured, strict=True))[: plan.real]:
-            columns = [found[name].detach().double().cpu() for name in names]
+            columns = [found[name].detach().cpu().double() for name in names]  # in this order: MPS has no float64
             table[list(places)] = torch.stack(columns, 1)
         if self.engine.world_size > 1:
             table = self.engine.all_reduce(table)

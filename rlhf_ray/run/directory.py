@@ -19,7 +19,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines, to_json, write_atomically
 
 CONTENTS = (
-    "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "report.html", "before.json",
+    "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "report.html", "before.json", "reference.json",
     "rollouts", "checkpoints", "tensorboard", "model", "start", "start.unfinished",
 )  # fmt: skip
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")  # any of these makes a folder a run

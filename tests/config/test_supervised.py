@@ -30,6 +30,8 @@ def test_each_command_has_its_usual_rate_whatever_else_is_set():
         ("sft", ["learner.world_size=4", "learner.batch_size=2"], "ranks share learner.batch_size=2, so some would"),
         ("sft", ["eval.patience=1"], "there are no rows to validate on; set data.eval_size or data.eval_path"),
         ("sft", ["plain_text={share: 0.01, data: {path: x}}"], "is 0 rows, so one of the two kinds would be missing"),
+        ("sft", ["plain_text={share: 0.1, data: {path: x}}", "model.path=scratch:gpt2", "data.max_length=16",
+                 "model.tokenizer.path=scratch:char"], "plain_text.data.max_length=2048 exceeds model.scratch.max"),
         ("sft", ["model.path=scratch:bert", "model.tokenizer.path=scratch:char"], "scratch:bert is not a built-in"),
         ("sft", ["model.path=scratch:gpt2", "model.tokenizer.path=scratch:char"], "max_length=2048 exceeds model.scr"),
         ("sft", ["model.lora.quantize=nf4", "learner.engine=deepspeed"], "ZeRO would cut the packed bytes to pieces"),

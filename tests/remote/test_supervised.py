@@ -46,7 +46,7 @@ def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("own_ray")
-@pytest.mark.parametrize(("command", "stage"), [("sft", 2), ("dpo", 3)])
+@pytest.mark.parametrize(("command", "stage"), [("sft", 3), ("dpo", 2)])
 def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
     """Losses, validation, samples and weights; the second half of the SFT runs is a resumed one."""
     ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
