@@ -147,6 +147,12 @@ CASES = {
     "normalised without the greedy one": (
         ["algorithm.name=remax", "algorithm.normalize_rewards=group"], "algorithm.normalize_rewards=group rescales",
         "set normalize_rewards=running", ["algorithm.name=remax", "algorithm.normalize_rewards=running"]),
+    "answers of cut texts": (
+        ["warm_start.completion=answer", "data.prompt_words=4"], "warm_start.completion=answer names a column",
+        "remove it", ["warm_start.completion=answer"]),
+    "chat without a chat template": (
+        ["data.template=alpaca", "data.system_prompt=x"], "data.template=alpaca uses no chat template",
+        "set data.template=chat", ["data.template=chat", "data.system_prompt=x"]),
     "ipc locally": (["sync.transport=cuda_ipc"], "sync.transport=cuda_ipc connects processes", "use in_process",
                     ["sync.transport=in_process"]),
 }  # fmt: skip

@@ -102,3 +102,28 @@ def test_tokenizers(tiny_config, reviews, tmp_path):
     assert len(make_tokenizer(two)) == 5
     build_tokenizer("char", ["xyz"]).save_pretrained(tmp_path / "tokenizer")
     assert len(make_tokenizer(tiny_config(f"model.tokenizer.path={tmp_path}/tokenizer"))) == 6
+
+
+def test_prompts_and_answers_are_taught_with_the_generators_tokens(tiny_config, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in ("ab", "cd", "ef")))
+    config = tiny_config(
+        f"data={{path: {problems}, field: question, eval_size: 1, template: chat, chat_template: zephyr}}",
+        "data.max_prompt_tokens=48", "eval.size=1", "model.tokenizer.path=scratch:bpe",
+        "model.tokenizer.vocab_size=260", "model.scratch.max_length=64",
+        "warm_start={steps: 1, max_length: 64, completion: answer}",
+    )  # fmt: skip
+    tokenizer = make_tokenizer(config)
+    examples = [taken_apart(example) for example in warm_start_examples(config, tokenizer)]
+    assert [tuple(map(tokenizer.decode, parts)) for parts in examples] == [
+        ("<|user|>\na<eos>\n<|assistant|>\n", "b<eos>"),
+        ("<|user|>\nc<eos>\n<|assistant|>\n", "d<eos>"),
+    ], "the last row is held out"
+
+
+def test_the_chat_template_is_saved_beside_a_model_that_stays_where_it_is(tiny_config, tmp_path):
+    build_tokenizer("char", ["xyz"]).save_pretrained(tmp_path / "model")
+    config = tiny_config(f"model.path={tmp_path}/model", "model.tokenizer.path=null", "data.chat_template=zephyr")
+    policy, tokenizer = starting_policy(config, tmp_path / "start", CPU, pytest.fail)
+    assert (policy, tokenizer) == (str(tmp_path / "model"), str(tmp_path / "start"))
+    assert "<|assistant|>" in load_tokenizer(tokenizer).chat_template
