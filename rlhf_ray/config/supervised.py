@@ -145,12 +145,19 @@ class SFTConfig(SupervisedConfig):
         return 0 if self.plain_text is None else round(self.plain_text.share * self.learner.batch_size)
 
 
+class RMLossConfig(Section):
+    margin_scale: float = Field(
+        1.0, ge=0, description="times a pair's margin (its column, or the difference of two scores); 0: without margins"
+    )
+
+
 class RMConfig(SupervisedConfig):
-    """`data` holds pairs or rankings; a `margin` column is used where there is one."""
+    """`data` holds pairs or rankings."""
 
     scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm", "bert")
 
     name: str = "rm"
+    rm: RMLossConfig = RMLossConfig()
 
 
 class DPOLossConfig(Section):

@@ -135,9 +135,10 @@ class BradleyTerry:
     end is left out here, so that the score is learned where it will be read.
     """
 
-    def __init__(self, pad_token_id: int, eos_token_id: int | None = None) -> None:
+    def __init__(self, pad_token_id: int, eos_token_id: int | None = None, margin_scale: float = 1.0) -> None:
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
+        self.margin_scale = margin_scale
 
     def lengths(self, item: TokenizedPair) -> tuple[int, ...]:
         return len(self._judged(item.chosen).token_ids), len(self._judged(item.rejected).token_ids)
@@ -149,7 +150,7 @@ class BradleyTerry:
         rows = [self._judged(item.chosen) for item in items] + [self._judged(item.rejected) for item in items]
         return pad_rows(
             [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
-            margin=torch.tensor([item.margin for item in items], dtype=torch.float32),
+            margin=torch.tensor([self.margin_scale * item.margin for item in items], dtype=torch.float32),
         )  # fmt: skip
 
     def _judged(self, example: TokenizedExample) -> TokenizedExample:

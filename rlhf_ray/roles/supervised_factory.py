@@ -49,7 +49,7 @@ def make_objective(
     if isinstance(config, SFTConfig):
         return SFT(pad, unknown_token(tokenizer))
     if isinstance(config, RMConfig):
-        return BradleyTerry(pad, tokenizer.eos_token_id)
+        return BradleyTerry(pad, tokenizer.eos_token_id, config.rm.margin_scale)
     if isinstance(config, DPOConfig):
         return DPO(pad, config.dpo)
     if isinstance(config, ClassifierConfig):

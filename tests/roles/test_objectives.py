@@ -101,6 +101,14 @@ def test_bradley_terry_loss_and_metrics():
     assert (metrics["min_reward"], metrics["max_reward"]) == pytest.approx((0.0, 2 * LN3))
 
 
+def test_margins_are_scaled():
+    item = [pair((2, 3), (2, 2, 2), margin=4 * LN3)]
+    for scale, expected in ((0.25, math.log(4 / 3)), (0.0, math.log(10 / 9))):
+        bradley_terry = BradleyTerry(PAD, EOS, margin_scale=scale)
+        measured = bradley_terry.measure(scores(2 * LN3, 0.0), bradley_terry.collate(item))
+        assert measured["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_report_knows_calibration_length_and_the_histogram():
     bradley_terry = BradleyTerry(PAD, EOS)
     batch = bradley_terry.collate([pair((2, 3), (2, 3, 3)), pair((2, 3), (2, 3, 3))])
