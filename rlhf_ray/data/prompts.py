@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,12 +101,7 @@ def load_prompts(
                 continue
         with placed(where):
             text, tokens = encoder.prompt(prompt)
-        if max_prompt_tokens is not None and len(tokens) > max_prompt_tokens:
-            if overlong == "error":
-                raise DataError(
-                    f"{where}: the prompt has {len(tokens)} tokens, the limit is {max_prompt_tokens}; "
-                    "raise data.max_prompt_tokens, shorten the prompt, or set data.overlong_prompts=drop"
-                )
+        if not _fits(tokens, max_prompt_tokens, overlong, where):
             dropped["long"] += 1
             continue
         examples.append(Example(text, columns, where, prompt))
@@ -120,6 +115,17 @@ def load_prompts(
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
     counts = {why: count for why, count in dropped.items() if count}
     return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers))
+
+
+def _fits(tokens: Sequence[int], limit: int | None, overlong: str, where: str) -> bool:
+    if limit is None or len(tokens) <= limit:
+        return True
+    if overlong == "drop":
+        return False
+    raise DataError(
+        f"{where}: the prompt has {len(tokens)} tokens, the limit is {limit}; "
+        "raise data.max_prompt_tokens, shorten the prompt, or set data.overlong_prompts=drop"
+    )
 
 
 def prompt_options(data: DataConfig) -> dict[str, Any]:

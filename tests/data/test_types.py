@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+import re
+from typing import get_args
+
 import pytest
 
-from rlhf_ray.config.data import ColumnsConfig
+from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.data.columns import EmptyRowError
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import (
@@ -88,6 +92,17 @@ def read(fields, kind=None, **columns):
 def test_each_type_is_recognised_and_read(fields, kind, record):
     assert detect(row(fields)) == kind
     assert read(fields) == (record,)
+
+
+def test_the_examples_in_the_documentation_are_what_it_says(repo_root):
+    types, kind = set(), None
+    for line in (repo_root / "docs" / "data.md").read_text().splitlines():
+        if found := re.match(r"\| (?:`(\w+)`|the same, [\w ]+) \| `(\{.*?\})`[ ,;|]", line):
+            kind = found[1] or kind
+            types.add(kind)
+            fields = json.loads(found[2])
+            assert detect(row(fields)) == kind and read(fields), line
+    assert types == set(get_args(DataType))
 
 
 def test_an_instruction_with_several_instances_makes_as_many_records():
