@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import LoraConfig, ModelConfig, PromptsConfig, RunConfig, TrainEngineConfig
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
@@ -73,7 +74,7 @@ def _rewards(config: RunConfig) -> list[str]:
                 f"rewards.{index}: the name {name} is taken by the metric reward/{name} of the sum; "
                 f"set rewards.{index}.name to another"
             )
-        problems += failure_problems(reward, f"rewards.{index}")
+        problems += failure_problems(reward, f"rewards.{index}") + judge_problems(reward, f"rewards.{index}")
     if config.safety is not None and config.safety.safe_label and config.safety.unsafe_label:
         problems.append("safety.safe_label and safety.unsafe_label say the same thing twice; remove one of them")
     return problems
@@ -113,7 +114,7 @@ def _data(config: RunConfig) -> list[str]:
     return problems + template_problems(data)
 
 
-def template_problems(data: DataConfig | DatasetConfig) -> list[str]:
+def template_problems(data: PromptsConfig | DatasetConfig) -> list[str]:
     if data.template in ("alpaca", "none") and (data.chat_template or data.chat_template_args or data.system_prompt):
         return [
             f"data.template={data.template} uses no chat template, so data.chat_template, data.chat_template_args and "

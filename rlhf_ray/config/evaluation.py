@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
+from rlhf_ray.config.checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
-from rlhf_ray.config.schema import GeneratorConfig, RewardConfig, RewardModelConfig, Section
+from rlhf_ray.config.reward_checks import failure_problems
+from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, Section
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -33,23 +35,8 @@ def _from_path(given: Any) -> Any:
 SampledModel = Annotated[SampledModelConfig, BeforeValidator(_from_path)]
 
 
-class PromptsConfig(Section):
-    """`path` is `task:arithmetic`, a .jsonl/.csv/.parquet file, or a Hugging Face dataset name."""
-
-    path: str
+class EvalPromptsConfig(PromptsConfig):
     split: str = Field("test", description="of a task or a Hugging Face dataset")
-    field: str | None = Field(None, description="column with the prompt; empty: by the dataset's type (docs/data.md)")
-    template: Literal["auto", "chat", "alpaca", "none"] = Field(
-        "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
-    )
-    chat_template: str | None = Field(
-        None, description="a .jinja file or a built-in name (zephyr); empty: the tokenizer's own"
-    )
-    system_prompt: str | None = Field(None, description="chat: first message of conversations that have none")
-    prompt_words: int | None = Field(None, gt=0, description="cut each text to its first words: the prompt")
-    limit: int | None = Field(None, gt=0, description="use only the first rows")
-    max_prompt_tokens: int = Field(1024, gt=0)
-    overlong_prompts: Literal["error", "drop"] = Field("error", description="drop: for all models what one cannot read")
 
 
 class SamplingConfig(Section):
@@ -87,7 +74,7 @@ class WinRateConfig(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
-class RedTeamConfig(PromptsConfig):
+class RedTeamConfig(EvalPromptsConfig):
     """Prompts that ask for something harmful, and a reward that is low for a harmful answer."""
 
     safety: RewardConfig
@@ -122,12 +109,18 @@ class SampledRunConfig(Section):
 
     def contradictions(self) -> list[str]:
         """Everything that can be refused from the config alone, each with what, why and what to do."""
-        return [*_sampling_problems(self), *_generator_problems(self), *judge_problems(self.rewards)]
+        rewards = [
+            problem
+            for index, reward in enumerate(self.rewards)
+            for problem in reward_problems(reward, f"rewards.{index}")
+        ]
+        return [*_sampling_problems(self), *_generator_problems(self), *template_problems(self.data), *rewards]
 
 
 class EvalRunConfig(SampledRunConfig):
     """A comparison of models on the same prompts."""
 
+    data: EvalPromptsConfig
     models: dict[Name, SampledModel] = Field(min_length=1)
     baseline: str | None = Field(None, description="what the others are compared with; empty: the first model")
     win_rate: WinRateConfig = WinRateConfig()
@@ -152,8 +145,12 @@ class EvalRunConfig(SampledRunConfig):
             *_baseline_problems(self),
             *_pass_problems(self),
             *_win_rate_problems(self),
-            *(judge_problems([self.red_team.safety]) if self.red_team else ()),
+            *(reward_problems(self.red_team.safety, "red_team.safety") if self.red_team else ()),
         ]
+
+
+def reward_problems(reward: RewardConfig, key: str) -> list[str]:
+    return failure_problems(reward, key) + judge_problems(reward, key)
 
 
 def _sampling_problems(config: SampledRunConfig) -> list[str]:

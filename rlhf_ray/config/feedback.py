@@ -6,11 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.evaluation import PromptsConfig, SampledModel, SampledRunConfig, SamplingConfig
-
-
-class PairPromptsConfig(PromptsConfig):
-    split: str = Field("train", description="of a task or a Hugging Face dataset")
+from rlhf_ray.config.evaluation import SampledModel, SampledRunConfig, SamplingConfig
 
 
 class PairSamplingConfig(SamplingConfig):
@@ -22,7 +18,6 @@ class PairsConfig(SampledRunConfig):
 
     name: str = "pairs"
     model: SampledModel
-    data: PairPromptsConfig
     sampling: PairSamplingConfig = PairSamplingConfig()
     label_by: Literal["auto", "judge", "reward"] = Field(
         "auto", description="reward: the weighted sum of rewards and reward_model; auto: judge where there is one"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -37,17 +36,15 @@ class JudgeConfig(Section):
         return self
 
 
-def judge_problems(rewards: Sequence[RewardConfig]) -> list[str]:
-    """What is wrong with the args of the rewards that are an AI judge: they are a JudgeConfig, and as strict."""
-    problems = []
-    for index, reward in enumerate(rewards):
-        if reward.function != "judge":
-            continue
-        try:
-            JudgeConfig(**reward.args)
-        except ValidationError as error:
-            problems += [_describe(f"rewards.{index}.args", item) for item in error.errors()]
-    return problems
+def judge_problems(reward: RewardConfig, key: str) -> list[str]:
+    """What is wrong with the args of a reward that is an AI judge: they are a JudgeConfig, and as strict."""
+    if reward.function != "judge":
+        return []
+    try:
+        JudgeConfig(**reward.args)
+    except ValidationError as error:
+        return [_describe(f"{key}.args", item) for item in error.errors()]
+    return []
 
 
 def _describe(section: str, item: Any) -> str:

@@ -71,13 +71,11 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
 
-class DataConfig(Section):
+class PromptsConfig(Section):
     """`path` is `task:arithmetic`, a .jsonl/.csv/.parquet file, or a Hugging Face dataset name."""
 
     path: str
-    split: str = "train"
-    eval_path: str | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
-    eval_size: int = Field(256, ge=0)
+    split: str = Field("train", description="of a task or a Hugging Face dataset")
     field: str | None = Field(None, description="column with the prompt; empty: by the dataset's type (docs/data.md)")
     template: Literal["auto", "chat", "alpaca", "none"] = Field(
         "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
@@ -91,6 +89,13 @@ class DataConfig(Section):
     limit: int | None = Field(None, gt=0, description="use only the first rows")
     max_prompt_tokens: int = Field(1024, gt=0)
     overlong_prompts: Literal["error", "drop"] = "error"
+
+
+class DataConfig(PromptsConfig):
+    """Prompts to learn from, and those that are held out."""
+
+    eval_path: str | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
+    eval_size: int = Field(256, ge=0)
 
 
 class WarmStartConfig(Section):

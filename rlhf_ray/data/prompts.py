@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
-from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.columns import Columns
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.rows import placed, read_rows
@@ -128,7 +128,7 @@ def _fits(tokens: Sequence[int], limit: int | None, overlong: str, where: str) -
     )
 
 
-def prompt_options(data: DataConfig) -> dict[str, Any]:
+def prompt_options(data: PromptsConfig) -> dict[str, Any]:
     """What `load_prompts` needs to know of the settings, for training and held-out prompts alike."""
     return {
         "field": data.field,

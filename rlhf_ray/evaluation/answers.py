@@ -10,9 +10,17 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch, Rows
-from rlhf_ray.config.evaluation import PromptsConfig, SampledModelConfig, SampledRunConfig, SamplingConfig
-from rlhf_ray.config.schema import DataConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TokenizerConfig
-from rlhf_ray.data.prompts import Example, PromptSet, load_prompts
+from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
+from rlhf_ray.config.schema import (
+    DataConfig,
+    ModelConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TokenizerConfig,
+)
+from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
@@ -57,19 +65,7 @@ def requests_for(prompts: PromptSet, seed: int, samples: int = 1) -> list[Reques
 
 
 def read_prompts(data: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    return load_prompts(
-        data.path,
-        tokenizer,
-        split=data.split,
-        field=data.field,
-        prompt_words=data.prompt_words,
-        limit=data.limit,
-        max_prompt_tokens=data.max_prompt_tokens,
-        overlong=data.overlong_prompts,
-        template=data.template,
-        chat_template=data.chat_template,
-        system_prompt=data.system_prompt,
-    )
+    return load_prompts(data.path, tokenizer, split=data.split, limit=data.limit, **prompt_options(data))
 
 
 def common_prompts(sets: dict[str, PromptSet]) -> dict[str, PromptSet]:

@@ -54,7 +54,7 @@ def test_unknown_keys_of_a_judge_reward_die_like_all_others():
     (found,) = problems(rewards=[{"function": "judge", "args": args}])
     assert found.startswith("rewards.0.args: value error, scale=[5, 1] does not rise")
     safety = {"function": "judge", "args": {}}
-    assert problems(red_team={"path": "r.jsonl", "safety": safety}) == ["rewards.0.args.model: field required"]
+    assert problems(red_team={"path": "r.jsonl", "safety": safety}) == ["red_team.safety.args.model: field required"]
 
 
 def test_names_that_cannot_be_files():
