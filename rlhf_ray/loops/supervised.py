@@ -113,7 +113,7 @@ def train(
 
     At the end the trainer holds the weights of the lowest validation loss (`eval.keep_best`), else the last ones.
     """
-    start, seen = restore(trainer, run)
+    start, seen = restore(config, trainer, run)
     before = run.remember("before", lambda: judged.evaluate(trainer))
     run.begin()
     every = config.eval.every or batches.per_epoch
@@ -156,14 +156,15 @@ def save(step: int, seen: Validated, trainer: Trainer, run: SupervisedRecorder) 
         run.checkpoints.save(step, lambda folder: trainer.save(folder / FOLDER), asdict(seen), protect)
 
 
-def restore(trainer: Trainer, run: SupervisedRecorder) -> tuple[int, Validated]:
+def restore(config: SupervisedConfig, trainer: Trainer, run: SupervisedRecorder) -> tuple[int, Validated]:
     """The step to go on from, 0 for a new run."""
     found = run.resume_point
     if found is None:
         return 0, Validated()
     trainer.load(found.folder / FOLDER)
     seen = Validated(**found.state)
-    if seen.best_step is not None and not (run.directory.checkpoints / f"step_{seen.best_step}").is_dir():
+    needed = config.eval.keep_best and seen.best_step is not None
+    if needed and not (run.directory.checkpoints / f"step_{seen.best_step}").is_dir():
         warnings.warn(
             f"the checkpoint of step {seen.best_step}, which had the best weights, is gone; the best of what follows "
             "will be kept instead", stacklevel=2,

@@ -156,6 +156,16 @@ def test_a_resumed_run_takes_the_rows_that_are_left_and_remembers_the_best(tmp_p
     assert result == expected and result["kept_step"] == second.weights == 2
 
 
+def test_patience_is_remembered_where_no_best_weights_are_kept(tmp_path, recwarn):
+    settings = {"eval": {"every": 1, "patience": 3, "keep_best": False}, "checkpoint": {"every": 2, "keep": 1}}
+    first, second = Trainer([1, 2, 3, 4, 5, 6]), Trainer([1, 2, 3, 4, 5, 6])
+    first.losses[2] = None  # the run dies in its third validation
+    with pytest.raises(TypeError):
+        run(config(6, **settings), first, tmp_path)
+    result = run(config(6, **settings), second, tmp_path, resume=True)
+    assert result["stopped_early"] and second.weights == 4 and len(recwarn) == 0
+
+
 def test_the_rows_of_a_step_are_in_its_metrics_file_once(tmp_path):
     run(config(3, eval={"every": 2}), Trainer([3, 2, 1]), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
