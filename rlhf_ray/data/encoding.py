@@ -143,6 +143,11 @@ class Encoder:
     def _learned(self, piece: Piece, ids: Sequence[int]) -> list[bool]:
         if not piece.learned or piece.learned == ((0, len(piece.text)),):
             return [bool(piece.learned)] * len(ids)
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                "the chat template marks parts of a piece with {% generation %}, and this tokenizer cannot say which "
+                "characters a token is; use its fast version, or a template whose marks begin after the prompt"
+            )
         encoded = self._tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
         # From the end: where a first blank was anchored away, the ids are fewer than the offsets.
         offsets = encoded["offset_mapping"][-len(ids) :]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.config.schema import PromptsConfig
-from rlhf_ray.data.columns import Columns
+from rlhf_ray.data.columns import Columns, EmptyRowError
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.tasks import is_task, load_task
@@ -88,9 +88,9 @@ def load_prompts(
     encoder = Encoder(
         tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args
     )
-    dropped = {"short": 0, "long": 0}
+    dropped = {"short": 0, "long": 0, "empty": 0}
     examples, ids, answers = [], [], []
-    for prompt, columns, where in _asked(source, field, split):
+    for prompt, columns, where in _asked(source, field, split, dropped):
         if prompt_words is not None:
             if not isinstance(prompt, str):
                 raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
@@ -161,7 +161,9 @@ def first_words(text: str, count: int) -> str | None:
     return " ".join(words[:count]) if len(words) > count else None
 
 
-def _asked(source: str, field: str | None, split: str) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
+def _asked(
+    source: str, field: str | None, split: str, dropped: dict[str, int]
+) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
     """(prompt, the row's other columns, where) of every prompt of a source."""
     if is_task(source):
         for pair in load_task(source).split(split):
@@ -175,7 +177,14 @@ def _asked(source: str, field: str | None, split: str) -> Iterator[tuple[Prompt,
             kind = _ASKED_AS.get(detected, detected)
         copied = Columns(row, names).name(_PROMPT_COLUMN.get(kind, "prompt"))
         columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
-        for record in parse(row, kind, names):
+        try:
+            records = parse(row, kind, names)
+        except EmptyRowError:
+            if kind != "preference":
+                raise
+            dropped["empty"] += 1  # one of its two answers: nobody's mistake, and no reason to stop
+            continue
+        for record in records:
             yield prompt_of(record), columns, row.where
 
 
@@ -192,7 +201,7 @@ def _reference_answers(prompt: Prompt, value: Any, encoder: Encoder) -> tuple[tu
 
 
 def _explain(dropped: dict[str, int]) -> str:
-    reasons = {"short": "too short for prompt_words", "long": "longer than max_prompt_tokens"}
+    reasons = {"short": "too short for prompt_words", "long": "longer than max_prompt_tokens", "empty": "empty"}
     parts = [f"{count} {reasons[why]}" for why, count in dropped.items() if count]
     return ", ".join(parts) or "it has no rows"
 

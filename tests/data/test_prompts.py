@@ -88,6 +88,15 @@ def test_every_type_of_dataset_is_a_source_of_prompts(write, tokenizer):
     assert one(prompt="ab", completions=["c", "d"]) == ("ab", {}), "a reward function gets its own completions"
 
 
+def test_a_pair_with_an_empty_answer_is_left_out_and_counted(write, tokenizer):
+    dialogue = "\n\nHuman: hi\n\nAssistant:"
+    source = write(
+        {"chosen": f"{dialogue} a", "rejected": dialogue}, {"chosen": f"{dialogue} a", "rejected": f"{dialogue} b"}
+    )
+    prompts = load_prompts(source, tokenizer)
+    assert [e.prompt for e in prompts.examples] == [dialogue] and prompts.dropped == {"empty": 1}
+
+
 def test_plain_prompts_in_the_chat_template(write, tokenizer):
     source = write({"question": "ab", "answer": "c"})
     options = {"field": "question", "template": "chat", "chat_template": "zephyr", "system_prompt": "be"}
