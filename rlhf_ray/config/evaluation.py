@@ -10,7 +10,14 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from rlhf_ray.config.checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
-from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, Section
+from rlhf_ray.config.schema import (
+    GeneratorConfig,
+    PromptsConfig,
+    RewardConfig,
+    RewardModelConfig,
+    SafetyConfig,
+    Section,
+)
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -100,7 +107,12 @@ class SampledRunConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     rewards: list[RewardConfig] = []
     reward_model: RewardModelConfig | None = None
+    safety: SafetyConfig | None = None
     judge: JudgeConfig | None = None
+
+    @property
+    def has_reward(self) -> bool:
+        return bool(self.rewards) or self.reward_model is not None or self.safety is not None
 
     @property
     def longest_prompt(self) -> int:
@@ -195,6 +207,6 @@ def _pass_problems(config: EvalRunConfig) -> list[str]:
 def _win_rate_problems(config: EvalRunConfig) -> list[str]:
     if config.win_rate.by == "judge" and config.judge is None:
         return ["win_rate.by=judge and there is none; set judge.model"]
-    if config.win_rate.by == "reward" and not config.rewards and config.reward_model is None:
+    if config.win_rate.by == "reward" and not config.has_reward:
         return ["win_rate.by=reward and there is none; set rewards or reward_model.path"]
     return []

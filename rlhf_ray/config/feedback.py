@@ -38,7 +38,7 @@ class PairsConfig(SampledRunConfig):
         problems = super().contradictions()
         if self.labelled_by_judge and self.judge is None:
             problems.append("label_by=judge and there is none; set judge.model")
-        if not self.labelled_by_judge and not self.rewards and self.reward_model is None:
+        if not self.labelled_by_judge and not self.has_reward:
             problems.append("nobody labels the pairs; set judge.model, rewards or reward_model.path")
         if self.pairing == "best_worst" and self.labelled_by_judge:
             problems.append(

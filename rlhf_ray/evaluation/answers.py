@@ -142,7 +142,8 @@ class AnsweringModel:
 
     def score(self, batch: Batch, prompts: PromptSet, rewards: list[RewardConfig] | None = None) -> Answers:
         """The batch as texts with the run's rewards (or with those given, and no reward model)."""
-        run = self.run if rewards is None else self.run.model_copy(update={"rewards": rewards, "reward_model": None})
+        only = {"rewards": rewards, "reward_model": None, "safety": None}
+        run = self.run if rewards is None else self.run.model_copy(update=only)
         reward = make_reward(run, self.assets)
         try:
             scores = reward.score(batch, texts=len(batch))
@@ -152,17 +153,15 @@ class AnsweringModel:
         return Answers(prompts.examples, len(batch) // len(prompts), completions, batch.rows, scores)
 
     def score_texts(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """The run's reward of answers that were given, not sampled. Reward functions get no columns."""
+        """The run's reward of answers that were given, not sampled. Reward functions get no columns of the data."""
         reward = make_reward(self.run, self.assets)
         ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
         try:
-            totals = reward.functions.score(prompts, completions, ids, [{}] * len(ids), range(len(ids))).total
+            wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+            scores = reward.score_texts(prompts, completions, ids, [{}] * len(ids), wholes, range(len(ids)))
+            return scores.score.tolist()
         finally:
             reward.functions.close()
-        if reward.model is None:
-            return totals
-        judged = reward.model.score([p + c for p, c in zip(prompts, completions, strict=True)])
-        return [total + reward.model.config.weight * score for total, score in zip(totals, judged, strict=True)]
 
     def longest_window(self) -> int:
         """Tokens of a sequence whose log-probabilities the generator can give."""
@@ -189,6 +188,7 @@ def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[
         generator=config.generator,
         rewards=config.rewards,
         reward_model=config.reward_model,
+        safety=config.safety,
     )
     assets = Assets(model.path, model.tokenizer or model.path, choose_hardware(run.device, run.dtype))
     tokenizer = tokenizer_of(model)
@@ -210,6 +210,9 @@ def check_rewards(config: SampledRunConfig) -> list[str]:
     if config.reward_model is not None:
         load_tokenizer(config.reward_model.path)
         names.append("reward_model")
+    if config.safety is not None:
+        load_tokenizer(config.safety.path)
+        names.append("safety")
     if config.judge is not None:
         open_judge(config.judge)
     return names

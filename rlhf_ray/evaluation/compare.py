@@ -120,7 +120,7 @@ def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]
     """All numbers of one model, by the names that training uses where it has them."""
     answers = measured.answers
     metrics: dict[str, float] = {}
-    if config.rewards or config.reward_model is not None:
+    if config.has_reward:
         metrics |= reward_metrics(answers.scores.score, answers.scores.by_function)
         metrics["reward_std"] = _std(answers.scores.score)
         metrics |= {f"reward_std/{name}": _std(value_B) for name, value_B in answers.scores.by_function.items()}
@@ -211,7 +211,7 @@ def _judged_by(config: EvalRunConfig) -> str | None:
         return config.win_rate.by
     if config.judge is not None:
         return "judge"
-    return "reward" if config.rewards or config.reward_model is not None else None
+    return "reward" if config.has_reward else None
 
 
 def _scores(answers: Answers, by: str) -> list[float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,21 +83,34 @@ class Reward:
         ids = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
         completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in batch.columns]
-        rewards = self.functions.score(prompts, completions, ids, batch.columns, batch.prompt_id.tolist())
+        reads_wholes = self.model is not None or self.safety is not None
+        wholes = self._whole_texts(batch, prompts, completions) if reads_wholes else completions
+        scores = self.score_texts(prompts, completions, ids, batch.columns, wholes, batch.prompt_id.tolist())
+        return replace(scores, texts=scores.texts[:texts])
+
+    def score_texts(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Sequence[Mapping[str, Any]],
+        wholes: Sequence[str],
+        groups: Sequence[int],
+    ) -> Scores:
+        """As `score`, of texts. `wholes`: prompt and completion as one text; equal `groups` answer the same prompt."""
+        rewards = self.functions.score(prompts, completions, completion_ids, columns, groups)
         score_B = torch.tensor(rewards.total, dtype=torch.float32)
         named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
-        if self.model is not None or self.safety is not None:
-            wholes = self._whole_texts(batch, prompts, completions)
         if self.model is not None:
-            named["reward_model"] = _finite("reward_model", self.model.score(wholes), self.model.config.path)
+            named["reward_model"] = _finite("reward_model", self.model.score(list(wholes)), self.model.config.path)
             score_B = score_B + self.model.config.weight * named["reward_model"]
         if self.safety is not None:
             named["safety"] = _finite("safety", self.safety.score(wholes), self.safety.config.path)
             weight = self.safety.config.weight
             score_B = (1 - weight) * score_B + weight * named["safety"]
         keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
-        texts_of = tuple(zip(prompts, completions, strict=True))[:texts]
-        return Scores(score_B, named, texts_of, keep_B, rewards.stats, tuple(rewards.events))
+        texts = tuple(zip(prompts, completions, strict=True))
+        return Scores(score_B, named, texts, keep_B, rewards.stats, tuple(rewards.events))
 
     def _whole_texts(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
         """Each prompt with its completion, joined as the tokenizer joins them.

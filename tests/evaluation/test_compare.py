@@ -138,6 +138,29 @@ def test_a_reward_that_fails_for_a_row_is_no_number(config, table, tmp_path):
     assert result["win_rate"]["tuned"]["ties"] == 7, "only the pairs that both have a score"
 
 
+def test_a_reward_model_and_a_safety_classifier(config, table, folders, tmp_path):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 16, "pad_token_id": 0}  # fmt: skip
+    Qwen2ForSequenceClassification(Qwen2Config(**shape, num_labels=2)).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    path = str(tmp_path / "judge")
+    table(base=(wrong, 0.5), tuned=(first_right, 0.5))
+    changes = {"rewards": [], "reward_model": {"path": path, "weight": 2.0}, "safety": {"path": path, "weight": 0.25}}
+    comparison = compare(config(**changes, win_rate={"by": "reward_model"}))
+    scores = comparison.answers["tuned"].scores
+    model, safety = scores.by_function["reward_model"], scores.by_function["safety"]
+    assert scores.score.tolist() == pytest.approx((0.75 * 2.0 * model + 0.25 * safety).tolist())
+    metrics = comparison.result["models"]["tuned"]["metrics"]
+    assert metrics["reward/reward_model"] == pytest.approx(float(model.mean()))
+    assert metrics["reward_std/reward_model"] == pytest.approx(float(model.std(correction=0)))
+    assert "pass@1" not in metrics, "no reward here says what is right"
+    rate = comparison.result["win_rate"]["tuned"]
+    assert rate["by"] == "reward_model" and rate["ties"] == 4, "the second answers are the same"
+
+
 def test_no_reward_at_all(config, table):
     table(base=(wrong, 0.5), tuned=(wrong, 0.5))
     result = compare(config(rewards=[])).result
