@@ -40,6 +40,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "grpo, no std": ("algorithm.name=grpo", "algorithm.normalize_std=false", *_RATIO),
     "dr_grpo": ("algorithm.name=dr_grpo", *_RATIO),
     "dapo": ("algorithm.name=dapo", *_RATIO),
+    "dapo, no length penalty": ("algorithm.name=dapo", "algorithm.overlong_buffer=0", *_RATIO),
     "gspo": ("algorithm.name=gspo", *_RATIO),
     "cispo": ("algorithm.name=cispo", *_RATIO),
     "rloo": ("algorithm.name=rloo", *_RATIO),
@@ -211,7 +212,7 @@ def run_all(tasks: Sequence[str], seeds: Sequence[int], root: Path, reviews: Pat
         result = measure(run, root, reviews)
         print(
             f"{run.task:10} seed {run.seed} {run.algorithm:22} reward {result.rewards[0]:.3f} -> {result.reward:.3f}"
-            f"  {result.after}  KL {result.kl:.2f}  {result.cpu_seconds:.0f} s CPU"
+            f"  {list(result.after.values())}  KL {result.kl:.2f}  {result.cpu_seconds:.0f} s CPU"
             f" ({time.monotonic() - began:.0f} s)",
             flush=True,
         )

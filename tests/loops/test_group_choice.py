@@ -10,7 +10,7 @@ import torch
 from rlhf_ray.batch import build_batch
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
 from rlhf_ray.errors import RewardError
-from rlhf_ray.loops.rollouts import Rollouts
+from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.run.timer import Timer
@@ -98,6 +98,27 @@ def test_a_resumed_run_asks_the_same_prompts(rollouts, generator):
     asked = [prompt for call in whole.reward.judged for prompt in call]
     assert sorted(set(asked)) == list(range(len(set(asked)))), "none left out"
     assert len(asked) == 2 * len(set(asked)), "none asked twice"
+
+
+def test_running_ahead_asks_the_same_prompts(rollouts, generator):
+    script = {i: SAME if i % 3 else MIXED for i in range(60)}
+    here = rollouts(script, {"resample_rounds": 2})
+    expected = [here.next(step).batch.prompt_id.tolist() for step in range(5)]
+    again = rollouts(script, {"resample_rounds": 2})
+    again.next(0)  # a run that stopped after its first step
+    late = again.config.model_copy(update={"max_staleness": 1})
+    ahead = OverlappedRollouts(
+        generator, ScriptedReward(script), again.prompts, late, SAMPLING,
+        algorithm=again.algorithm, seed=7, timer=Timer(), texts=9, start=1, steps=5,
+    )  # fmt: skip
+    ahead.load_state_dict(again.state_dict())
+    try:
+        for step in range(1, 5):
+            ahead.weights_changed(step)
+            assert ahead.next(step).batch.prompt_id.tolist() == expected[step]
+        assert ahead.state_dict() == here.state_dict()
+    finally:
+        ahead.close()
 
 
 # ---- groups that nobody could judge ---------------------------------------------------------------------------
