@@ -18,6 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.sandbox import sandbox_tier
+
 GIB = 1 << 30
 # All start at once. The longest is importing vLLM: about 16 s on a quiet machine with two cores, over a minute on one
 # that is training.
@@ -69,6 +72,7 @@ def diagnose(folder: str | Path = ".") -> list[Check]:
         lambda: check_shared_memory(Path("/dev/shm")),
         lambda: check_disk(Path(folder)),
         lambda: check_hub_cache(hub_cache()),
+        check_sandbox,
     ]
     return [_guarded(check) for check in checks]
 
@@ -231,6 +235,17 @@ def check_hub_cache(path: Path) -> Check:
     if offline:
         detail += "; HF_HUB_OFFLINE is set: nothing is downloaded"
     return Check("hub cache", "ok", detail)
+
+
+def check_sandbox() -> Check:
+    """For rewards that run code."""
+    try:
+        tier = sandbox_tier()
+    except ConfigError as error:
+        return Check("code sandbox", "warn", f"none: {error}", "apt install bubblewrap")
+    if tier == "bubblewrap":
+        return Check("code sandbox", "ok", tier)
+    return Check("code sandbox", "warn", f"{tier}, which is no security boundary", "apt install bubblewrap")
 
 
 # ---- finding out --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_ray import doctor
 from rlhf_ray.doctor import Check, Probe
+from rlhf_ray.errors import ConfigError
 
 BAD = Probe(False, "ImportError: libcudart.so.13: cannot open shared object file")
 LATE = Probe(False, "no answer within 90 s", late=True)
@@ -147,8 +148,21 @@ def test_this_machine(tmp_path):
     checks = doctor.diagnose(tmp_path)
     assert time.monotonic() - started < doctor.PROBE_SECONDS + 15
     names = ["python", "packages", "devices", "ray", "vllm", "deepspeed", "peft", "gloo", "nccl", "shared memory",
-             "disk", "hub cache"]  # fmt: skip
+             "disk", "hub cache", "code sandbox"]  # fmt: skip
     assert [check.name for check in checks] == names
     assert all(check.remedy for check in checks if check.status != "ok"), checks
     assert doctor.exit_code(checks) == 0, [check for check in checks if check.status == "fail"]
     assert [row["name"] for row in json.loads(doctor.to_json(checks))] == names
+
+
+def test_which_sandbox_code_rewards_would_have(monkeypatch):
+    for tier, status in (("bubblewrap", "ok"), ("landlock", "warn")):
+        monkeypatch.setattr(doctor, "sandbox_tier", lambda tier=tier: tier)
+        assert doctor.check_sandbox().status == status
+
+    def none():
+        raise ConfigError("there is no sandbox here")
+
+    monkeypatch.setattr(doctor, "sandbox_tier", none)
+    check = doctor.check_sandbox()
+    assert (check.status, check.remedy) == ("warn", "apt install bubblewrap") and "no sandbox here" in check.detail
