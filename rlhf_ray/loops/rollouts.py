@@ -126,9 +126,10 @@ class Rollouts:
             usable |= judged.judged_prompts()
             chosen |= judged.informative_prompts() if resample else judged.judged_prompts()
         if not usable:
+            reasons = [str(event["reason"]) for judged in rounds for event in judged.scores.events]
             raise RewardError(
                 f"step {step + 1}: no group of answers was judged in full, so there is nothing to learn from; "
-                "see what the reward functions say, and mend them or set another failure policy"
+                f"mend the reward functions, or set another failure policy ({'; '.join(reasons)})"
             )
         metrics = rollout_metrics(*_joined(rounds, usable), step)
         metrics |= combine_stats(judged.scores.stats for judged in rounds)

@@ -64,6 +64,11 @@ def test_by_default_the_run_ends_and_says_why(run):
         run()
 
 
+def test_a_step_without_a_single_judged_group_ends_the_run_and_says_why(run):
+    with pytest.raises(RewardError, match="step 1: no group .*reward 'flaky' lost its process, which ended with exit"):
+        run(on_failure="drop_group")
+
+
 def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_starts(run, tmp_path):
     (tmp_path / "my_reward.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match="my_reward.py cannot be run .ZeroDivisionError"):
