@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+PROMPT_SHOWN = 300  # characters
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, e.g. learner.lr=1e-6")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run writes; default runs/<name>-<time>")]
 Resume = Annotated[str, typer.Option("--resume", help="'auto': go on from the newest checkpoint; 'never': start anew")]
@@ -315,7 +317,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for old, new in zip(*(summary[when].get("samples", []) for when in ("before", "after")), strict=True):
         # Text: a completion may hold [brackets], which rich would take for markup.
         shown = [_sample_text(sample) for sample in (old, new)]
-        samples.add_row(*map(Text, [old["prompt"], *shown]))
+        # The end of a long prompt is what is answered; summary.json has all of it.
+        asked = old["prompt"] if len(old["prompt"]) <= PROMPT_SHOWN else "…" + old["prompt"][-PROMPT_SHOWN:]
+        samples.add_row(*map(Text, [asked, *shown]))
     if samples.row_count:
         console.print(samples)
     # print: rich would break a long path in two
