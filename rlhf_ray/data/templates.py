@@ -139,7 +139,10 @@ class ChatTemplate:
         return [self.conversation(messages[: i + 1], [i])[0] for i in learned]
 
     def _turns(self, messages: Sequence[Message], text: str, marks: Sequence[Span]) -> dict[int, _Turn]:
-        """The answers whose place in `text` can be told, by position in `messages`; of the earlier ones all or none."""
+        """The answers whose place in `text` can be told, by position in `messages`.
+
+        It depends on what stands before an answer only, so an answer in a prompt and in training has the same place.
+        """
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         prompts = [self._render(messages[:i], ask=True)[0] for i in answers]
         limits = [*map(len, prompts), len(text)][1:]
@@ -153,10 +156,7 @@ class ChatTemplate:
                 own = ((start, end),) if end > start else ()
             if own and text.startswith(prompt):
                 turns[i] = _Turn(start, own[-1][1], own)
-        earlier = [i for i in answers if i < len(messages) - 1]
-        if all(i in turns for i in earlier):
-            return turns
-        return {i: turn for i, turn in turns.items() if i not in earlier}
+        return turns
 
     def _end_of_answer(self, messages: Sequence[Message], text: str, start: int) -> int:
         """Where the last message's answer ends in `text`; -1 where `text` does not begin with this conversation."""

@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
+from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import bpe_tokenizer, char_tokenizer
 
@@ -249,3 +250,16 @@ def test_real_labels(shared_data, bytes_tokenizer):
         settings(str(shared_data / "movie_reviews.test.jsonl"), eval_size=300), bytes_tokenizer, seed=0
     )
     assert (len(texts), len(held_out)) == (1000, 300) and {text.label for text in texts} == {0, 1}
+
+
+@pytest.mark.parametrize("template", [{}, {"template": "chat", "chat_template": "zephyr"}], ids=["plain", "chat"])
+def test_the_generator_gets_the_prompt_tokens_of_training_on_real_dialogues(shared_data, bytes_tokenizer, template):
+    source = str(shared_data / "hh_harmless.test.jsonl")
+    prompts = load_prompts(source, bytes_tokenizer, limit=100, **template).token_ids
+    data = settings(source, limit=100, max_length=10_000, cleaning={"duplicates": False}, **template)
+    pairs, _ = load_pairs(data, bytes_tokenizer, seed=0)
+    assert len(pairs) == len(prompts) == 100
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        for side in (pair.chosen, pair.rejected):
+            assert side.token_ids[: len(prompt)] == prompt
+            assert not any(side.learned[: len(prompt)]) and side.learned[len(prompt)]

@@ -105,3 +105,10 @@ def test_a_wrong_option_is_told_with_the_right_ones(write):
         CliRunner().invoke(
             app, ["validate-data", write(), "--type", "promt", "--column", "promt=x"], catch_exceptions=False
         )
+
+
+def test_real_dialogues(shared_data):
+    source = str(shared_data / "hh_harmless.test.jsonl")
+    report = validate(DatasetConfig(path=source))
+    assert report.types == {"preference": 399} and [bad.where for bad in report.bad] == [f"{source}:159"]
+    assert "field 'chosen' has no answer after the shared prompt" in report.bad[0].why
