@@ -327,7 +327,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _sample_text(sample: dict[str, Any]) -> str:
-    return sample["completion"] + (f"  [{sample['reward']:.2f}]" if "reward" in sample else "")
+    return sample["completion"] + (f"  [{float(sample['reward']):.2f}]" if "reward" in sample else "")
 
 
 def main() -> None:

@@ -119,6 +119,9 @@ class IsolatedFunction:
         except ChildLost as error:
             rows = len(inputs["completions"])
             return Outcome.failed(rows, str(error), "mend the function, or raise its timeout_s if it is only slow")
+        except asyncio.CancelledError:  # Ctrl-C: the event loop does not end before the thread that waits does
+            self.child.interrupt()
+            raise
         return Outcome.from_json(answer)
 
 

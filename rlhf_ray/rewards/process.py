@@ -69,6 +69,11 @@ class Child:
                 self._start()
             return self._exchange(payload, timeout_s)
 
+    def interrupt(self) -> None:
+        """Make a call that another thread is waiting for raise ChildLost now."""
+        if (pid := self.pid) is not None:
+            _kill_group(pid)
+
     def close(self) -> None:
         """End the process and all that it has started."""
         with self._lock:
@@ -76,7 +81,8 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        process = self._process
+        return None if process is None else process.pid
 
     def _start(self) -> None:
         self._kill()
@@ -148,7 +154,11 @@ class Child:
 
 def _kill(process: subprocess.Popen, connection: socket.socket) -> None:
     connection.close()
-    # The whole group: what the function has started goes with it.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_group(process.pid)
     process.wait()
+
+
+def _kill_group(pid: int) -> None:
+    """The whole group: what the function has started goes with it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -69,6 +69,27 @@ def test_a_step_without_a_single_judged_group_ends_the_run_and_says_why(run):
         run(on_failure="drop_group")
 
 
+def test_an_evaluation_with_answers_that_nobody_could_judge(tmp_path, tiny_tree, monkeypatch, capsys):
+    """They do not count; the table shows them; and so it does when the first evaluation is read back from disk."""
+    from rlhf_ray import cli
+
+    reward = "def f(completions, **_): return [float('nan') if i == 0 else 1.0 for i in range(len(completions))]"
+    (tmp_path / "one_missing.py").write_text(reward)
+    function = f"{tmp_path}/one_missing.py:f"
+    tree = {**tiny_tree, "rewards": [{"function": function, "on_failure": "drop_group", "name": "mine"}]}
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    for steps in (1, 2):
+        command = ["rlhf-ray", "rl", f"{tmp_path}/run.yaml", f"steps={steps}", "--run-dir", f"{tmp_path}/run"]
+        monkeypatch.setattr(sys, "argv", [*command, "--resume", "auto"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        assert "[nan]" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["reward/mine"] == summary["after"]["reward/mine"] == 1.0
+    assert summary["after"]["samples"][0]["reward"] == "NaN"
+
+
 def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_starts(run, tmp_path):
     (tmp_path / "my_reward.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match="my_reward.py cannot be run .ZeroDivisionError"):

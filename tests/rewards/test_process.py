@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -138,3 +139,23 @@ def test_it_ends_with_a_parent_that_is_killed_in_the_middle_of_a_call(child, tmp
                           env={**os.environ, "PYTHONPATH": path})  # fmt: skip
     assert done.returncode == -9, done.stderr
     assert gone(int(done.stdout))
+
+
+def test_ctrl_c_does_not_wait_for_a_function_that_hangs(tmp_path):
+    slow = "import time\ndef f(completions):\n    print('called', flush=True)\n    time.sleep(600)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    code = textwrap.dedent(f"""
+        from rlhf_ray.rewards.compose import RewardSet, load_reward
+        reward = load_reward({str(tmp_path / "slow.py") + ":f"!r}, isolated=True)
+        RewardSet([reward]).score(["p"], ["c"], [[1]], [{{}}])
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
+    try:
+        assert process.stdout.readline() == "called\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+        assert process.returncode != 0 and "KeyboardInterrupt" in said
+    finally:
+        process.kill()
+        process.communicate()
