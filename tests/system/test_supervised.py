@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.system
 
-SMALL = ("data.limit=300", "data.eval_size=60", "eval.every=20")
+SMALL = ("data.limit=240", "data.eval_size=60", "data.max_length=128", "eval.every=10", "learner.batch_size=16")
+TINY_MODEL = ("model.scratch.hidden_size=64", "model.scratch.intermediate_size=128", "model.tokenizer.vocab_size=800")
 
 
 def run(command: str, config: str, run_dir: Path, *overrides: str) -> dict[str, Any]:
@@ -38,13 +39,14 @@ def files(shared_data: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def sft(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("sft") / "run"
-    return run_dir, run("sft", "configs/sft_hh.yaml", run_dir, *files, *SMALL, "steps=40")
+    return run_dir, run("sft", "configs/sft_hh.yaml", run_dir, *files, *SMALL, *TINY_MODEL, "steps=30")
 
 
 @pytest.fixture(scope="module")
 def rm(sft, files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("rm") / "run"
-    return run_dir, run("rm", "configs/rm_hh.yaml", run_dir, *files, *SMALL, "steps=40", f"model.path={sft[0]}/model")
+    settings = [*files, *SMALL, "steps=30", "learner.lr=1e-3", f"model.path={sft[0]}/model", "eval.keep_best=false"]
+    return run_dir, run("rm", "configs/rm_hh.yaml", run_dir, *settings)
 
 
 def test_sft_learns_to_answer(sft):
@@ -55,7 +57,7 @@ def test_sft_learns_to_answer(sft):
 
 def test_the_reward_model_reports_what_a_judge_should_be_known_by(rm):
     after = rm[1]["after"]
-    assert after["train/accuracy"] > 0.55, "of what it has seen; 300 pairs teach a small model nothing general"
+    assert after["train/accuracy"] > 0.55, "of what it has seen; 200 pairs teach a small model nothing general"
     for split in ("train", "val"):
         assert 0 <= after[f"{split}/accuracy"] <= 1 and 0 <= after[f"{split}/ece"] <= 1
         assert -1 <= after[f"{split}/length_correlation"] <= 1
@@ -64,7 +66,7 @@ def test_the_reward_model_reports_what_a_judge_should_be_known_by(rm):
 
 
 def test_dpo_prefers_what_people_preferred(sft, files, tmp_path):
-    settings = [*files, *SMALL, "steps=40", "learner.lr=3e-4", f"model.path={sft[0]}/model", "eval.keep_best=false"]
+    settings = [*files, *SMALL, "steps=20", "learner.lr=1e-3", f"model.path={sft[0]}/model", "eval.keep_best=false"]
     summary = run("dpo", "configs/dpo_hh.yaml", tmp_path / "run", *settings)
     assert summary["before"]["train/loss"] == pytest.approx(0.6931, abs=1e-3)
     assert summary["after"]["train/rewards/accuracies"] > 0.6
