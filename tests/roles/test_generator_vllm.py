@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +165,26 @@ def test_temperature_and_truncated_sampling_report_what_was_sampled_from(case):
     assert forced.logp_gen.abs().max() < 1e-6
     greedy = case.generator.generate(requests(6), Sampling(max_new_tokens=5, temperature=0.0))
     assert torch.equal(forced.tokens, greedy.tokens)
+
+
+def test_members_of_different_temperatures_and_given_answers(case):
+    case.sync(case.model)
+    own = [0.5, 2.0, 0.0, 1.0] * 3
+    asked = [replace(r, temperature=t) for r, t in zip(requests(12), own, strict=True)]
+    asked[3] = replace(asked[3], temperature=None, answer=(2, 3, STOP))
+    sampling = Sampling(12, temperature=1.0, stop_token_ids=(STOP,))
+    batch = case.generator.generate(asked, sampling)
+    assert batch.sample_id.tolist() == list(range(12))
+    assert batch.rows.weight_version == (*[case.version] * 3, -1, *[case.version] * 8)
+    assert batch.tokens[3][batch.response_mask[3]].tolist() == [2, 3, STOP]
+    for temperature in (0.5, 2.0, 1.0):
+        rows = [i for i in range(12) if own[i] == temperature and i != 3]
+        check_samples(case.model, batch.select(rows), temperature=temperature)
+        assert rows_of(batch.select(rows)) == rows_of(
+            case.generator.generate([requests(12)[i] for i in rows], replace(sampling, temperature=temperature))
+        )
+    greedy = case.generator.generate([asked[i] for i in (2, 6, 10)], replace(sampling, temperature=0.0))
+    assert rows_of(greedy) == rows_of(batch.select([2, 6, 10]))
 
 
 def test_tokens_do_not_depend_on_the_rest_of_the_batch(case):
