@@ -9,6 +9,7 @@ import pytest
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.rewards import compose
 from rlhf_ray.rewards.calling import RewardFunction
 from rlhf_ray.rewards.compose import RewardSet, load_reward, reward_of
 from rlhf_ray.rewards.failures import Failure, FailurePolicy, Outcome, join
@@ -64,6 +65,11 @@ ONE_ROW = {
 MODES = {**WHOLE_CALL, **ONE_ROW}
 
 PROMPTS, TEXTS, IDS = ["a", "a", "b", "b"], ["x", "xx", "xxx", "xxxx"], [[1]] * 4
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(compose, "_FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, RewardError
 
+pytestmark = pytest.mark.slow
+
 # Dies when it is asked for the second time in training (the first call is the evaluation before), and gives NaN for
 # the first row of each batch of four.
 FAILING = """

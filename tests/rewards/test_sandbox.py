@@ -16,6 +16,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards import sandbox, sandbox_inner
 from rlhf_ray.rewards.sandbox import Limits, run_python
 
+pytestmark = pytest.mark.slow
+
 SHORT = Limits(seconds=1.0, memory_mb=128)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from rlhf_ray.config.schema import SafetyConfig
+from rlhf_ray.config.load import parse_config
+from rlhf_ray.config.schema import RunConfig, SafetyConfig
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.rewards.classifier import Safety, classifier, load_classifier
@@ -102,6 +103,12 @@ def test_safety_by_either_label(folder):
     assert Safety(other_way).score(CORPUS) == pytest.approx(safe, abs=1e-5)
     assert Safety(SafetyConfig(path=path)).score(CORPUS) == pytest.approx([1 - p for p in safe], abs=1e-5), "the last"
     assert max(safe) - min(safe) > 1e-3
+
+
+def test_one_label_is_enough(tiny_tree):
+    tree = {**tiny_tree, "safety": {"path": "x", "safe_label": "safe", "unsafe_label": "unsafe"}}
+    with pytest.raises(ConfigError, match="safety.safe_label and safety.unsafe_label say the same thing twice"):
+        parse_config(tree, RunConfig, source="the test")
 
 
 def test_what_is_wrong_with_a_classifier(folder, tmp_path):
