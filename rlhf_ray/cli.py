@@ -88,25 +88,25 @@ def pipeline(
     dry_run: DryRun = False,
 ) -> None:
     """Several commands in a row, each fed by those before it: sft -> pairs -> rm -> rl -> eval."""
-    from rlhf_ray.pipeline import describe_pipeline, run_pipeline
-
-    if dry_run:
-        print(describe_pipeline(config, overrides or []))
-        return
-    try:
-        summary = run_pipeline(config, overrides or [], run_dir, resume=_wants_resume(resume))
-    except KeyboardInterrupt:
-        print("rlhf-ray: interrupted; go on with the same command and --resume auto", file=sys.stderr)
-        raise typer.Exit(130) from None
-    print(f"{len(summary['stages'])} stages in {summary['seconds']:.0f} s; everything is in {summary['run_dir']}")
+    _run_pipeline(config, overrides or [], run_dir, resume, dry_run)
 
 
 @app.command()
 def quickstart(
-    overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never", dry_run: DryRun = False
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = "never",
+    dry_run: DryRun = False,
+    preferences: Annotated[
+        bool,
+        typer.Option("--preferences", help="the other ending: movie reviews, from preferences (values.train=<file>)"),
+    ] = False,
 ) -> None:
     """A small transformer learns to add, from nothing, in a few minutes on a laptop. Needs no network and no GPU."""
-    _run_rl(_quickstart_config(), overrides or [], run_dir, resume, dry_run)
+    if preferences:
+        _run_pipeline(_shipped("pipeline_reviews.yaml"), overrides or [], run_dir, resume, dry_run)
+    else:
+        _run_rl(_shipped("grpo_arithmetic.yaml"), overrides or [], run_dir, resume, dry_run)
 
 
 @app.command()
@@ -248,6 +248,20 @@ def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: st
     _print_summary(summary)
 
 
+def _run_pipeline(config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool) -> None:
+    from rlhf_ray.pipeline import describe_pipeline, run_pipeline
+
+    if dry_run:
+        print(describe_pipeline(config, overrides))
+        return
+    try:
+        summary = run_pipeline(config, overrides, run_dir, resume=_wants_resume(resume))
+    except KeyboardInterrupt:
+        print("rlhf-ray: interrupted; go on with the same command and --resume auto", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"{len(summary['stages'])} stages in {summary['seconds']:.0f} s; everything is in {summary['run_dir']}")
+
+
 def _run_supervised(
     command: str, config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool
 ) -> None:
@@ -292,10 +306,10 @@ def _wants_resume(resume: str) -> bool:
     return resume == "auto"
 
 
-def _quickstart_config() -> Path:
-    """configs/grpo_arithmetic.yaml of a checkout, or the copy that is installed with the package."""
-    checkout = Path(__file__).parent.parent / "configs" / "grpo_arithmetic.yaml"
-    return checkout if checkout.is_file() else Path(str(resources.files("rlhf_ray"))) / "configs/grpo_arithmetic.yaml"
+def _shipped(config: str) -> Path:
+    """A file of configs/ in a checkout, or its copy that is installed with the package."""
+    checkout = Path(__file__).parent.parent / "configs" / config
+    return checkout if checkout.is_file() else Path(str(resources.files("rlhf_ray"))) / "configs" / config
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

@@ -85,7 +85,16 @@ def test_quickstart_uses_the_config_of_the_repository(rlhf_ray, repo_root):
     assert status == 0
     printed = yaml.safe_load(out)
     assert printed["steps"] == 7 and printed["name"] == "grpo-arithmetic"
-    assert cli._quickstart_config() == repo_root / "configs" / "grpo_arithmetic.yaml"
+    assert cli._shipped("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
+
+
+def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray):
+    status, out, _ = rlhf_ray("quickstart", "--preferences", "ppo.steps=7", "values.train=mine.jsonl", "--dry-run")
+    assert status == 0
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("# stage")] == [
+        "sft:", "labeller:", "pairs:", "rm:", "ppo:", "dpo:", "eval:",
+    ]  # fmt: skip
+    assert "steps: 7" in out and "path: mine.jsonl" in out and "path: RUN/rm/model" in out
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------

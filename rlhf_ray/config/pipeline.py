@@ -4,7 +4,7 @@
       - {name: sft, run: sft, config: sft_reviews.yaml}
       - {name: ppo, run: rl, config: ppo_reviews.yaml, set: {model.path: "${sft.model}"}}
 
-`${sft.model}` stands for the folder that the stage `sft` leaves its model in.
+`${sft.model}` stands for the folder that the stage `sft` leaves its model in; `${reviews}` for a value of `values`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +54,7 @@ class PipelineConfig(Section):
     executor: Literal["local", "ray"] | None = None
     device: Literal["auto", "cuda", "mps", "cpu"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    values: dict[str, str | int | float] = Field({}, description="`${name}` in a stage's settings stands for its value")
     stages: list[StageConfig] = Field(min_length=1)
 
 
@@ -114,7 +115,7 @@ def resolve(
         try:
             tree = _settings(given, pipeline, root, overrides.get(given.name, ()))
             needs: dict[str, None] = {}
-            tree = _with_paths(tree, stages, needs, where=source)
+            tree = _filled(tree, pipeline.values, stages, needs, where=source)
             config = parse_config(tree, COMMANDS[given.run], source=source)
         except ConfigError as error:
             problems.append(str(error))
@@ -141,17 +142,24 @@ def _settings(
     return tree
 
 
-def _with_paths(node: Any, stages: Mapping[str, Stage], needs: dict[str, None], where: str) -> Any:
-    """The same tree with `${stage.output}` replaced; the stages it names go into `needs`."""
+def _filled(
+    node: Any, values: Mapping[str, Any], stages: Mapping[str, Stage], needs: dict[str, None], where: str
+) -> Any:
+    """The same tree with `${value}` and `${stage.output}` replaced; the stages it names go into `needs`."""
     if isinstance(node, dict):
-        return {key: _with_paths(value, stages, needs, where) for key, value in node.items()}
+        return {key: _filled(value, values, stages, needs, where) for key, value in node.items()}
     if isinstance(node, list):
-        return [_with_paths(value, stages, needs, where) for value in node]
+        return [_filled(value, values, stages, needs, where) for value in node]
     if not isinstance(node, str):
         return node
 
-    def path(match: re.Match[str]) -> str:
-        stage, _, output = match.group(1).partition(".")
+    def replacement(match: re.Match[str]) -> str:
+        stage, dot, output = match.group(1).partition(".")
+        if not dot:
+            if stage not in values:
+                near = _nearest(stage, values)
+                raise ConfigError(f"{where}: {match.group(0)} is none of the pipeline's values; {near}")
+            return str(values[stage])
         if stage not in stages:
             raise ConfigError(f"{where}: {match.group(0)} names no stage before it; {_nearest(stage, stages)}")
         outputs = OUTPUTS[stages[stage].command]
@@ -163,17 +171,14 @@ def _with_paths(node: Any, stages: Mapping[str, Stage], needs: dict[str, None], 
         needs[stage] = None
         return str(stages[stage].output(output))
 
-    return _REFERENCE.sub(path, node)
+    whole = _REFERENCE.fullmatch(node)
+    if whole and whole.group(1) in values:
+        return values[whole.group(1)]  # a number stays one
+    return _REFERENCE.sub(replacement, node)
 
 
-def _nearest(name: str, stages: Mapping[str, Stage]) -> str:
-    near = difflib.get_close_matches(name, stages, n=1)
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]}?"
-    return f"there are {', '.join(stages)}" if stages else "it is the first one"
-
-
-def needed_by(stages: Sequence[Stage], name: str) -> Iterator[Stage]:
-    """The stages that the stage `name` reads from."""
-    (wanted,) = [stage for stage in stages if stage.name == name]
-    return (stage for stage in stages if stage.name in wanted.needs)
+    return f"there are {', '.join(known)}" if known else "there are none"

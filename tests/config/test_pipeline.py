@@ -13,9 +13,10 @@ SFT = "model: {path: scratch:qwen2, tokenizer: {path: scratch:char}}\ndata: {pat
 RL = "model: {path: nowhere}\ndata: {path: 'task:arithmetic'}\nrewards: [{function: exact_answer}]\n"
 STAGES = """
 name: both
+values: {model: small, weight: 2}
 stages:
   - {name: sft, run: sft, config: sft.yaml}
-  - {name: ppo, run: rl, config: rl.yaml, set: {model.path: "${sft.model}", rewards.0.weight: 2}}
+  - {name: ppo, run: rl, config: rl.yaml, set: {model.path: "${sft.model}", rewards.0.weight: "${weight}"}}
 """
 
 
@@ -36,7 +37,10 @@ def stages_of(folder: Path, *overrides: str, text: str | None = None):
 def test_a_stage_reads_what_an_earlier_one_leaves(folder):
     sft, ppo = stages_of(folder)
     assert ppo.config.model.path == "/run/sft/model" and ppo.needs == ("sft",) and sft.needs == ()
-    assert ppo.config.rewards[0].weight == 2 and sft.config.name == "sft"
+    assert ppo.config.rewards[0].weight == 2.0  # a value: not the text "2"
+    assert sft.config.name == "sft"
+    sft, ppo = stages_of(folder, "values.weight=5")
+    assert ppo.config.rewards[0].weight == 5.0
 
 
 def test_overrides_go_to_one_stage_or_to_all(folder):
@@ -50,6 +54,7 @@ def test_overrides_go_to_one_stage_or_to_all(folder):
         ("${sft.model}", "${sfd.model}", "did you mean sft?"),
         ("${sft.model}", "${ppo.model}", "names no stage before it"),
         ("${sft.model}", "${sft.data}", "leaves ${sft.model}, ${sft.dir}"),
+        ("${sft.model}", "${modl}", "none of the pipeline's values; did you mean model?"),
         ("name: ppo", "name: sft", "two stages are called sft"),
         ("run: rl", "run: rlx", "stages.1.run"),
         ("rewards.0.weight", "rewards.7.weight", "not an index into a list of 1"),
@@ -66,3 +71,11 @@ def test_errors_of_all_stages_come_at_once(folder):
     with pytest.raises(ConfigError) as error:
         stages_of(folder, "sft.lerner.lr=1", "ppo.rollout.group_size=1")
     assert "did you mean learner?" in str(error.value) and "group_size" in str(error.value)
+
+
+def test_every_pipeline_of_the_repository_resolves(repo_root):
+    files = sorted((repo_root / "configs").glob("pipeline_*.yaml"))
+    assert files
+    for path in files:
+        pipeline, _ = load_pipeline(path)
+        assert len(resolve(pipeline, path.parent, Path("run"), {})) == len(pipeline.stages)
