@@ -64,7 +64,8 @@ class HttpReward:
             async with limit:
                 return await self._ask(session, body)
 
-        async with aiohttp.ClientSession(headers=self.headers) as session:
+        forever = aiohttp.ClientTimeout(total=None)  # its own limit is five minutes; ours is timeout_s
+        async with aiohttp.ClientSession(headers=self.headers, timeout=forever) as session:
             return join(await asyncio.gather(*map(batch, starts)))
 
     async def _ask(self, session: Any, body: Mapping[str, Any]) -> Outcome:

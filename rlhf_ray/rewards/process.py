@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import pickle
-import select
 import signal
 import socket
 import struct
@@ -127,11 +126,13 @@ class Child:
             if left <= 0:
                 raise TimeoutError
             # In slices: a dead child's own children may hold the socket open, and no end would ever be read.
-            if not select.select([self._socket], [], [], min(left, 0.5))[0]:
+            self._socket.settimeout(min(left, 0.5))
+            try:
+                chunk = self._socket.recv(min(count - len(received), 1 << 20))
+            except TimeoutError:
                 if self._process.poll() is not None:
-                    raise EOFError
+                    raise EOFError from None
                 continue
-            chunk = self._socket.recv(min(count - len(received), 1 << 20))
             if not chunk:
                 raise EOFError
             received += chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -74,6 +75,18 @@ def test_large_messages(child):
     with pytest.raises(RewardError, match="TypeError"):
         child.call(["x" * 1_000_000] * 8, 30)  # total += a list
     assert child.call(1, 30) == 11
+
+
+def test_in_a_process_with_many_open_files(child):
+    """A server with a thousand connections, or a Ray worker: select() knows file numbers below 1024 only."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1300:
+        pytest.skip("this shell may open too few files")
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert child.call(1, 30) == 11
+    finally:
+        for file in many:
+            os.close(file)
 
 
 @pytest.mark.parametrize(
