@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config
+from rlhf_ray.data.columns import EmptyRowError
 from rlhf_ray.data.prompts import Example
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
@@ -141,16 +143,16 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def human_pairs(config: PairsConfig) -> list[HumanPair]:
-    """The first pairs of the data, where its rows say what people prefer; else none."""
+    """The first pairs of the data, where its rows say what people prefer; else none. Empty answers are left out."""
     if config.human_pairs == 0 or is_task(config.data.path):
         return []
     pairs: list[HumanPair] = []
     for row in read_rows(config.data.path, split=config.data.split):
         if len(pairs) == config.human_pairs or not {"chosen", "rejected"} <= set(row.fields):
             break
-        for record in parse(row, detect(row)):
-            if isinstance(record, PreferenceRow):
-                pairs.append(HumanPair(*map(prompt_text, (record.prompt, record.chosen, record.rejected))))
+        with suppress(EmptyRowError):
+            records = [record for record in parse(row, detect(row)) if isinstance(record, PreferenceRow)]
+            pairs += [HumanPair(*map(prompt_text, (r.prompt, r.chosen, r.rejected))) for r in records]
     return pairs
 
 

@@ -118,9 +118,9 @@ def test_a_local_judges_margin_is_no_margin_of_a_reward(config, table, judge):
 
 @pytest.fixture
 def dialogues(tmp_path):
-    """Anthropic HH's format: three pairs of people."""
+    """Anthropic HH's format: three pairs of people, and one with an empty answer."""
     path = tmp_path / "hh.jsonl"
-    pairs = [(" x", " y"), (" y", " x"), (" x x", " z")]
+    pairs = [(" x", " y"), ("", " x"), (" y", " x"), (" x x", " z")]
     start = "\n\nHuman: Q\n\nAssistant:"
     path.write_text("".join(json.dumps({"chosen": start + c, "rejected": start + r}) + "\n" for c, r in pairs))
     return {"path": str(path), "max_prompt_tokens": 64}

