@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.load import parse_config
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError
 
 TREE = {"models": {"a": "x", "b": {"path": "y", "device": "cpu"}}, "data": {"path": "p.jsonl"}}
@@ -55,6 +56,13 @@ def test_unknown_keys_of_a_judge_reward_die_like_all_others():
     assert found.startswith("rewards.0.args: value error, scale=[5, 1] does not rise")
     safety = {"function": "judge", "args": {}}
     assert problems(red_team={"path": "r.jsonl", "safety": safety}) == ["red_team.safety.args.model: field required"]
+
+
+def test_a_judge_that_rewards_a_training_run_is_as_strict():
+    tree = {"model": {"path": "x"}, "data": {"path": "p.jsonl"}}
+    reward = {"function": "judge", "args": {"model": "m", "rubrik": "honest"}}
+    with pytest.raises(ConfigError, match=r"rewards\.0\.args\.rubrik: unknown key of a judge; did you mean rubric\?"):
+        parse_config({**tree, "rewards": [reward]}, RunConfig, source="rl.yaml")
 
 
 def test_names_that_cannot_be_files():
