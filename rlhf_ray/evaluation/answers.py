@@ -108,7 +108,9 @@ def prompt_text(asked: Prompt) -> str:
 
 
 class AnsweringModel:
-    """A loaded model with its generator; `open_model` makes one."""
+    """A model with its generator; `open_model` makes one. What scores its answers needs no generator, and runs after it
+    is closed: on a GPU, vLLM leaves no room for a reward model.
+    """
 
     def __init__(
         self, run: RunConfig, assets: Assets, tokenizer: PreTrainedTokenizerBase, generator: Generator
@@ -116,7 +118,7 @@ class AnsweringModel:
         self.run = run
         self.assets = assets
         self.tokenizer = tokenizer
-        self.generator = generator
+        self.generator: Generator | None = generator
         shape = AutoConfig.from_pretrained(assets.policy, trust_remote_code=run.model.trust_remote_code)
         self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
 
@@ -163,6 +165,11 @@ class AnsweringModel:
         finally:
             reward.functions.close()
 
+    def close(self) -> None:
+        """Frees the generator: the next model may need its memory, and so may whoever scores the answers."""
+        self.generator.close()
+        self.generator = None
+
     def longest_window(self) -> int:
         """Tokens of a sequence whose log-probabilities the generator can give."""
         longest = self.positions or 1 << 30
@@ -192,11 +199,11 @@ def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[
     )
     assets = Assets(model.path, model.tokenizer or model.path, choose_hardware(run.device, run.dtype))
     tokenizer = tokenizer_of(model)
-    generator = make_generator(run, assets, "in_process")
+    opened = AnsweringModel(run, assets, tokenizer, make_generator(run, assets, "in_process"))
     try:
-        yield AnsweringModel(run, assets, tokenizer, generator)
+        yield opened
     finally:
-        generator.close()
+        opened.close()
 
 
 def check_rewards(config: SampledRunConfig) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.config.evaluation import EvalRunConfig, RedTeamConfig
+from rlhf_ray.config.evaluation import EvalRunConfig, PerplexityConfig, RedTeamConfig, SampledModelConfig
 from rlhf_ray.data.prompts import PromptSet, load_texts
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.evaluation.answers import (
@@ -61,8 +61,7 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
     measured = {}
     for name, model in config.models.items():
         report(f"{name}: {len(prompts[name])} prompts x {config.sampling.samples_per_prompt}, {model.path}")
-        with open_model(model, config) as opened:
-            measured[name] = _measure(config, opened, prompts[name], texts, red_team.get(name))
+        measured[name] = _measure(config, model, prompts[name], texts, red_team.get(name))
     base = config.baseline_name
     shown = tuple(map(shown_prompt, prompts[base].examples))
     answers = {name: m.answers for name, m in measured.items()}
@@ -101,19 +100,30 @@ def _perplexity_texts(config: EvalRunConfig) -> list[str]:
 
 
 def _measure(
-    config: EvalRunConfig, model: AnsweringModel, prompts: PromptSet, texts: list[str], red_team: PromptSet | None
+    config: EvalRunConfig,
+    settings: SampledModelConfig,
+    prompts: PromptSet,
+    texts: Sequence[str],
+    red_team: PromptSet | None,
 ) -> Measured:
-    answers = model.score(model.sample(prompts, config.sampling, config.seed), prompts)
     perplexity, harmful = None, None
-    if config.perplexity is not None:
-        token_ids = model.tokenizer(texts)["input_ids"]
-        window = min(config.perplexity.window, model.longest_window())
-        perplexity = measure_perplexity(model.generator.logprobs, texts, token_ids, window=window)
-    if config.red_team is not None:
-        # One answer a prompt; another seed than for the other prompts would say nothing more.
-        sampling = config.sampling.model_copy(update={"samples_per_prompt": 1})
-        harmful = model.score(model.sample(red_team, sampling, config.seed), red_team, [config.red_team.safety])
+    with open_model(settings, config) as model:
+        batch = model.sample(prompts, config.sampling, config.seed)
+        if config.perplexity is not None:
+            perplexity = _perplexity(config.perplexity, model, texts)
+        if red_team is not None:
+            one_each = config.sampling.model_copy(update={"samples_per_prompt": 1})
+            red_batch = model.sample(red_team, one_each, config.seed)
+    answers = model.score(batch, prompts)
+    if red_team is not None:
+        harmful = model.score(red_batch, red_team, [config.red_team.safety])
     return Measured(answers, perplexity, harmful)
+
+
+def _perplexity(settings: PerplexityConfig, model: AnsweringModel, texts: Sequence[str]) -> Perplexity:
+    token_ids = model.tokenizer(list(texts))["input_ids"]
+    window = min(settings.window, model.longest_window())
+    return measure_perplexity(model.generator.logprobs, texts, token_ids, window=window)
 
 
 def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]:

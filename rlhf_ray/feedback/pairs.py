@@ -89,13 +89,13 @@ def make_pairs(config: PairsConfig, report: Report = lambda line: None) -> tuple
     human = human_pairs(config)
     with open_model(config.model, config) as model:
         report(f"{len(prompts)} prompts x {config.sampling.samples_per_prompt} answers, {config.model.path}")
-        answers = model.score(model.sample(prompts, config.sampling, config.seed), prompts)
-        scores = answers.scores.score.tolist()
-        candidates = candidates_of(config.pairing, answers.samples, scores, len(prompts))
-        different = [c for c in candidates if answers.completions[c.first] != answers.completions[c.second]]
-        report(f"labelling {len(different)} pairs" + (f", and {len(human)} of people" if human else ""))
-        labels = _labels(config, answers, different)
-        human_labels = _human_labels(config, model, human)
+        batch = model.sample(prompts, config.sampling, config.seed)
+    answers = model.score(batch, prompts)
+    candidates = candidates_of(config.pairing, answers.samples, answers.scores.score.tolist(), len(prompts))
+    different = [c for c in candidates if answers.completions[c.first] != answers.completions[c.second]]
+    report(f"labelling {len(different)} pairs" + (f", and {len(human)} of people" if human else ""))
+    labels = _labels(config, answers, different)
+    human_labels = _human_labels(config, model, human)
     kept = [(c, label) for c, label in zip(different, labels, strict=True) if label.winner in ("first", "second")]
     counts = Counter(label.winner for label in labels)
     lineage = _lineage(config, names)

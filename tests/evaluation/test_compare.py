@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,20 @@ def test_both_models_get_the_same_prompts_and_seeds_as_every_evaluation(config, 
     assert [r.seed for r in requests[:3]] == [sample_seed(7, -1, 0), sample_seed(7, -1, 1), sample_seed(7, -2, 0)]
     sampling = made["base"].sampling[0]
     assert sampling.max_new_tokens == 6 and sampling.stop_token_ids == (1,)
+
+
+def test_a_model_is_gone_before_its_rewards_or_the_next_model_are_loaded(config, table, monkeypatch):
+    from rlhf_ray.evaluation import answers
+
+    made, order = table(base=(wrong, 0.5), tuned=(wrong, 0.5)), []
+
+    def make_reward(run, assets, make=answers.make_reward):
+        order.append((Path(assets.policy).name, made["base"].closed, made["tuned"].closed))
+        return make(run, assets)
+
+    monkeypatch.setattr(answers, "make_reward", make_reward)
+    compare(config())
+    assert order == [("base", True, False), ("tuned", True, True)]
 
 
 def test_perplexity_and_its_alarm(config, table, tmp_path):
