@@ -110,9 +110,8 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
     """
     for reward in config.rewards:
         reward_of(reward).close()
-    for judge in (config.reward_model, config.safety):
-        if judge is not None:
-            load_tokenizer(judge.path)
+    for path in config.judge_paths:
+        load_tokenizer(path)
     tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
     if tokenizer.eos_token_id is None:
         raise ModelError(

@@ -120,13 +120,9 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         if config.critic.path is not None:
             size = saved_size(config.critic.path, "policy")
         roles.append(_trainer("critic", config.critic, hardware, size))
-    judge = None
-    if config.reward_model is not None:
-        size = saved_size(config.reward_model.path, "classifier")
-        judge = None if size is None else size.parameters * width
-    roles.append(PlannedRole("reward", "model" if config.reward_model else "functions", 1, 1,
-                             judge if config.reward_model else 0))  # fmt: skip
-    return roles
+    judges = [saved_size(path, "classifier") for path in config.judge_paths]
+    held = None if None in judges else sum(size.parameters * width for size in judges)
+    return [*roles, PlannedRole("reward", "model" if judges else "functions", 1, 1, held)]
 
 
 def train_bytes(size: Size, settings: TrainEngineConfig, dtype: torch.dtype) -> int:

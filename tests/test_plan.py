@@ -112,6 +112,15 @@ def test_only_the_roles_that_are_used(config):
     ]  # fmt: skip
 
 
+def test_the_reward_holds_every_network_that_judges(config, monkeypatch):
+    sizes = {"rm": Size(10, 10), "toxic": Size(5, 5), "somewhere": None}
+    monkeypatch.setattr("rlhf_ray.plan.saved_size", lambda path, *_: sizes[path])
+    both = planned_roles(config("reward_model.path=rm", "safety.path=toxic"), CPU, None)[-1]
+    assert both == PlannedRole("reward", "model", 1, 1, 60)
+    unknown = planned_roles(config("reward_model.path=rm", "safety.path=somewhere"), CPU, None)[-1]
+    assert unknown == PlannedRole("reward", "model", 1, 1, None)
+
+
 def test_a_cluster(config):
     roles = planned_roles(
         config("executor=ray", "generator.engine=vllm", "generator.count=3", "generator.tensor_parallel=2",

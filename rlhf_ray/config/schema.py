@@ -366,6 +366,11 @@ class RunConfig(Section):
         return self.algorithm.kl_coef > 0
 
     @property
+    def judge_paths(self) -> list[str]:
+        """Where the networks come from that the reward role holds."""
+        return [judge.path for judge in (self.reward_model, self.safety) if judge is not None]
+
+    @property
     def uses_critic(self) -> bool:
         return self.algorithm.advantage == "gae"
 

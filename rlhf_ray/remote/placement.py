@@ -103,7 +103,7 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
         roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
     if config.uses_reference:
         roster.append(("reference", 1))
-    return [*roster, ("reward", 0 if config.reward_model is None else 1), ("batches", 0)]
+    return [*roster, ("reward", 1 if config.judge_paths else 0), ("batches", 0)]
 
 
 def _colocated(config: RunConfig) -> Plan:

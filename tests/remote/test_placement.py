@@ -51,6 +51,11 @@ def test_reward_functions_need_no_gpu_and_no_reference_no_seat(tiny_config):
     assert "reference" not in seats_of(plan) and "critic rank 0" not in seats_of(plan)
 
 
+def test_a_safety_classifier_needs_a_gpu_as_a_reward_model_does(tiny_config):
+    safety = tiny_config("executor=ray", "device=cuda", *VLLM, "safety.path=toxic")
+    assert plan_seats(safety, "cuda", "nccl").by_role("GPU") == {"learner": 1, "generator": 1, "reward": 1}
+
+
 def test_half_gpus(tiny_config):
     plan = plan_seats(tiny_config("executor=ray", *VLLM, "ray.gpus_per_worker=0.5"), "cuda", "nccl")
     assert plan.total("GPU") == 1.0
