@@ -203,18 +203,24 @@ VERDICT_REMINDER = (
     'I cannot read a verdict in that. Reply with one line only: "Verdict: A", "Verdict: B" or "Verdict: tie".'
 )
 
-_SCORE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE)
-_VERDICT = re.compile(r"verdict\W*?(A|B|tie)\b", re.IGNORECASE)
+# "Score (1-10): 7/10": a range may stand before the colon, what the score is out of behind it.
+_SCORE = re.compile(
+    r"\bscore[^\w\n]*?(?:\([^)\n]*\))?[^\w\n(]*?[:=][^\w\n]*?(?P<score>-?\d+(?:\.\d+)?)"
+    r"(?![\d.]*\d|\s*[-\u2013]\s*\d)(?:\s*(?:/|out of)\s*(?P<of>\d+))?",
+    re.IGNORECASE,
+)
+# The whole line: "Verdict: a better answer is B" does not mean A.
+_VERDICT = re.compile(r"\bverdict[^\w\n]*[:=][^\w\n]*(A|B|tie)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
 
 
 def parse_score(reply: str, scale: tuple[int, int]) -> float:
     """The number after the last "Score:". Raises UnreadableReply if there is none, or none on the scale."""
-    found = _SCORE.findall(reply)
+    found = list(_SCORE.finditer(reply))
     if not found:
         raise UnreadableReply("it gives no 'Score: <number>'")
-    score = float(found[-1])
-    if not scale[0] <= score <= scale[1]:
-        raise UnreadableReply(f"its score {found[-1]} is not between {scale[0]} and {scale[1]}")
+    score, out_of = float(found[-1]["score"]), found[-1]["of"]
+    if not scale[0] <= score <= scale[1] or (out_of is not None and int(out_of) != scale[1]):
+        raise UnreadableReply(f"its {found[-1][0]!r} is no number from {scale[0]} to {scale[1]}")
     return score
 
 

@@ -24,14 +24,19 @@ CONFIG = JudgeConfig(model="m", scale=(1, 5))
 
 @pytest.mark.parametrize(
     ("reply", "score"),
-    [("Score: 4", 4), ("It is good.\n**Score:** 3.5", 3.5), ("Score: 1\nno, rather\nscore = 2", 2), ("SCORE - 5.", 5),
-     ("Score: 4/5", 4), ("Final score (1 to 5): Score: 3", 3)],
+    [("Score: 4", 4), ("It is good.\n**Score:** 3.5", 3.5), ("Score: 1\nno, rather\nscore = 2", 2), ("SCORE: 5.", 5),
+     ("Score: 4/5", 4), ("Score (1-5): 3", 3), ("**Score** (out of 5): 2", 2), ("Score: **5** out of 5", 5),
+     ('"score": 4', 4), ("Underscore: 1\nScore: 2", 2)],
 )  # fmt: skip
 def test_a_score_is_read(reply, score):
     assert parse_score(reply, (1, 5)) == score
 
 
-@pytest.mark.parametrize("reply", ["", "four", "4", "Score: very good", "Score: 6", "Score: 0", "Score: 44"])
+@pytest.mark.parametrize(
+    "reply",
+    ["", "four", "4", "Score: very good", "Score: 6", "Score: 0", "Score: 44", "Score: 4.5.1", "Score: 1-5",
+     "Score (1-5) is hard to give", "Score: 4/10", "Score: 4 out of 100", "Score:\n1. It is long\n2. It is dull"],
+)  # fmt: skip
 def test_no_score_is_made_up(reply):
     with pytest.raises(UnreadableReply):
         parse_score(reply, (1, 5))
@@ -44,13 +49,17 @@ def test_a_scale_below_zero():
 @pytest.mark.parametrize(
     ("reply", "choice"),
     [("Verdict: A", "A"), ("verdict: b", "B"), ("B is longer, but\n**Verdict:** A.", "A"), ("Verdict: Tie", "tie"),
-     ("Verdict: A\nOn reflection: Verdict: [B]", "B"), ('Verdict: "B"', "B")],
+     ("Verdict: A\nOn reflection: Verdict: [[B]]", "B"), ('Verdict: "B"', "B"), ("Verdict: A\nThat is all.", "A")],
 )  # fmt: skip
 def test_a_verdict_is_read(reply, choice):
     assert parse_verdict(reply) == choice
 
 
-@pytest.mark.parametrize("reply", ["", "A", "Both are good", "Verdict: Answer A", "Verdict: C", "Verdict: Apples"])
+@pytest.mark.parametrize(
+    "reply",
+    ["", "A", "Both are good", "Verdict: Answer A", "Verdict: C", "Verdict: Apples", "Verdict: a better answer is B",
+     "Verdict: A or B", "Verdict:\nA is long, B is short"],
+)  # fmt: skip
 def test_no_verdict_is_made_up(reply):
     with pytest.raises(UnreadableReply):
         parse_verdict(reply)
