@@ -24,6 +24,11 @@ PPO = (
     "algorithm.name=ppo", "algorithm.normalize_rewards=running", "learner.minibatches=2", "critic.minibatches=3",
     "learner.epochs=2", "generator.count=2",
 )  # fmt: skip
+# Rows of several rounds, of several temperatures, and some that nobody sampled.
+DAPO = (
+    "algorithm.name=dapo", "algorithm.resample_rounds=2", "rollout.reference_answers=1",
+    "rollout.temperatures=[0.5,1.5]", "rewards.0.args.pattern='[0-4].*'",
+)  # fmt: skip
 SHARDED = (
     "learner.engine=deepspeed", "learner.world_size=3", "learner.zero_stage=2", "critic.engine=deepspeed",
     "critic.world_size=2", "critic.zero_stage=2",
@@ -49,7 +54,7 @@ def require_equal(one: Path, other: Path, tolerance: float) -> None:
         assert {n: b[n] for n in names} == pytest.approx({n: a[n] for n in names}, abs=tolerance), a["step"]
 
 
-@pytest.mark.parametrize("overrides", [(), PPO], ids=["grpo", "ppo"])
+@pytest.mark.parametrize("overrides", [DAPO, PPO], ids=["dapo", "ppo"])
 def test_ray_gives_the_numbers_of_a_local_run(tiny_config, tmp_path, overrides):
     alone = [o for o in overrides if o != "generator.count=2"]
     run_rl(tiny_config("logging.rollouts=24", *alone), tmp_path / "local")
