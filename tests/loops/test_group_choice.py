@@ -35,7 +35,8 @@ class ScriptedReward:
         pairs = tuple((f"p{prompt}", f"answer {row}") for row, prompt in enumerate(ids))
         return Scores(
             score_B, {"script": score_B}, pairs[:texts], keep=torch.tensor([prompt not in bad for prompt in ids]),
-            stats={"fault/dropped": float(len(bad))}, events=tuple({"prompt": prompt} for prompt in sorted(bad)),
+            stats={"fault/dropped": float(len(bad))},
+            events=tuple({"reason": f"prompt {prompt}"} for prompt in sorted(bad)),
         )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_a_group_with_a_failed_row_leaves_the_batch(rollouts):
     scored = rollouts({0: [1.0, None], 1: MIXED}).next(0)
     assert scored.batch.prompt_id.tolist() == [1, 1] and scored.scores.score.tolist() == [0, 1]
     assert scored.metrics["reward/mean"] == 0.5 and scored.metrics["fault/dropped"] == 1
-    assert scored.scores.events == ({"prompt": 0},)
+    assert scored.scores.events == ({"reason": "prompt 0"},)
 
 
 def test_dynamic_sampling_replaces_it_too(rollouts):
@@ -139,7 +140,7 @@ def test_dynamic_sampling_replaces_it_too(rollouts):
 
 def test_no_group_left_is_an_error(rollouts):
     here = rollouts({0: [None, 1.0], 1: [1.0, None]})
-    with pytest.raises(RewardError, match="step 1: no group of answers was judged in full"):
+    with pytest.raises(RewardError, match=r"step 1: no group of answers was judged in full.*\(prompt 0; prompt 1\)"):
         here.next(0)
 
 
