@@ -92,7 +92,7 @@ def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray):
     status, out, _ = rlhf_ray("quickstart", "--preferences", "ppo.steps=7", "values.train=mine.jsonl", "--dry-run")
     assert status == 0
     assert [line.split()[2] for line in out.splitlines() if line.startswith("# stage")] == [
-        "sft:", "labeller:", "pairs:", "rm:", "ppo:", "dpo:", "eval:",
+        "sft:", "judge:", "pairs:", "rm:", "ppo:", "dpo:", "eval:",
     ]  # fmt: skip
     assert "steps: 7" in out and "path: mine.jsonl" in out and "path: RUN/rm/model" in out
 

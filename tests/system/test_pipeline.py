@@ -1,0 +1,52 @@
+"""The quickstart's other ending, whole: reviews -> SFT -> preferences -> reward model -> PPO, and DPO, and who wins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.system
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@pytest.fixture(scope="module")
+def run_dir(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    command = [sys.executable, "-m", "rlhf_ray.cli", "quickstart", "--preferences", "--run-dir", str(folder)]
+    command += [f"values.{part}={shared_data / f'movie_reviews.{part}.jsonl'}" for part in ("train", "test")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **dict.fromkeys(THREADS, "2")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folder
+
+
+def summary_of(run_dir: Path, stage: str) -> dict:
+    return json.loads((run_dir / stage / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_it_takes_less_than_five_minutes(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    assert summary["status"] == "finished"
+    assert summary["seconds"] < 300
+
+
+def test_the_classifier_and_the_reward_model_know_their_trade(run_dir):
+    assert summary_of(run_dir, "judge")["after"]["test/accuracy"] >= 0.72
+    after = summary_of(run_dir, "rm")["after"]
+    assert after["val/accuracy"] >= 0.75
+    assert {"train/accuracy", "val/ece", "val/length_correlation"} <= after.keys()
+
+
+@pytest.mark.parametrize("model", ["ppo", "dpo"])
+def test_alignment_wins_under_a_judge_that_it_was_not_trained_on(run_dir, model):
+    """Against the SFT model, and without forgetting how to write reviews."""
+    result = json.loads((run_dir / "eval" / "eval.json").read_text(encoding="utf-8"))
+    assert result["win_rate"][model]["rate"] >= 0.65
+    assert result["models"][model]["metrics"]["perplexity_rise"] < 0.15
