@@ -98,5 +98,8 @@ def test_save_and_load(critic_of, ragged, tmp_path):
     assert not torch.equal(one.values(ragged), other.values(ragged))
     one.save(tmp_path)
     other.load(tmp_path)
-    assert one.update(batch, 1) == other.update(batch, 1)
+    first, second = one.update(batch, 1), other.update(batch, 1)
+    for metrics in (first, second):
+        metrics.pop("perf/peak_mem_gb")  # the process's, which only grows
+    assert first == second
     assert torch.equal(one.values(ragged), other.values(ragged))

@@ -222,6 +222,11 @@ def test_gradient_checkpointing_does_not_change_the_update(tiny, learner_of, rag
     assert learner.update(batch, 0, 0.0)["approx_kl"] == 0.0
 
 
+def of_the_step(metrics: dict[str, float]) -> dict[str, float]:
+    """Without the peak memory, which is the process's and grows with whatever ran before."""
+    return {name: value for name, value in metrics.items() if name != "perf/peak_mem_gb"}
+
+
 @pytest.mark.parametrize("algorithm", LOSSES, ids=str)
 def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_advantages, algorithm):
     batch = with_advantages(ragged)
@@ -237,7 +242,7 @@ def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_
     padded.shares = with_dummies
     first, second = plain.update(batch, 0, 0.1), padded.update(batch, 0, 0.1)
     assert second.pop("perf/padding_frac") > first.pop("perf/padding_frac")
-    assert first == second
+    assert of_the_step(first) == of_the_step(second)
     assert distance(weights(plain), weights(padded)) == 0.0
     assert torch.equal(plain.logprobs(batch), padded.logprobs(batch))
 
@@ -482,7 +487,7 @@ def test_save_and_load_continue_bit_for_bit(tiny, learner_of, ragged, with_advan
     one.update(batch, 0, 0.0)
     one.save(tmp_path)
     other.load(tmp_path)
-    assert one.update(batch, 1, 0.0) == other.update(batch, 1, 0.0)
+    assert of_the_step(one.update(batch, 1, 0.0)) == of_the_step(other.update(batch, 1, 0.0))
     assert distance(weights(one), weights(other)) == 0.0
 
 
