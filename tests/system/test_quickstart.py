@@ -29,7 +29,7 @@ def start(*arguments: str, threads: int) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], run_dir: Path) -> tuple[dict[str, Any], str]:
-    output, _ = process.communicate(timeout=800)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-4000:]
     return json.loads((run_dir / "summary.json").read_text(encoding="utf-8")), output
 
