@@ -59,6 +59,7 @@ def test_two_more_seeds(tmp_path):
         assert_it_learned(finish(process, run)[0])
 
 
+@pytest.mark.timeout(1300)
 def test_the_same_file_on_ray_with_vllm_and_deepspeed(tmp_path):
     run_dir = tmp_path / "run"
     overrides = ["executor=ray", "generator.engine=vllm", "learner.engine=deepspeed"]
