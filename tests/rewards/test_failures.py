@@ -64,6 +64,8 @@ ONE_ROW = {
 }
 MODES = {**WHOLE_CALL, **ONE_ROW}
 
+pytestmark = pytest.mark.slow  # together, for they wait for what hangs
+
 PROMPTS, TEXTS, IDS = ["a", "a", "b", "b"], ["x", "xx", "xxx", "xxxx"], [[1]] * 4
 
 
@@ -119,7 +121,7 @@ def test_retry_mends_what_was_a_mishap(score, mode):
     assert [(event["action"], event["rows"], event["retries"]) for event in rewards.events] == [("retry", 0, 1)]
 
 
-@pytest.mark.parametrize("mode", ["raises", "exits", "nan", "too few"])
+@pytest.mark.parametrize("mode", MODES)
 def test_retry_ends_with_the_error(score, mode):
     with pytest.raises(RewardError, match=r"reward 'mine' .*\(asked 2 times\)"):
         score(mode, on_failure="retry", retries=1)
@@ -154,16 +156,24 @@ def test_default(score, mode):
     assert [(event["action"], event["rows"]) for event in rewards.events] == [("default", len(lost))]
 
 
-def test_by_import_path(score, place, monkeypatch):
-    monkeypatch.syspath_prepend(str(place))
-    source = load_reward("failing_reward:reward", isolated=True, timeout_s=0.4)
-    for mode in ("raises", "hangs", "exits", "nan"):
-        with pytest.raises(RewardError, match=MODES[mode]):
-            score(mode, source=source)
-        assert score(mode, once=True, source=source, on_failure="retry", retries=1).total[2] == 106.0
-        assert score(mode, source=source, on_failure="default", default_score=-3.0).total[2] == 94.0
-    assert score("nan", source=source, on_failure="drop_group").keep == [True, True, False, False]
-    source.close()
+@pytest.fixture(scope="module")
+def imported(place):
+    """The same function by its import path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(place))
+        source = load_reward("failing_reward:reward", isolated=True, timeout_s=0.4)
+        yield source
+        source.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_by_import_path(score, imported, mode):
+    with pytest.raises(RewardError, match=MODES[mode]):
+        score(mode, source=imported)
+    assert score(mode, once=True, source=imported, on_failure="retry", retries=1).total[2] == 106.0
+    assert score(mode, source=imported, on_failure="default", default_score=-3.0).total[2] == 94.0
+    kept = [True, True, False, False] if mode in ONE_ROW else [False] * 4
+    assert score(mode, source=imported, on_failure="drop_group").keep == kept
 
 
 def test_only_the_failed_groups_are_asked_again():
@@ -260,8 +270,6 @@ def test_over_http(score_by_http, mode):
     says = "gave None for row " + ("2" if mode in ONE_ROW else "0")
     with pytest.raises(RewardError, match=f"reward 'remote' {says}"):
         score_by_http(mode)
-    if mode == "hangs":
-        return  # more would take their time and show the same
     with pytest.raises(RewardError, match=f"reward 'remote' got HTTP 500 .*reward 'mine' .*{MODES[mode]}"):
         score_by_http(mode, served="raise")
     assert score_by_http(mode, once=True, on_failure="retry", retries=1).total == [2.0, 4.0, 6.0, 8.0]
