@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,8 @@ def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
     file = _config_file(stage, directory)
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, dump_config(stage.config))
+    if stage.command not in _RESUMABLE and stage.folder.is_dir():
+        shutil.rmtree(stage.folder)  # killed half-way: it would take its own remains for another run
     command = command_of(stage, directory)
     print(f"{title}: {shlex.join(command)}", flush=True)
     started = time.monotonic()

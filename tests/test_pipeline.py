@@ -74,6 +74,19 @@ def test_a_failed_stage_is_gone_on_with_and_the_others_are_kept(shell, file, tmp
     assert shell.ran == ["a", "b", "b resumed", "c"]
 
 
+def test_a_stage_without_checkpoints_begins_again(shell, file, tmp_path):
+    file.write_text(STAGES.replace("run: dpo", "run: eval").replace(
+        'model.path: "${a.model}", data.path: pairs.jsonl', 'models: {a: "${a.model}"}, data.path: prompts.jsonl'
+    ))  # fmt: skip
+    shell.failing = {"b": -9}
+    with pytest.raises(StageError):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    (tmp_path / "run/b/half.jsonl").touch()
+    shell.failing = {}
+    pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)
+    assert shell.ran == ["a", "b", "b", "c"] and not (tmp_path / "run/b/half.jsonl").exists()
+
+
 def test_ctrl_c_in_a_stage_ends_the_pipeline_as_interrupted(shell, file, tmp_path):
     shell.failing = {"a": 130}
     with pytest.raises(KeyboardInterrupt):
