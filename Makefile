@@ -1,7 +1,7 @@
 # Every target does its own set-up in ./.venv; nothing is installed outside this folder.
 #   make quickstart          base install, then `rlhf-ray quickstart`
 #   make preferences         the other ending: reviews -> preferences -> reward model -> PPO and DPO -> who wins
-#   make test                full install (Ray, DeepSpeed, vLLM on CPU), then the tests, quick ones first
+#   make test                full install (Ray, DeepSpeed, vLLM on CPU), then all tests, quick ones first
 #   make test ARGS="-k kl"   the same, with arguments for pytest
 #   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
 #   make lint | clean
@@ -26,7 +26,13 @@ preferences: $(STAMPS)/eval
 	$(VENV)/bin/rlhf-ray quickstart --preferences $(ARGS)
 
 test: full
+ifdef ARGS
 	$(PY) -m pytest $(ARGS)
+else
+	@# The quick ones first, two at a time; then whole commands one by one, for these have time limits of their own.
+	$(PY) -m pytest -m "not system" -n 2 --dist loadgroup --no-loadscope-reorder; first=$$?; \
+	  $(PY) -m pytest -m system && exit $$first
+endif
 
 algorithms: full
 	$(PY) benchmarks/algorithms.py $(ARGS)

@@ -63,6 +63,7 @@ class Batch:
     values: Tensor | None = None  # [B, T] the critic; index t is the value before token t is chosen
     advantages: Tensor | None = None  # [B, T]
     returns: Tensor | None = None  # [B, T] the critic's target
+    pack: Tensor | None = None  # [B] int64, rows of equal number share one copy of their prompt (`roles.packing`)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -71,6 +72,12 @@ class Batch:
     def lengths(self) -> Tensor:
         """Real tokens of each row, prompt included. [B] int64"""
         return self.attention_mask.sum(1)
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """Tokens of each row before its first response token; all of them where there is none. [B] int64"""
+        some_B = self.response_mask.any(1)
+        return torch.where(some_B, self.response_mask.int().argmax(1), self.lengths)
 
     @property
     def rows(self) -> Rows:

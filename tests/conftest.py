@@ -8,7 +8,6 @@ simple mistake shows first.
 from __future__ import annotations
 
 import os
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -50,31 +49,39 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("markers", f"{mark}: {meaning}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(GROUPS)
     items.sort(key=lambda item: order.index(group_of(item)))  # stable: file order inside a group
     for item in items:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(GROUPS[group_of(item)][1]))
+        # Side by side (`-n 2 --dist loadgroup`), a file's tests of one group stay together and share their engine.
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(f"{group_of(item)}-{item.path.relative_to(ROOT)}"))
 
 
 _spent: dict[str, float] = defaultdict(float)
-_count: dict[str, int] = defaultdict(int)
+_tests: dict[str, set[str]] = defaultdict(set)
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
-    started = time.perf_counter()
-    yield
-    _spent[group_of(item)] += time.perf_counter() - started
-    _count[group_of(item)] += 1
+def pytest_runtest_makereport(item: pytest.Item):
+    outcome = yield
+    outcome.get_result().group = group_of(item)  # travels with the report, also from another process
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    group = getattr(report, "group", "quick")  # a crashed process has told nothing
+    _spent[group] += report.duration
+    _tests[group].add(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    terminalreporter.section("time by group")
+    terminalreporter.section("time by group, summed over processes")
     for group in GROUPS:
-        if _count[group]:
-            terminalreporter.write_line(f"{group:<8} {_count[group]:>5} tests {_spent[group]:>9.1f} s")
+        if _tests[group]:
+            terminalreporter.write_line(f"{group:<8} {len(_tests[group]):>5} tests {_spent[group]:>9.1f} s")
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +96,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the external sample data (../shared/data) is not on this machine")
     return folder
+
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_rank_is_left_behind():
+    """A DeepSpeed engine in this process names its rank in the environment; no later test or command inherits it."""
+    before = {name: os.environ.get(name) for name in RANK_NAMES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

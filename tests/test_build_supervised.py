@@ -21,6 +21,8 @@ from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.roles.reward import RewardModel
 from rlhf_ray.run.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(5)]
 PAIRS = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "0"} for a in range(1, 6) for b in range(5)]
 LABELLED = [{"text": f"{a}{b}{a}", "label": int(a > 4)} for a in range(10) for b in range(4)]
@@ -162,7 +164,6 @@ def test_a_classifier_is_a_reward_model_and_keeps_its_frozen_layers(config, tmp_
     assert 0 <= low < high <= 1
 
 
-@pytest.mark.slow
 def test_lora_trains_a_policy_and_a_reward_model(config, tmp_path):
     pytest.importorskip("peft")
     run_supervised(config("sft", "model.lora.r=2"), tmp_path / "sft")
@@ -175,7 +176,6 @@ def test_lora_trains_a_policy_and_a_reward_model(config, tmp_path):
     load_reward_model(tmp_path / "rm" / "model")
 
 
-@pytest.mark.slow
 def test_qlora_trains_a_reward_model_whose_folder_is_not_packed(config, tmp_path):
     pytest.importorskip("bitsandbytes")
     wide = ["model.scratch.hidden_size=64", "model.lora={r: 2, quantize: nf4}"]

@@ -285,6 +285,9 @@ class TrainEngineConfig(Section):
 class LearnerConfig(TrainEngineConfig):
     epochs: int = Field(1, gt=0, description="passes over each step's rollouts")
     minibatches: int = Field(1, gt=0, description="optimiser steps in each pass")
+    shared_prompt_tokens: int = Field(
+        0, ge=0, description="a group's answers stand behind one copy of their prompt, so many tokens at most; 0: off"
+    )
 
 
 class CriticConfig(TrainEngineConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -267,7 +268,14 @@ def _join(
             f"learner rank {rank} of {world_size} could not meet the others at {address}:{port} within "
             f"{timeout_s:.0f} s ({error}); check that the port is free and that rank 0 is reachable"
         ) from error
+    # Threads of a group that still stands when the interpreter ends can abort the process after its work is done.
+    atexit.register(_leave)
     return rank, world_size
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _deepspeed_config(

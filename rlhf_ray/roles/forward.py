@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.batch import Batch, pad_columns
 from rlhf_ray.roles.microbatch import split_microbatches
+from rlhf_ray.roles.packing import pack_numbers, packed_logits, plan_packs, rows_of
 
 Model = Callable[..., Any]  # a module or a TrainEngine: called with input_ids and attention_mask
 
@@ -22,6 +23,8 @@ def model_inputs(micro: Batch, device: torch.device) -> dict[str, Tensor]:
 
 def policy_logits(model: Model, micro: Batch, device: torch.device) -> Tensor:
     """[B, T, V] logits of a causal language model."""
+    if micro.pack is not None:
+        return packed_logits(model, micro, device)
     return model(**model_inputs(micro, device), use_cache=False).logits
 
 
@@ -60,10 +63,13 @@ def over_microbatches(
 
 
 def batched_logprobs(
-    model: Model, batch: Batch, *, temperature: float, max_tokens: int, device: torch.device
+    model: Model, batch: Batch, *, temperature: float, max_tokens: int, pack_tokens: int, device: torch.device
 ) -> Tensor:
     """[B, T] response log-probabilities of a whole batch, computed in micro-batches of at most `max_tokens`."""
-    parts = split_microbatches(range(len(batch)), batch.lengths.tolist(), max_tokens)
+    packs, sizes = plan_packs(batch, range(len(batch)), pack_tokens)
+    if pack_tokens:
+        batch = batch.replace(pack=pack_numbers(batch, packs))
+    parts = [rows_of(packs, part) for part in split_microbatches(range(len(packs)), sizes, max_tokens)]
     return over_microbatches(
         batch, parts, lambda micro: response_logprobs(model, micro, temperature=temperature, device=device)
     )

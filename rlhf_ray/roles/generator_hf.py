@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class HFGenerator(HFReceiver):
 
     @torch.no_grad()
     def _generate_chunk(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        tokens, mask = self._left_pad([r.token_ids for r in requests])
+        tokens, mask, cache = self._prefill([tuple(r.token_ids) for r in requests])
         sampler = KeyedSampler(
             [r.seed for r in requests],
             sampling,
@@ -54,6 +55,7 @@ class HFGenerator(HFReceiver):
         output = self.model.generate(
             input_ids=tokens,
             attention_mask=mask,
+            past_key_values=cache,
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # `sampler` draws the token; greedy search then takes it
             num_beams=1,
@@ -94,6 +96,23 @@ class HFGenerator(HFReceiver):
 
     def wake(self) -> None:
         """Nothing to undo."""
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
+        """Tokens and mask of every row, and the cache of all but the last token, where rows share their prompts.
+
+        A group's prompt runs through the model once, and all of its members go on from there.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        tokens, mask = self._left_pad(distinct)
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        rows = torch.tensor([place[prompt] for prompt in prompts], device=tokens.device)
+        cache = None
+        if len(distinct) < len(prompts) and tokens.shape[1] > 1:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+            known = {"input_ids": tokens[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
+            cache = self.model(**known, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_select_indices(rows)
+        return tokens[rows], mask[rows], cache
 
     def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(prompt) for prompt in prompts)

@@ -21,6 +21,7 @@ from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.roles.forward import policy_logits, response_logprobs, row_temperature
+from rlhf_ray.roles.packing import require_packable
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.roles.training import Share, Totals, Trainer
 from rlhf_ray.sync.sender import WeightSender
@@ -50,7 +51,10 @@ class Learner(Trainer):
         seed: int,
         total_steps: int,
     ) -> None:
-        super().__init__(engine, config, seed=seed, total_steps=total_steps)
+        pack_tokens = config.shared_prompt_tokens
+        if pack_tokens:
+            require_packable(engine.module)
+        super().__init__(engine, config, seed=seed, total_steps=total_steps, pack_tokens=pack_tokens)
         self.algorithm = algorithm
         self.policy_loss = POLICY_LOSSES[algorithm.policy_loss]
         settings = algorithm.model_dump()

@@ -13,10 +13,13 @@ from rlhf_ray.roles.forward import batched_logprobs
 class Reference:
     """Log-probabilities under weights that never change."""
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, tokens_per_microbatch: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, temperature: float, tokens_per_microbatch: int, pack_tokens: int = 0
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.temperature = temperature
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.pack_tokens = pack_tokens
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
@@ -26,5 +29,6 @@ class Reference:
             batch,
             temperature=self.temperature,
             max_tokens=self.tokens_per_microbatch,
+            pack_tokens=self.pack_tokens,
             device=self.model.device,
         )

@@ -17,6 +17,7 @@ from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.roles.forward import over_microbatches
 from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
+from rlhf_ray.roles.packing import pack_numbers, packed_sizes, plan_packs, rows_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Share:
     real: int  # how many of them are not dummies
     total_tokens: int  # response tokens of the whole minibatch, over all ranks
     total_sequences: int
+    pack: Tensor | None = None  # [B], see Batch.pack
 
     def batches(self, batch: Batch) -> Iterator[Batch]:
+        batch = batch.replace(pack=self.pack)
         for index, rows in enumerate(self.microbatches):
             micro = batch.select(rows)
             yield micro if index < self.real else micro.replace(response_mask=torch.zeros_like(micro.response_mask))
@@ -62,35 +65,41 @@ class Trainer:
     """Splits batches into optimiser steps and micro-batches; base of `Learner` and `Critic`."""
 
     def __init__(
-        self, engine: TrainEngine, config: LearnerConfig | CriticConfig, *, seed: int, total_steps: int
+        self,
+        engine: TrainEngine,
+        config: LearnerConfig | CriticConfig,
+        *,
+        seed: int,
+        total_steps: int,
+        pack_tokens: int = 0,
     ) -> None:
         self.engine = engine
         self.config = config
         self.seed = seed
         self.total_steps = total_steps
+        self.pack_tokens = pack_tokens
         # Without gradients a recurrent layer takes another kernel, whose sums end differently in the last bit.
         self._needs_grad_kernels = any(isinstance(layer, torch.nn.RNNBase) for layer in engine.module.modules())
 
     def shares(self, batch: Batch) -> list[Share]:
         """One `Share` for each minibatch. The same batch always gives the same shares."""
-        lengths, prompts = batch.lengths.tolist(), batch.prompt_id.tolist()
-        return [
-            self._share(batch, rows, lengths)
-            for rows in split_minibatches(prompts, self.config.minibatches, self.seed)
-        ]
+        prompts = batch.prompt_id.tolist()
+        return [self._share(batch, rows) for rows in split_minibatches(prompts, self.config.minibatches, self.seed)]
 
-    def _share(self, batch: Batch, rows: list[int], lengths: list[int]) -> Share:
-        ranks = split_ranks(rows, lengths, self.engine.world_size)
-        parts = [split_microbatches(rank, lengths, self.config.tokens_per_microbatch) for rank in ranks]
+    def _share(self, batch: Batch, rows: list[int]) -> Share:
+        packs, sizes = plan_packs(batch, rows, self.pack_tokens)
+        ranks = split_ranks(range(len(packs)), sizes, self.engine.world_size)
+        parts = [split_microbatches(rank, sizes, self.config.tokens_per_microbatch) for rank in ranks]
         mine = parts[self.engine.rank]
-        shortest = min(rows, key=lambda row: lengths[row])
+        shortest = sizes.index(min(sizes))
         dummies = [[shortest]] * (max(len(part) for part in parts) - len(mine))
         tokens, sequences = loss_totals(batch.response_mask[rows]).tolist()
         return Share(
-            microbatches=tuple(tuple(part) for part in [*mine, *dummies]),
+            microbatches=tuple(tuple(rows_of(packs, part)) for part in [*mine, *dummies]),
             real=len(mine),
             total_tokens=tokens,
             total_sequences=sequences,
+            pack=pack_numbers(batch, packs) if self.pack_tokens else None,
         )
 
     def per_token(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
@@ -98,9 +107,10 @@ class Trainer:
         out_BT = torch.zeros(batch.tokens.shape)
         with torch.set_grad_enabled(self._needs_grad_kernels):
             for share in self.shares(batch):
-                out_BT += over_microbatches(batch, share.microbatches[: share.real], compute)
+                packed = batch.replace(pack=share.pack)
+                out_BT += over_microbatches(packed, share.microbatches[: share.real], compute)
                 for rows in share.microbatches[share.real :]:
-                    compute(batch.select(rows))  # keeps this rank in step with the others' collectives
+                    compute(packed.select(rows))  # keeps this rank in step with the others' collectives
         return self.engine.all_reduce(out_BT) if self.engine.world_size > 1 else out_BT
 
     def optimiser_step(
@@ -117,8 +127,9 @@ class Trainer:
             loss, stats = loss_of(micro, share)
             self.engine.backward(loss, last=index == last)
             totals.add(stats)
-            real = micro.attention_mask.sum() if index < share.real else 0
-            totals.add({"tokens_computed": micro.tokens.numel(), "tokens_wanted": real})
+            sizes = packed_sizes(micro)
+            real = sum(sizes) if index < share.real else 0
+            totals.add({"tokens_computed": len(sizes) * max(sizes), "tokens_wanted": real})
         return self.engine.step(lr), totals
 
     def usage(self, totals: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,8 @@ from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.run.recorder import Recorder
 
+pytestmark = pytest.mark.slow
+
 PPO = (
     "algorithm.name=ppo", "algorithm.kl_controller=adaptive", "algorithm.kl_horizon=64", "algorithm.kl_target=0.01",
     "algorithm.normalize_rewards=running", "learner.minibatches=2", "learner.epochs=2", "critic.lr=1e-2",
@@ -129,7 +131,6 @@ def stop_at(monkeypatch):
     return arm
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("settings", [(), PPO], ids=["grpo", "ppo"])
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_config, tmp_path, stop_at, read_rows, settings, when):
@@ -157,7 +158,6 @@ def test_the_last_weights_of_a_stopped_run_depend_on_the_resume(tiny_config, tmp
     assert read_rows(tmp_path / "0") != read_rows(tmp_path / "1")
 
 
-@pytest.mark.slow
 def test_a_finished_run_may_go_on_for_more_steps(tiny_config, tmp_path, read_rows):
     run_rl(tiny_config("steps=1", "eval.size=2"), tmp_path / "a")
     summary = run_rl(tiny_config("steps=2", "eval.size=2"), tmp_path / "a", resume=True)
@@ -176,7 +176,6 @@ def test_a_run_does_not_go_on_with_another_policy(tiny_config, tmp_path, overrid
         run_rl(tiny_config("steps=2", "eval.size=2", override), tmp_path / "a", resume=True)
 
 
-@pytest.mark.slow
 def test_a_fixed_kl_coefficient_may_be_changed_when_going_on(tiny_config, tmp_path, read_rows):
     run_rl(tiny_config("steps=1", "eval.size=2", "algorithm.kl_coef=0.1"), tmp_path / "a")
     run_rl(tiny_config("steps=2", "eval.size=2", "algorithm.kl_coef=0.3"), tmp_path / "a", resume=True)
@@ -234,7 +233,6 @@ def test_overlap_stays_within_its_bound_on_real_roles(tiny_config, tmp_path, rea
     assert rows[1]["mismatch/absdiff_max"] > 1e-4 and rows[0]["mismatch/absdiff_max"] < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "lstm"])
 def test_other_small_models(tiny_config, tmp_path, read_rows, kind):
     config = tiny_config(f"model.path=scratch:{kind}", *PPO, "steps=1", "eval.size=2")

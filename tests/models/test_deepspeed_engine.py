@@ -210,20 +210,14 @@ def lonely(port: int) -> DeepSpeedEngine:
     return DeepSpeedEngine(tiny(), rank=0, world_size=2, master_address="127.0.0.1", master_port=port, timeout_s=1.0)
 
 
-@pytest.fixture
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-
-
-def test_a_missing_rank_is_an_error_within_the_deadline(own_environment: None) -> None:
+def test_a_missing_rank_is_an_error_within_the_deadline() -> None:
     started = time.monotonic()
     with pytest.raises(WorkerError, match="rank 0 of 2 could not meet the others"):
         lonely(free_port())
     assert time.monotonic() - started < 20
 
 
-def test_a_taken_port_is_an_error_that_names_it(own_environment: None) -> None:
+def test_a_taken_port_is_an_error_that_names_it() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

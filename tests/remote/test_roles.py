@@ -73,13 +73,13 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_generators(tiny_config
 
 
 def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path):
-    """Three ranks and two, which share completions of every length."""
+    """Three ranks and two, which share completions of every length; the many also compute a group's prompt once."""
     ppo = (
         "logging.rollouts=24", "algorithm.name=ppo", "learner.minibatches=2", "critic.minibatches=3",
         "algorithm.kl_coef=0",  # no reference: a worker less to start
     )  # fmt: skip
     run_rl(tiny_config(*ppo), tmp_path / "one")
-    run_rl(tiny_config(*ppo, "executor=ray", *SHARDED), tmp_path / "many")
+    run_rl(tiny_config(*ppo, "executor=ray", *SHARDED, "learner.shared_prompt_tokens=64"), tmp_path / "many")
     require_equal(tmp_path / "one", tmp_path / "many", tolerance=1e-5)
     assert len({row["tokens"] for step in completions_of(tmp_path / "one") for row in step}) > 3, "ragged"
     for step in metrics_of(tmp_path / "many"):

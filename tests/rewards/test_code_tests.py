@@ -12,6 +12,8 @@ from rlhf_ray.rewards.code_tests import UnitTest, code_in, code_tests, joined, r
 from rlhf_ray.rewards.compose import RewardSet, load_reward
 from rlhf_ray.rewards.failures import FailurePolicy
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sandbox")]
+
 ADD = "def add(a, b):\n    return a + b\n"
 TEST = "assert add(1, 2) == 3"
 

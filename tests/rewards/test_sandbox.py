@@ -16,7 +16,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards import sandbox, sandbox_inner
 from rlhf_ray.rewards.sandbox import Limits, run_python
 
-pytestmark = pytest.mark.slow
+# In one process: they count what runs and lies about on the whole machine.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sandbox")]
 
 SHORT = Limits(seconds=1.0, memory_mb=128)
 

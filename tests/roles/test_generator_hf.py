@@ -104,6 +104,19 @@ def test_tokens_do_not_depend_on_batch_size_order_or_neighbours(generator, kind)
     assert alone == together
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prompt_of_a_group_runs_through_the_model_once(generator, reference_logprobs, tiny, kind):
+    sampler, sampling = generator(kind), Sampling(8, stop_token_ids=(1,))
+    seen = []
+    sampler.model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+    asked = requests([prompt for prompt in PROMPTS for _ in range(4)])
+    batch = sampler.generate(asked, sampling)
+    assert seen[:2] == [(6, 4), (24, 1)], "the longest prompt has five tokens, of which the last starts the answers"
+    alone = [completions(generator(kind).generate([request], sampling))[0] for request in asked]
+    assert completions(batch) == alone
+    assert (batch.logp_gen - reference_logprobs(tiny(kind), batch).detach()).abs().max() < 1e-5
+
+
 def test_tokens_depend_on_the_seed_and_on_nothing_that_happened_before(generator):
     sampler, sampling = generator(), Sampling(8)
     first = completions(sampler.generate(requests(), sampling))
