@@ -29,9 +29,9 @@ test: full
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
-	@# The quick ones first, two at a time; then whole commands one by one, for these have time limits of their own.
-	$(PY) -m pytest -m "not system" -n 2 --dist loadgroup --no-loadscope-reorder; first=$$?; \
-	  $(PY) -m pytest -m system && exit $$first
+	@# Two at a time, the quick ones first; then those that measure time, one by one.
+	$(PY) -m pytest -m "not alone" -n 2 --dist loadgroup --no-loadscope-reorder; first=$$?; \
+	  $(PY) -m pytest -m alone && exit $$first
 endif
 
 algorithms: full

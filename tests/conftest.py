@@ -2,7 +2,7 @@
 
 Marks: none (quick: all of them together take under a minute), `slow` (trains something), `engine`
 (starts vLLM, DeepSpeed or Ray), `system` (runs a real command). They run in that order, so that a
-simple mistake shows first.
+simple mistake shows first. `alone` is for a system test that measures time: nothing may run beside it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark, (meaning, _) in GROUPS.items():
         if mark != "quick":
             config.addinivalue_line("markers", f"{mark}: {meaning}")
+    config.addinivalue_line("markers", "alone: measures time, so that nothing may run beside it")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -222,6 +222,7 @@ def failing_start(monkeypatch):
     return lambda: monkeypatch.setattr(build, "make_learner", real)
 
 
+@pytest.mark.slow
 def test_a_second_attempt_in_the_same_folder(config, tmp_path, failing_start):
     run = tmp_path / "run"
     with pytest.raises(ModelError):
@@ -235,6 +236,7 @@ def test_a_second_attempt_in_the_same_folder(config, tmp_path, failing_start):
     assert (run / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_going_on_keeps_what_the_first_attempt_made(config, tmp_path, failing_start, monkeypatch):
     run, settings = tmp_path / "run", config("warm_start.steps=1", "warm_start.max_length=32")
     with pytest.raises(ModelError):
@@ -250,6 +252,7 @@ def test_a_run_that_has_begun_is_not_overwritten(config, tmp_path):
         run_rl(config(), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_resume_does_not_take_a_failed_start_for_the_newest_run(config, tmp_path, failing_start, monkeypatch):
     monkeypatch.chdir(tmp_path)
     failing_start()
@@ -262,6 +265,7 @@ def test_resume_does_not_take_a_failed_start_for_the_newest_run(config, tmp_path
     assert run_rl(config("steps=2"), resume=True)["run_dir"] == first["run_dir"]
 
 
+@pytest.mark.slow
 def test_a_half_written_policy_is_made_anew(config, tmp_path, monkeypatch):
     run = tmp_path / "run"
     real = warm_start.build_scratch
@@ -332,6 +336,7 @@ def test_a_reward_model_and_a_pretrained_policy(config, tmp_path, model_folder, 
     shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_nothing_of_ray_is_imported_for_a_local_run(config, tmp_path, monkeypatch):
     import sys
 

@@ -40,6 +40,7 @@ def assert_it_learned(summary: dict[str, Any]) -> None:
     assert summary["after"]["accuracy"] >= AT_LEAST_AFTER
 
 
+@pytest.mark.alone
 def test_quickstart_learns_to_add_in_under_five_minutes(tmp_path):
     run_dir = tmp_path / "run"
     summary, output = finish(start("quickstart", "--run-dir", str(run_dir), threads=2), run_dir)
@@ -51,15 +52,16 @@ def test_quickstart_learns_to_add_in_under_five_minutes(tmp_path):
     assert (run_dir / "metrics.jsonl").read_text().count("\n") == summary["steps"]
 
 
-def test_two_more_seeds(tmp_path):
-    runs = [tmp_path / f"seed{seed}" for seed in (1, 2)]
-    # Side by side, one thread each: the numbers of a run do not depend on who runs beside it.
-    started = [start("quickstart", f"seed={i + 1}", "--run-dir", str(run), threads=1) for i, run in enumerate(runs)]
-    for process, run in zip(started, runs, strict=True):
-        assert_it_learned(finish(process, run)[0])
+@pytest.mark.parametrize("seed", [
+    pytest.param(1, marks=pytest.mark.xdist_group("seed 1")), pytest.param(2, marks=pytest.mark.xdist_group("seed 2"))
+])  # fmt: skip
+def test_two_more_seeds(tmp_path, seed):
+    run_dir = tmp_path / "run"
+    assert_it_learned(finish(start("quickstart", f"seed={seed}", "--run-dir", str(run_dir), threads=1), run_dir)[0])
 
 
 @pytest.mark.timeout(1300)
+@pytest.mark.xdist_group("quickstart on Ray")
 def test_the_same_file_on_ray_with_vllm_and_deepspeed(tmp_path):
     run_dir = tmp_path / "run"
     overrides = ["executor=ray", "generator.engine=vllm", "learner.engine=deepspeed"]

@@ -21,16 +21,16 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 KEPT_DISTINCT_2 = 0.75
 
 
-def run(*arguments: str, threads: int = 2) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **dict.fromkeys(THREADS, str(threads))}
+def run(*arguments: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **dict.fromkeys(THREADS, "1")}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def rl(config: str, run_dir: Path, *overrides: str, threads: int = 2) -> dict[str, Any]:
-    run("-m", "rlhf_ray.cli", "rl", config, *overrides, "--run-dir", str(run_dir), threads=threads)
+def rl(config: str, run_dir: Path, *overrides: str) -> dict[str, Any]:
+    run("-m", "rlhf_ray.cli", "rl", config, *overrides, "--run-dir", str(run_dir))
     return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -85,7 +85,7 @@ def test_grpo_with_a_sentiment_lexicon(grpo):
 
 def test_grpo_on_ray_with_vllm(reviews, warm, tmp_path):
     ray = ["executor=ray", "generator.engine=vllm"]
-    summary = rl("configs/grpo_reviews.yaml", tmp_path / "run", reviews, *warm, *ray, threads=1)
+    summary = rl("configs/grpo_reviews.yaml", tmp_path / "run", reviews, *warm, *ray)
     assert_it_writes_better_reviews(tmp_path / "run", summary, rise=0.2)
 
 
@@ -95,5 +95,5 @@ def test_ppo_with_a_reward_model(reviews, warm, classifier, tmp_path):
 
 
 def test_ppo_on_ray(reviews, warm, classifier, tmp_path):
-    summary = rl("configs/ppo_reviews.yaml", tmp_path / "run", reviews, *warm, classifier, "executor=ray", threads=1)
+    summary = rl("configs/ppo_reviews.yaml", tmp_path / "run", reviews, *warm, classifier, "executor=ray")
     assert_it_writes_better_reviews(tmp_path / "run", summary, rise=0.1)

@@ -22,7 +22,7 @@ TINY_MODEL = ("model.scratch.hidden_size=64", "model.scratch.intermediate_size=1
 
 
 def run(command: str, config: str, run_dir: Path, *overrides: str) -> dict[str, Any]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "rlhf_ray.cli", command, config, *overrides, "--run-dir", str(run_dir)]
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

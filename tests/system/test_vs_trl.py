@@ -17,6 +17,7 @@ LEAST_RATIO = 1.0
 
 
 @pytest.mark.system
+@pytest.mark.alone
 def test_not_slower_than_trl(tmp_path):
     result = tmp_path / "result.json"
     command = [sys.executable, "benchmarks/vs_trl.py", "--rounds", "2", "--steps", "8", "--json", str(result)]
