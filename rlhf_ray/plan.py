@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_ray.config.load import check_device
-from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SupervisedConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.supervised_start import build_model

@@ -9,7 +9,8 @@ from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import LoraConfig, ModelConfig, PromptsConfig, RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import PromptsConfig, RunConfig
+from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")

@@ -5,11 +5,11 @@ Prompts for reinforcement learning have a section of their own (`DataConfig` in 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.schema import Section
+from rlhf_ray.config.sections import RowsConfig, Section
 
 DataType = Literal[
     "prompt",
@@ -52,25 +52,15 @@ class CleaningConfig(Section):
     min_response_tokens: int = Field(1, ge=0, description="shorter answers are left out; EOS does not count")
 
 
-class DatasetConfig(Section):
+class DatasetConfig(RowsConfig):
     """`path` is a .jsonl/.csv/.parquet/.txt file or a Hugging Face dataset name (owner/name, owner/name:subset)."""
 
-    path: str
     split: str = Field("train", description="of a Hugging Face dataset")
     eval_path: str | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")
     eval_split: str = Field("test", description="of eval_path, where that is a Hugging Face dataset")
     eval_size: int = Field(0, ge=0, description="rows held out, never with a prompt that is also trained on")
-    limit: int | None = Field(None, gt=0, description="use only the first rows")
     type: Literal["auto", DataType] = Field("auto", description="auto: from the columns of the first row")
     columns: ColumnsConfig = ColumnsConfig()
-    template: Literal["auto", "chat", "alpaca", "none"] = Field(
-        "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
-    )
-    chat_template: str | None = Field(
-        None, description="a .jinja file or a built-in name (zephyr); empty: the tokenizer's own"
-    )
-    chat_template_args: dict[str, Any] = Field({}, description="variables of the template, as enable_thinking: false")
-    system_prompt: str | None = Field(None, description="chat: first message of conversations that have none")
     learn: Literal["all", "last"] = Field("all", description="conversations: which of the assistant's turns")
     max_length: int = Field(2048, gt=1, description="tokens of a whole sequence, EOS included")
     overlong: Literal["error", "drop", "truncate"] = "error"

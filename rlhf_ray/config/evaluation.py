@@ -10,14 +10,8 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from rlhf_ray.config.checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
-from rlhf_ray.config.schema import (
-    GeneratorConfig,
-    PromptsConfig,
-    RewardConfig,
-    RewardModelConfig,
-    SafetyConfig,
-    Section,
-)
+from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, SafetyConfig
+from rlhf_ray.config.sections import Section
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16"]

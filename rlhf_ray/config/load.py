@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config.checks import contradictions
-from rlhf_ray.config.schema import AlgorithmConfig, RunConfig, Section
+from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
+from rlhf_ray.config.sections import Section
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError
 

@@ -22,7 +22,8 @@ from pydantic import BaseModel, Field
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import apply_override, parse_config, read_yaml, set_value
-from rlhf_ray.config.schema import RunConfig, Section
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.sections import Section
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
 

@@ -18,14 +18,7 @@ from rlhf_ray.config.checks import (
     tokenizer_problems,
 )
 from rlhf_ray.config.data import DatasetConfig
-from rlhf_ray.config.schema import (
-    CheckpointConfig,
-    LoggingConfig,
-    ModelConfig,
-    RayConfig,
-    Section,
-    TrainEngineConfig,
-)
+from rlhf_ray.config.sections import ModelConfig, Section, TrainEngineConfig, TrainingRunConfig
 
 
 class SupervisedLearnerConfig(TrainEngineConfig):
@@ -44,25 +37,17 @@ class ValidationConfig(Section):
     test_path: str | None = Field(None, description="rows to judge the final weights on, and for nothing else")
 
 
-class SupervisedConfig(Section):
+class SupervisedConfig(TrainingRunConfig):
     """What all four share. `steps` overrides `epochs`."""
 
     scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm")
 
     name: str = "supervised"
-    seed: int = 0
-    executor: Literal["local", "ray"] = "local"
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     epochs: float = Field(1.0, gt=0)
     steps: int | None = Field(None, gt=0, description="optimiser steps; empty: as many as `epochs` takes")
-    model: ModelConfig
     data: DatasetConfig
     learner: SupervisedLearnerConfig = SupervisedLearnerConfig()
     eval: ValidationConfig = ValidationConfig()
-    ray: RayConfig = RayConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
 
     def contradictions(self, device: str | None = None) -> list[str]:
         """Everything that can be refused from the config alone; `device` is what `auto` has turned out to be."""

@@ -11,15 +11,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
-from rlhf_ray.config.schema import (
-    DataConfig,
-    ModelConfig,
-    PromptsConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    TokenizerConfig,
-)
+from rlhf_ray.config.schema import DataConfig, PromptsConfig, RewardConfig, RolloutConfig, RunConfig
+from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM with AutoConfig
-from rlhf_ray.config.schema import LoraConfig
+from rlhf_ray.config.sections import LoraConfig
 
 Kind = Literal["policy", "classifier"]
 

@@ -70,7 +70,7 @@ def together(awaitables: Sequence[Awaitable[Outcome]]) -> list[Outcome]:
     async def gathered() -> list[Outcome]:
         return await asyncio.gather(*awaitables)
 
-    return _run(gathered()) if awaitables else []
+    return run_coroutine(gathered()) if awaitables else []
 
 
 async def _settled(awaitable: Awaitable[Any], timeout_s: float | None, inputs: Inputs) -> Outcome:
@@ -94,12 +94,12 @@ async def _settled(awaitable: Awaitable[Any], timeout_s: float | None, inputs: I
         return raised(error, inputs, rows)
 
 
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Its result, also where a loop runs already (a notebook, an async actor): in a thread of its own then."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    # Inside a running loop (a notebook, an async actor) asyncio.run refuses: use a loop in another thread.
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
 

@@ -7,12 +7,10 @@ judge did not give.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import re
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +18,7 @@ from pydantic import ValidationError
 
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.rewards.calling import run_coroutine
 from rlhf_ray.rewards.failures import Failure, Outcome
 
 Choice = Literal["A", "B", "tie"]
@@ -145,16 +144,6 @@ def verdict_of(forward: Opinion | Failure, backward: Opinion | Failure) -> Verdi
     if forward.gap is not None and backward.gap is not None:
         margin = abs(forward.gap - backward.gap) / 2
     return Verdict(winner, forward.choice, backward.choice, margin)
-
-
-def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Its result, also where a loop runs already (a notebook, an async actor): in a thread of its own then."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
 
 
 # ---- what the judge is asked ---------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf_ray.config.schema import RunConfig, TrainEngineConfig
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel

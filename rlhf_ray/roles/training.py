@@ -12,7 +12,8 @@ from torch import Tensor
 from rlhf_ray.algo.aggregation import loss_totals
 from rlhf_ray.algo.policy_losses import combine_stats
 from rlhf_ray.batch import Batch
-from rlhf_ray.config.schema import CriticConfig, LearnerConfig, TrainEngineConfig
+from rlhf_ray.config.schema import CriticConfig, LearnerConfig
+from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.roles.forward import over_microbatches

@@ -152,7 +152,7 @@ def test_settings_that_made_the_policy_cannot_change(recorder, name):
 @pytest.mark.parametrize(("changes", "named"), [
     ({"rollout": {"prompts_per_step": 16}}, "rollout.prompts_per_step has"),
     ({"rollout": {"group_size": 4}}, "rollout.group_size has"),
-    ({"data": {"path": "other", "split": "test", "limit": 3}}, "data.path, data.split, data.limit have"),
+    ({"data": {"path": "other", "split": "test", "limit": 3}}, "data.path, data.limit, data.split have"),
     ({"data": {"path": "d", "eval_size": 3}}, "data.eval_size has"),  # the held-out rows are cut off the prompts
     ({"data": {"path": "d", "max_prompt_tokens": 9, "overlong_prompts": "drop"}}, "data.overlong_prompts have"),
 ])  # fmt: skip

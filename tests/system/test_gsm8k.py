@@ -6,9 +6,6 @@ The problems are external data (`shared_data`), never part of this repository.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -21,16 +18,10 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_grpo_steps_on_grade_school_problems(repo_root, shared_data, tmp_path):
+def test_grpo_steps_on_grade_school_problems(rlhf_ray, shared_data, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "rlhf_ray.cli", "rl", "configs/grpo_gsm8k.yaml", *SMALL]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--run-dir", str(folder)], cwd=repo_root, env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 2 and all(0 <= step["reward/math"] <= 1 for step in steps)
+    run = rlhf_ray("rl", "configs/grpo_gsm8k.yaml", *SMALL, run_dir=folder)
+    assert len(run.steps) == 2 and all(0 <= step["reward/math"] <= 1 for step in run.steps)
     rollouts = [json.loads(line) for file in (folder / "rollouts").iterdir() for line in file.read_text().splitlines()]
     asked = {row["question"] for row in map(json.loads, (shared_data / "gsm8k.train.jsonl").open())}
     for row in rollouts:

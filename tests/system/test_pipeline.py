@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.system, pytest.mark.alone]
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @pytest.fixture(scope="module")
-def run_dir(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipeline(rlhf_ray, shared_data: Path, tmp_path_factory):
+    values = [f"values.{part}={shared_data / f'movie_reviews.{part}.jsonl'}" for part in ("train", "test")]
     folder = tmp_path_factory.mktemp("pipeline") / "run"
-    command = [sys.executable, "-m", "rlhf_ray.cli", "quickstart", "--preferences", "--run-dir", str(folder)]
-    command += [f"values.{part}={shared_data / f'movie_reviews.{part}.jsonl'}" for part in ("train", "test")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **dict.fromkeys(THREADS, "2")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return folder
+    return rlhf_ray("quickstart", "--preferences", *values, run_dir=folder, threads=2)
+
+
+@pytest.fixture(scope="module")
+def run_dir(pipeline) -> Path:
+    return pipeline.run_dir
 
 
 def summary_of(run_dir: Path, stage: str) -> dict:
     return json.loads((run_dir / stage / "summary.json").read_text(encoding="utf-8"))
 
 
-def test_it_takes_less_than_five_minutes(run_dir):
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    assert summary["status"] == "finished"
-    assert summary["seconds"] < 300
+def test_it_takes_less_than_five_minutes(pipeline):
+    assert pipeline.summary["status"] == "finished"
+    assert pipeline.summary["seconds"] < 300
 
 
 def test_the_classifier_and_the_reward_model_know_their_trade(run_dir):
