@@ -1,4 +1,4 @@
-"""What `learner.shared_prompt_tokens` saves: one policy update with and without it, in turns.
+"""What `learner.share_prompts` saves: one policy update with and without it, in turns.
 
     python benchmarks/shared_prompts.py [--rounds 5]
 

@@ -63,7 +63,6 @@ class Batch:
     values: Tensor | None = None  # [B, T] the critic; index t is the value before token t is chosen
     advantages: Tensor | None = None  # [B, T]
     returns: Tensor | None = None  # [B, T] the critic's target
-    pack: Tensor | None = None  # [B] int64, rows of equal number share one copy of their prompt (`roles.packing`)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -2,7 +2,7 @@
 
 Marks: none (quick: all of them together take under a minute), `slow` (trains something), `engine`
 (starts vLLM, DeepSpeed or Ray), `system` (runs a real command). They run in that order, so that a
-simple mistake shows first. `alone` is for a system test that measures time: nothing may run beside it.
+simple mistake shows first. `alone` is for a test that measures seconds: nothing may run beside it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -200,19 +199,6 @@ def modules_in(*parts: str) -> list[str]:
         for p in sorted((PACKAGE.joinpath(*parts)).rglob("*.py"))
         if p.name != "__init__.py"
     ]
-
-
-def test_the_command_line_is_imported_in_under_a_second():
-    if not (PACKAGE / "cli.py").exists():
-        pytest.skip("there is no cli.py yet")
-    seconds = []
-    for _ in range(5):  # the best of five: a busy machine makes single measurements longer, never shorter
-        started = time.perf_counter()
-        run_python("import rlhf_ray.cli")
-        seconds.append(time.perf_counter() - started)
-        if seconds[-1] < 1:
-            return
-    pytest.fail(f"`import rlhf_ray.cli` took {min(seconds):.2f} s at best: which import is not lazy?")
 
 
 def test_algo_loads_nothing_heavier_than_torch():

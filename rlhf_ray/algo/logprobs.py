@@ -1,8 +1,12 @@
-"""Token log-probabilities and entropies from logits, without a second [B, T, V] tensor.
+"""Token log-probabilities and entropies from logits, without a second tensor of the logits' size.
 
-Index t describes token t: the logits at t-1 predict token t, and column 0 (which nothing predicts) is 0.
-Both functions keep only the caller's logits for the backward pass and work in float32 on slices of a bounded
-size: a plain `log_softmax` in float32 holds two more copies of the largest tensor of the whole step.
+`logprobs_at` and `entropy_at` take the logits of any P places and say which of them predicts each of N tokens: so
+prompt and padding cost nothing, and tokens that follow the same text may share a place. `token_logprobs` and
+`token_entropy` do it for whole rows: index t describes token t, the logits at t-1 predict it, and column 0 (which
+nothing predicts) is 0.
+
+All keep only the caller's logits for the backward pass and work in float32 on slices of a bounded size: a plain
+`log_softmax` in float32 holds two more copies of the largest tensor of the whole step.
 """
 
 from __future__ import annotations
@@ -21,85 +25,92 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float | T
 
     `temperature` is a number or one a row ([B]). The result is float32 (float64 for float64 logits).
     """
-    return _TokenLogprobs.apply(logits_BTV, tokens_BT, _as_column(temperature, logits_BTV))
+    place_N, temperature_N = _every_token(logits_BTV, temperature)
+    logp_N = logprobs_at(logits_BTV.flatten(0, 1), place_N, tokens_BT[:, 1:].flatten(), temperature_N)
+    return torch.nn.functional.pad(logp_N.view(len(tokens_BT), -1), (1, 0))
 
 
 def token_entropy(logits_BTV: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """entropy_BT[:, t] = entropy in nats of the distribution token t was drawn from, and 0 for t = 0."""
-    return _TokenEntropy.apply(logits_BTV, _as_column(temperature, logits_BTV))
+    place_N, temperature_N = _every_token(logits_BTV, temperature)
+    entropy_N = entropy_at(logits_BTV.flatten(0, 1), place_N, temperature_N)
+    return torch.nn.functional.pad(entropy_N.view(len(logits_BTV), -1), (1, 0))
 
 
-def _as_column(temperature: float | Tensor, logits_BTV: Tensor) -> Tensor:
+def logprobs_at(logits_PV: Tensor, place_N: Tensor, tokens_N: Tensor, temperature_N: Tensor) -> Tensor:
+    """logp_N[i] = log softmax(logits_PV[place_N[i]] / temperature_N[i])[tokens_N[i]], in float32 or float64."""
+    return _LogprobsAt.apply(logits_PV, place_N, tokens_N, temperature_N.to(_compute_dtype(logits_PV)))
+
+
+def entropy_at(logits_PV: Tensor, place_N: Tensor, temperature_N: Tensor) -> Tensor:
+    """entropy_N[i] = entropy in nats of softmax(logits_PV[place_N[i]] / temperature_N[i])."""
+    return _EntropyAt.apply(logits_PV, place_N, temperature_N.to(_compute_dtype(logits_PV)))
+
+
+def _every_token(logits_BTV: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Place and temperature of all tokens but the first of each row. [N], [N]"""
+    B, T, _ = logits_BTV.shape
+    place_BT = torch.arange(B * T, device=logits_BTV.device).view(B, T)[:, :-1]
     dtype = _compute_dtype(logits_BTV)
-    column_B = torch.as_tensor(temperature, dtype=dtype, device=logits_BTV.device).reshape(-1)
-    return column_B.expand(logits_BTV.shape[0])[:, None, None]
+    temperature_B = torch.as_tensor(temperature, dtype=dtype, device=logits_BTV.device).expand(B)
+    return place_BT.flatten(), temperature_B[:, None].expand(place_BT.shape).flatten()
 
 
-def _compute_dtype(logits_BTV: Tensor) -> torch.dtype:
-    return torch.float64 if logits_BTV.dtype == torch.float64 else torch.float32
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _slices(shape_BTV: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
-    """(rows, logit positions, token positions) that cover every predicted token."""
-    B, T, V = shape_BTV
-    columns = max(1, min(T, SLICE_ELEMENTS // V))
-    rows = max(1, SLICE_ELEMENTS // (columns * V))
-    for b in range(0, B, rows):
-        for t in range(0, T - 1, columns):
-            end = min(t + columns, T - 1)
-            yield slice(b, b + rows), slice(t, end), slice(t + 1, end + 1)
+def _scaled_slices(logits_PV: Tensor, place_N: Tensor, temperature_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A slice of the N tokens, and their logits / temperature. [n, V]"""
+    step = max(1, SLICE_ELEMENTS // logits_PV.shape[1])
+    for start in range(0, len(place_N), step):
+        part = slice(start, start + step)
+        yield part, logits_PV[place_N[part]].to(temperature_N.dtype).div_(temperature_N[part, None])
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _LogprobsAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BTV: Tensor, tokens_BT: Tensor, temperature_B11: Tensor) -> Tensor:
-        dtype = _compute_dtype(logits_BTV)
-        logp_BT = logits_BTV.new_zeros(logits_BTV.shape[:2], dtype=dtype)
-        lse_BT = torch.zeros_like(logp_BT)
-        for rows, before, at in _slices(logits_BTV.shape):
-            scaled = logits_BTV[rows, before].to(dtype) / temperature_B11[rows]
-            lse_BT[rows, at] = scaled.logsumexp(-1)
-            picked = scaled.gather(-1, tokens_BT[rows, at].unsqueeze(-1)).squeeze(-1)
-            logp_BT[rows, at] = picked - lse_BT[rows, at]
-        ctx.save_for_backward(logits_BTV, tokens_BT, temperature_B11, lse_BT)
-        return logp_BT
+    def forward(ctx, logits_PV: Tensor, place_N: Tensor, tokens_N: Tensor, temperature_N: Tensor) -> Tensor:
+        logp_N, lse_N = torch.empty_like(temperature_N), torch.empty_like(temperature_N)
+        for part, scaled in _scaled_slices(logits_PV, place_N, temperature_N):
+            lse_N[part] = scaled.logsumexp(-1)
+            logp_N[part] = scaled.gather(-1, tokens_N[part, None])[:, 0] - lse_N[part]
+        ctx.save_for_backward(logits_PV, place_N, tokens_N, temperature_N, lse_N)
+        return logp_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BT: Tensor):
-        logits_BTV, tokens_BT, temperature_B11, lse_BT = ctx.saved_tensors
-        grad_BTV = torch.zeros_like(logits_BTV)
-        for rows, before, at in _slices(logits_BTV.shape):
-            scaled = logits_BTV[rows, before].to(lse_BT.dtype) / temperature_B11[rows]
-            slope = (grad_BT[rows, at] / temperature_B11[rows, 0]).unsqueeze(-1)
-            piece = (scaled - lse_BT[rows, at].unsqueeze(-1)).exp_().mul_(-slope)
-            piece.scatter_add_(-1, tokens_BT[rows, at].unsqueeze(-1), slope)
-            grad_BTV[rows, before] = piece.to(grad_BTV.dtype)
-        return grad_BTV, None, None
+    def backward(ctx, grad_N: Tensor):
+        logits_PV, place_N, tokens_N, temperature_N, lse_N = ctx.saved_tensors
+        grad_PV = torch.zeros_like(logits_PV)
+        slope_N1 = (grad_N / temperature_N)[:, None]
+        for part, scaled in _scaled_slices(logits_PV, place_N, temperature_N):
+            piece = scaled.sub_(lse_N[part, None]).exp_().mul_(-slope_N1[part])
+            piece.scatter_add_(-1, tokens_N[part, None], slope_N1[part])
+            # Unlike index_add_, this adds in the same order each time, also on a GPU.
+            grad_PV.index_put_((place_N[part],), piece.to(grad_PV.dtype), accumulate=True)
+        return grad_PV, None, None, None
 
 
-class _TokenEntropy(torch.autograd.Function):
+class _EntropyAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BTV: Tensor, temperature_B11: Tensor) -> Tensor:
-        dtype = _compute_dtype(logits_BTV)
-        entropy_BT = logits_BTV.new_zeros(logits_BTV.shape[:2], dtype=dtype)
-        for rows, before, at in _slices(logits_BTV.shape):
-            logp = (logits_BTV[rows, before].to(dtype) / temperature_B11[rows]).log_softmax(-1)
+    def forward(ctx, logits_PV: Tensor, place_N: Tensor, temperature_N: Tensor) -> Tensor:
+        entropy_N = torch.empty_like(temperature_N)
+        for part, scaled in _scaled_slices(logits_PV, place_N, temperature_N):
             # A banned token has probability 0 and log-probability -inf; their product must be 0, not NaN.
-            entropy_BT[rows, at] = torch.special.entr(logp.exp()).sum(-1)
-        ctx.save_for_backward(logits_BTV, temperature_B11, entropy_BT)
-        return entropy_BT
+            entropy_N[part] = torch.special.entr(scaled.softmax(-1)).sum(-1)
+        ctx.save_for_backward(logits_PV, place_N, temperature_N, entropy_N)
+        return entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BT: Tensor):
-        logits_BTV, temperature_B11, entropy_BT = ctx.saved_tensors
-        grad_BTV = torch.zeros_like(logits_BTV)
-        for rows, before, at in _slices(logits_BTV.shape):
-            logp = (logits_BTV[rows, before].to(entropy_BT.dtype) / temperature_B11[rows]).log_softmax(-1)
-            prob = logp.exp()
+    def backward(ctx, grad_N: Tensor):
+        logits_PV, place_N, temperature_N, entropy_N = ctx.saved_tensors
+        grad_PV = torch.zeros_like(logits_PV)
+        slope_N1 = (grad_N / temperature_N)[:, None]
+        for part, scaled in _scaled_slices(logits_PV, place_N, temperature_N):
+            prob = scaled.softmax(-1)
             # dH/dz_i = -p_i (log p_i + H)
-            piece = torch.special.entr(prob) - prob * entropy_BT[rows, at].unsqueeze(-1)
-            piece = piece * (grad_BT[rows, at] / temperature_B11[rows, 0]).unsqueeze(-1)
-            grad_BTV[rows, before] = piece.to(grad_BTV.dtype)
-        return grad_BTV, None
+            piece = (torch.special.entr(prob) - prob * entropy_N[part, None]) * slope_N1[part]
+            grad_PV.index_put_((place_N[part],), piece.to(grad_PV.dtype), accumulate=True)
+        return grad_PV, None, None

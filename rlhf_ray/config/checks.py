@@ -152,6 +152,11 @@ def _model(config: RunConfig) -> list[str]:
     for name, section in _trained(config):
         if section.gradient_checkpointing:
             problems.append(f"{name}.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
+    if config.learner.share_prompts:
+        problems.append(
+            "learner.share_prompts: the state of scratch:lstm runs through everything before a token, also through "
+            "other answers; set it to false"
+        )
     return problems
 
 

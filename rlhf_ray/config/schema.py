@@ -200,8 +200,10 @@ class AlgorithmConfig(Section):
 class LearnerConfig(TrainEngineConfig):
     epochs: int = Field(1, gt=0, description="passes over each step's rollouts")
     minibatches: int = Field(1, gt=0, description="optimiser steps in each pass")
-    shared_prompt_tokens: int = Field(
-        0, ge=0, description="a group's answers stand behind one copy of their prompt, so many tokens at most; 0: off"
+    share_prompts: bool = Field(
+        False,
+        description="compute a prompt once for all of its answers, where that is cheaper: they stand behind it in one "
+        "line, each blind to the others; in the learner and the reference, for models with full attention",
     )
 
 

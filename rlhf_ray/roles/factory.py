@@ -78,7 +78,7 @@ def make_reference(config: RunConfig, assets: Assets) -> Reference:
         _policy(config, assets),
         temperature=config.rollout.temperature,
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
-        pack_tokens=config.learner.shared_prompt_tokens,
+        share_prompts=config.learner.share_prompts,
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.logprobs import token_logprobs
+from rlhf_ray.algo.logprobs import entropy_at, logprobs_at
 from rlhf_ray.batch import Batch, pad_columns
 from rlhf_ray.roles.microbatch import split_microbatches
-from rlhf_ray.roles.packing import pack_numbers, packed_logits, plan_packs, rows_of
+from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines, shared_logits
 
 Model = Callable[..., Any]  # a module or a TrainEngine: called with input_ids and attention_mask
 
@@ -21,55 +22,81 @@ def model_inputs(micro: Batch, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": micro.tokens.to(device), "attention_mask": micro.attention_mask.long().to(device)}
 
 
-def policy_logits(model: Model, micro: Batch, device: torch.device) -> Tensor:
-    """[B, T, V] logits of a causal language model."""
-    if micro.pack is not None:
-        return packed_logits(model, micro, device)
-    return model(**model_inputs(micro, device), use_cache=False).logits
-
-
 def critic_values(model: Model, micro: Batch, device: torch.device) -> Tensor:
     """[B, T] values; index t is the value of the state in which token t is chosen, so it reads position t-1."""
     values_BT = model(**model_inputs(micro, device)).values.float()
     return torch.nn.functional.pad(values_BT[:, :-1], (1, 0))
 
 
-def row_temperature(micro: Batch, default: float, device: torch.device) -> float | Tensor:
-    """What each row was sampled at: one number, or [B] where the members of a group differ.
+@dataclass(frozen=True)
+class Predictions:
+    """What a causal language model says of each response token of a micro-batch."""
 
-    The policy that is improved is the one that was sampled: at a row's own temperature its importance ratio starts
-    at exactly 1.
+    logits_PV: Tensor  # of all places of the forward pass, prompts and padding too
+    place_N: Tensor  # whose logits predict each of the N response tokens, row by row
+    tokens_N: Tensor
+    temperature_N: Tensor
+    mask_BT: Tensor
+
+    def logprobs(self) -> Tensor:
+        """[B, T], 0 outside the response."""
+        return self._in_rows(logprobs_at(self.logits_PV, self.place_N, self.tokens_N, self.temperature_N))
+
+    def entropies(self) -> Tensor:
+        """[B, T], 0 outside the response."""
+        return self._in_rows(entropy_at(self.logits_PV, self.place_N, self.temperature_N))
+
+    def _in_rows(self, value_N: Tensor) -> Tensor:
+        zero_BT = torch.zeros(self.mask_BT.shape, dtype=value_N.dtype, device=value_N.device)
+        return zero_BT.masked_scatter(self.mask_BT, value_N)
+
+
+def predict(model: Model, micro: MicroBatch, *, temperature: float, device: torch.device) -> Predictions:
+    """One forward pass.
+
+    Args:
+        temperature: where the rows have none of their own. The policy that is improved is the one that was sampled:
+            at a row's own temperature its importance ratio starts at exactly 1.
     """
-    return default if micro.temperature is None else micro.temperature.to(device)
-
-
-def response_logprobs(model: Model, micro: Batch, *, temperature: float, device: torch.device) -> Tensor:
-    """[B, T] log-probabilities, 0 outside the response; `temperature` where the batch has none of its own."""
-    logits_BTV = policy_logits(model, micro, device)
-    own = row_temperature(micro, temperature, device)
-    logp_BT = token_logprobs(logits_BTV, micro.tokens.to(device), temperature=own)
-    return logp_BT * micro.response_mask.to(device)
+    if micro.answers:
+        logits_PV, place_BT = shared_logits(model, micro, device)
+    else:
+        logits_PV = model(**model_inputs(micro, device), use_cache=False).logits.flatten(0, 1)
+        place_BT = torch.arange(len(logits_PV), device=device).view(micro.tokens.shape)
+    mask_BT = micro.response_mask.to(device)
+    rows_B = torch.full((len(micro),), temperature) if micro.temperature is None else micro.temperature
+    return Predictions(
+        logits_PV,
+        place_N=place_BT.roll(1, dims=1)[mask_BT],  # token t is predicted at t - 1
+        tokens_N=micro.tokens.to(device)[mask_BT],
+        temperature_N=rows_B.to(device)[:, None].expand(mask_BT.shape)[mask_BT],
+        mask_BT=mask_BT,
+    )
 
 
 def over_microbatches(
-    batch: Batch, parts: Sequence[Sequence[int]], compute: Callable[[Batch], Tensor]
+    batch: Batch, parts: Sequence[Sequence[Line]], compute: Callable[[MicroBatch], Tensor]
 ) -> Tensor:
     """Apply `compute` ([b, t] a micro-batch) to each part, put the rows back in place. [B, T] on CPU, 0 elsewhere."""
     out_BT = torch.zeros(batch.tokens.shape)
-    for rows in parts:
-        micro = batch.select(rows)
-        out_BT[list(rows)] = pad_columns(compute(micro).detach().float().cpu(), out_BT.shape[1])
+    for lines in parts:
+        values_bt = compute(MicroBatch.of(batch, lines)).detach().float().cpu()
+        out_BT[[row for line in lines for row in line]] = pad_columns(values_bt, out_BT.shape[1])
     return out_BT
 
 
 def batched_logprobs(
-    model: Model, batch: Batch, *, temperature: float, max_tokens: int, pack_tokens: int, device: torch.device
+    model: Model,
+    batch: Batch,
+    *,
+    temperature: float,
+    max_tokens: int,
+    device: torch.device,
+    sharing: PromptSharing | None = None,
 ) -> Tensor:
     """[B, T] response log-probabilities of a whole batch, computed in micro-batches of at most `max_tokens`."""
-    packs, sizes = plan_packs(batch, range(len(batch)), pack_tokens)
-    if pack_tokens:
-        batch = batch.replace(pack=pack_numbers(batch, packs))
-    parts = [rows_of(packs, part) for part in split_microbatches(range(len(packs)), sizes, max_tokens)]
+    lines, sizes = plan_lines(batch, range(len(batch)), max_tokens, sharing)
+    parts = [[lines[i] for i in part] for part in split_microbatches(range(len(lines)), sizes, max_tokens)]
     return over_microbatches(
-        batch, parts, lambda micro: response_logprobs(model, micro, temperature=temperature, device=device)
+        batch, parts, lambda micro: predict(model, micro, temperature=temperature, device=device).logprobs()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ class HFGenerator(HFReceiver):
         self.model.generation_config = GenerationConfig()
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
+        self.inputs = inspect.signature(model.forward).parameters.keys()
+        self.can_prefill = self.inputs >= {"past_key_values", "logits_to_keep"}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
         """Sample one completion a request, in request order. See `roles.protocols.Generator`."""
@@ -100,18 +103,21 @@ class HFGenerator(HFReceiver):
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
         """Tokens and mask of every row, and the cache of all but the last token, where rows share their prompts.
 
-        A group's prompt runs through the model once, and all of its members go on from there.
+        A group's prompt runs through the model once, and all of its members go on from there. A model that does not
+        hand out its state as `past_key_values` (Mamba) begins each row at its prompt, as `generate` does by itself.
         """
         distinct = list(dict.fromkeys(prompts))
         tokens, mask = self._left_pad(distinct)
         place = {prompt: index for index, prompt in enumerate(distinct)}
         rows = torch.tensor([place[prompt] for prompt in prompts], device=tokens.device)
         cache = None
-        if len(distinct) < len(prompts) and tokens.shape[1] > 1:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
-            known = {"input_ids": tokens[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
-            cache = self.model(**known, use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_select_indices(rows)
+        if self.can_prefill and len(distinct) < len(prompts) and tokens.shape[1] > 1:
+            known = {"input_ids": tokens[:, :-1], "attention_mask": mask[:, :-1]}
+            if "position_ids" in self.inputs:
+                known["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+            cache = getattr(self.model(**known, use_cache=True, logits_to_keep=1), "past_key_values", None)
+            if cache is not None:
+                cache.reorder_cache(rows)
         return tokens[rows], mask[rows], cache
 
     def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

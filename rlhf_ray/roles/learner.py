@@ -14,15 +14,15 @@ from torch import Tensor
 from rlhf_ray.algo.aggregation import loss_weights
 from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismatch_summary
 from rlhf_ray.algo.kl import kl_estimate, kl_loss
-from rlhf_ray.algo.logprobs import token_entropy, token_logprobs
+from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.algo.policy_losses import ratio_stats
 from rlhf_ray.algo.registry import POLICY_LOSSES, options_of
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
 from rlhf_ray.models.engine import TrainEngine
-from rlhf_ray.roles.forward import policy_logits, response_logprobs, row_temperature
-from rlhf_ray.roles.packing import require_packable
+from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver
+from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
 from rlhf_ray.roles.training import Share, Totals, Trainer
 from rlhf_ray.sync.sender import WeightSender
 
@@ -51,10 +51,8 @@ class Learner(Trainer):
         seed: int,
         total_steps: int,
     ) -> None:
-        pack_tokens = config.shared_prompt_tokens
-        if pack_tokens:
-            require_packable(engine.module)
-        super().__init__(engine, config, seed=seed, total_steps=total_steps, pack_tokens=pack_tokens)
+        sharing = PromptSharing.of(engine.module) if config.share_prompts else None
+        super().__init__(engine, config, seed=seed, total_steps=total_steps, sharing=sharing)
         self.algorithm = algorithm
         self.policy_loss = POLICY_LOSSES[algorithm.policy_loss]
         settings = algorithm.model_dump()
@@ -67,12 +65,10 @@ class Learner(Trainer):
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] response log-probabilities under the current weights, at the sampling temperature."""
-        return self.per_token(
-            batch,
-            lambda micro: response_logprobs(
-                self.engine, micro, temperature=self.temperature, device=self.engine.device
-            ),
-        )
+        return self.per_token(batch, lambda micro: self._predict(micro).logprobs())
+
+    def _predict(self, micro: MicroBatch) -> Predictions:
+        return predict(self.engine, micro, temperature=self.temperature, device=self.engine.device)
 
     def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
         """All inner epochs and minibatches of one step.
@@ -96,20 +92,18 @@ class Learner(Trainer):
         return self._metrics(totals.over_ranks(self.engine), grad_norms, lr)
 
     def _loss(
-        self, micro: Batch, share: Share, *, kl_coef: float, first_epoch: bool
+        self, micro: MicroBatch, share: Share, *, kl_coef: float, first_epoch: bool
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         algorithm, device = self.algorithm, self.engine.device
         mask_BT = micro.response_mask.to(device)
-        tokens_BT = micro.tokens.to(device)
-        logits_BTV = policy_logits(self.engine, micro, device)
-        temperature = row_temperature(micro, self.temperature, device)
-        logp_BT = token_logprobs(logits_BTV, tokens_BT, temperature=temperature) * mask_BT
+        predictions = self._predict(micro)
+        logp_BT = predictions.logprobs()
         old_BT = logp_BT.detach() if micro.logp_old is None else micro.logp_old.to(device)
         # What wrote a given answer is unknown: it counts as this policy's own, and its ratio starts at 1.
         gen_BT = torch.where(micro.weight_version.to(device) < 0, old_BT, micro.logp_gen.to(device))
         advantage_BT = micro.advantages.to(device)
         with torch.set_grad_enabled(algorithm.entropy_coef > 0):
-            entropy_BT = token_entropy(logits_BTV, temperature=temperature)
+            entropy_BT = predictions.entropies()
 
         policy_BT = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, **self.policy_loss_options)
         policy_BT = policy_BT * self._correction(old_BT, gen_BT, mask_BT)
@@ -130,7 +124,7 @@ class Learner(Trainer):
             loss = loss + algorithm.entropy_coef * parts["entropy"]
 
         stats = {f"loss/{name}": value.detach() for name, value in parts.items()}
-        stats["entropy_sum"] = (entropy_BT.detach() * mask_BT).sum()
+        stats["entropy_sum"] = entropy_BT.detach().sum()
         stats |= ratio_stats(
             logp_BT.detach(), old_BT, mask_BT, algorithm.clip_low, algorithm.clip_high, advantage_BT,
             sequence=algorithm.policy_loss == "gspo",

@@ -8,18 +8,19 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.batch import Batch
 from rlhf_ray.roles.forward import batched_logprobs
+from rlhf_ray.roles.shared_prompts import PromptSharing
 
 
 class Reference:
     """Log-probabilities under weights that never change."""
 
     def __init__(
-        self, model: PreTrainedModel, *, temperature: float, tokens_per_microbatch: int, pack_tokens: int = 0
+        self, model: PreTrainedModel, *, temperature: float, tokens_per_microbatch: int, share_prompts: bool = False
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.temperature = temperature
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.pack_tokens = pack_tokens
+        self.sharing = PromptSharing.of(model) if share_prompts else None
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
@@ -29,6 +30,6 @@ class Reference:
             batch,
             temperature=self.temperature,
             max_tokens=self.tokens_per_microbatch,
-            pack_tokens=self.pack_tokens,
             device=self.model.device,
+            sharing=self.sharing,
         )

@@ -18,7 +18,7 @@ from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.roles.forward import over_microbatches
 from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
-from rlhf_ray.roles.packing import pack_numbers, packed_sizes, plan_packs, rows_of
+from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,14 @@ class Share:
     response mask, for every forward and backward pass is a collective.
     """
 
-    microbatches: tuple[tuple[int, ...], ...]
+    microbatches: tuple[tuple[Line, ...], ...]
     real: int  # how many of them are not dummies
     total_tokens: int  # response tokens of the whole minibatch, over all ranks
     total_sequences: int
-    pack: Tensor | None = None  # [B], see Batch.pack
 
-    def batches(self, batch: Batch) -> Iterator[Batch]:
-        batch = batch.replace(pack=self.pack)
-        for index, rows in enumerate(self.microbatches):
-            micro = batch.select(rows)
+    def batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        for index, lines in enumerate(self.microbatches):
+            micro = MicroBatch.of(batch, lines)
             yield micro if index < self.real else micro.replace(response_mask=torch.zeros_like(micro.response_mask))
 
 
@@ -72,13 +70,13 @@ class Trainer:
         *,
         seed: int,
         total_steps: int,
-        pack_tokens: int = 0,
+        sharing: PromptSharing | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
         self.seed = seed
         self.total_steps = total_steps
-        self.pack_tokens = pack_tokens
+        self.sharing = sharing
         # Without gradients a recurrent layer takes another kernel, whose sums end differently in the last bit.
         self._needs_grad_kernels = any(isinstance(layer, torch.nn.RNNBase) for layer in engine.module.modules())
 
@@ -88,37 +86,33 @@ class Trainer:
         return [self._share(batch, rows) for rows in split_minibatches(prompts, self.config.minibatches, self.seed)]
 
     def _share(self, batch: Batch, rows: list[int]) -> Share:
-        packs, sizes = plan_packs(batch, rows, self.pack_tokens)
-        ranks = split_ranks(range(len(packs)), sizes, self.engine.world_size)
-        parts = [split_microbatches(rank, sizes, self.config.tokens_per_microbatch) for rank in ranks]
-        mine = parts[self.engine.rank]
-        shortest = sizes.index(min(sizes))
-        dummies = [[shortest]] * (max(len(part) for part in parts) - len(mine))
+        budget, ranks = self.config.tokens_per_microbatch, self.engine.world_size
+        lines, sizes = plan_lines(batch, rows, budget, self.sharing, ranks)
+        shares = split_ranks(range(len(lines)), sizes, ranks)
+        parts = [split_microbatches(share, sizes, budget) for share in shares]
+        mine = [tuple(lines[i] for i in part) for part in parts[self.engine.rank]]
+        shortest = min(rows, key=batch.lengths.tolist().__getitem__)
+        dummies = [((shortest,),)] * (max(len(part) for part in parts) - len(mine))
         tokens, sequences = loss_totals(batch.response_mask[rows]).tolist()
         return Share(
-            microbatches=tuple(tuple(rows_of(packs, part)) for part in [*mine, *dummies]),
-            real=len(mine),
-            total_tokens=tokens,
-            total_sequences=sequences,
-            pack=pack_numbers(batch, packs) if self.pack_tokens else None,
+            microbatches=(*mine, *dummies), real=len(mine), total_tokens=tokens, total_sequences=sequences
         )
 
-    def per_token(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+    def per_token(self, batch: Batch, compute: Callable[[MicroBatch], Tensor]) -> Tensor:
         """Apply `compute` with the very micro-batches of `update`, so that both see bit-equal numbers. [B, T]"""
         out_BT = torch.zeros(batch.tokens.shape)
         with torch.set_grad_enabled(self._needs_grad_kernels):
             for share in self.shares(batch):
-                packed = batch.replace(pack=share.pack)
-                out_BT += over_microbatches(packed, share.microbatches[: share.real], compute)
-                for rows in share.microbatches[share.real :]:
-                    compute(packed.select(rows))  # keeps this rank in step with the others' collectives
+                out_BT += over_microbatches(batch, share.microbatches[: share.real], compute)
+                for lines in share.microbatches[share.real :]:
+                    compute(MicroBatch.of(batch, lines))  # keeps this rank in step with the others' collectives
         return self.engine.all_reduce(out_BT) if self.engine.world_size > 1 else out_BT
 
     def optimiser_step(
         self,
         batch: Batch,
         share: Share,
-        loss_of: Callable[[Batch, Share], tuple[Tensor, Mapping[str, Tensor]]],
+        loss_of: Callable[[MicroBatch, Share], tuple[Tensor, Mapping[str, Tensor]]],
         lr: float,
     ) -> tuple[float, Totals]:
         """Accumulate `loss_of` over the micro-batches of a share and step once; (gradient norm, this rank's totals)."""
@@ -128,7 +122,7 @@ class Trainer:
             loss, stats = loss_of(micro, share)
             self.engine.backward(loss, last=index == last)
             totals.add(stats)
-            sizes = packed_sizes(micro)
+            sizes = micro.line_tokens
             real = sum(sizes) if index < share.real else 0
             totals.add({"tokens_computed": len(sizes) * max(sizes), "tokens_wanted": real})
         return self.engine.step(lr), totals

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_ray.algo import logprobs
-from rlhf_ray.algo.logprobs import token_entropy, token_logprobs
+from rlhf_ray.algo.logprobs import entropy_at, logprobs_at, token_entropy, token_logprobs
 
 
 def test_logits_at_t_minus_1_predict_token_t():
@@ -54,6 +54,24 @@ def test_finite_differences_with_a_temperature_for_each_row():
         [token_logprobs(logits_BTV[b : b + 1], tokens_BT[b : b + 1], float(temperature_B[b]))[0] for b in range(3)]
     )
     torch.testing.assert_close(token_logprobs(logits_BTV, tokens_BT, temperature_B), one_B)
+
+
+@pytest.mark.parametrize("slice_elements", [1, 12, 1 << 24])
+def test_several_tokens_may_be_predicted_at_one_place(slice_elements, monkeypatch):
+    """As the first tokens of answers behind one copy of their prompt: their gradients add up there."""
+    monkeypatch.setattr(logprobs, "SLICE_ELEMENTS", slice_elements)
+    torch.manual_seed(2)
+    logits_PV = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    place_N, tokens_N = torch.tensor([2, 0, 2, 2]), torch.tensor([1, 4, 1, 3])
+    temperature_N = torch.tensor([1.0, 1.0, 0.5, 2.0])
+    expected_N = torch.stack(
+        [(logits_PV[p] / t).log_softmax(-1)[k] for p, k, t in zip(place_N, tokens_N, temperature_N, strict=True)]
+    )
+    torch.testing.assert_close(logprobs_at(logits_PV, place_N, tokens_N, temperature_N), expected_N)
+    assert torch.autograd.gradcheck(lambda x: logprobs_at(x, place_N, tokens_N, temperature_N), (logits_PV,))
+    assert torch.autograd.gradcheck(lambda x: entropy_at(x, place_N, temperature_N), (logits_PV,))
+    logprobs_at(logits_PV, place_N, tokens_N, temperature_N).sum().backward()
+    assert logits_PV.grad[[1, 3]].abs().max() == 0, "nothing is predicted there"
 
 
 def test_banned_tokens_have_no_entropy_and_no_nan():

@@ -79,7 +79,7 @@ def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config
         "algorithm.kl_coef=0",  # no reference: a worker less to start
     )  # fmt: skip
     run_rl(tiny_config(*ppo), tmp_path / "one")
-    run_rl(tiny_config(*ppo, "executor=ray", *SHARDED, "learner.shared_prompt_tokens=64"), tmp_path / "many")
+    run_rl(tiny_config(*ppo, "executor=ray", *SHARDED, "learner.share_prompts=true"), tmp_path / "many")
     require_equal(tmp_path / "one", tmp_path / "many", tolerance=1e-5)
     assert len({row["tokens"] for step in completions_of(tmp_path / "one") for row in step}) > 3, "ragged"
     for step in metrics_of(tmp_path / "many"):

@@ -224,13 +224,18 @@ def test_an_async_function_in_this_process_has_a_time_limit_too():
 
 
 def test_isolated_functions_run_side_by_side(tmp_path):
-    import time
-
-    (tmp_path / "slow.py").write_text("import time\ndef f(completions): time.sleep(0.5); return [1] * len(completions)")
-    functions = [load_reward(f"{tmp_path}/slow.py:f", isolated=True) for _ in range(3)]
-    rewards, started = RewardSet(functions), time.monotonic()
-    assert rewards.score(PROMPTS, TEXTS, IDS, [{}] * 4).total == [3.0] * 4
-    assert time.monotonic() - started < 1.2
+    """Each waits until all three have begun."""
+    (tmp_path / "meet.py").write_text(
+        "import os, pathlib, time\n"
+        "def f(completions):\n"
+        f"    here = pathlib.Path({str(tmp_path)!r})\n"
+        "    (here / f'{os.getpid()}.begun').touch()\n"
+        "    until = time.monotonic() + 20\n"
+        "    while len(list(here.glob('*.begun'))) < 3 and time.monotonic() < until: time.sleep(0.01)\n"
+        "    return [len(list(here.glob('*.begun')))] * len(completions)\n"
+    )
+    rewards = RewardSet([load_reward(f"{tmp_path}/meet.py:f", isolated=True) for _ in range(3)])
+    assert rewards.score(PROMPTS, TEXTS, IDS, [{}] * 4).total == [9.0] * 4
     rewards.close()
 
 

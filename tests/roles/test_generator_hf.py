@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, MambaConfig
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.errors import SyncError
@@ -115,6 +116,25 @@ def test_the_prompt_of_a_group_runs_through_the_model_once(generator, reference_
     alone = [completions(generator(kind).generate([request], sampling))[0] for request in asked]
     assert completions(batch) == alone
     assert (batch.logp_gen - reference_logprobs(tiny(kind), batch).detach()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "state beside attention", "state without attention"])
+def test_a_group_of_a_model_that_keeps_more_than_keys_and_values(kind):
+    shape = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = {
+        "convolutions": lambda: Lfm2Config(**shape, **heads, layer_types=["conv", "full_attention"]),
+        "state beside attention": lambda: FalconH1Config(
+            **shape, **heads, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=4
+        ),
+        "state without attention": lambda: MambaConfig(**shape, state_size=4),
+    }[kind]()
+    torch.manual_seed(0)
+    sampler = HFGenerator(AutoModelForCausalLM.from_config(config), pad_token_id=0)
+    asked = requests([prompt for prompt in PROMPTS[:3] for _ in range(3)])
+    together = completions(sampler.generate(asked, Sampling(4)))
+    assert together == [completions(sampler.generate([request], Sampling(4)))[0] for request in asked]
+    assert len({tuple(answer) for answer in together}) > 3
 
 
 def test_tokens_depend_on_the_seed_and_on_nothing_that_happened_before(generator):

@@ -227,16 +227,19 @@ def of_the_step(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name != "perf/peak_mem_gb"}
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["own prompts", "shared prompts"])
 @pytest.mark.parametrize("algorithm", LOSSES, ids=str)
-def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_advantages, algorithm):
+def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_advantages, algorithm, share):
     batch = with_advantages(ragged)
     batch = batch.replace(logp_ref=torch.full(batch.tokens.shape, -2.0) * batch.response_mask)
-    plain, padded = (learner_of(tiny(), LOSSES[algorithm], tokens_per_microbatch=14) for _ in range(2))
+    plain, padded = (
+        learner_of(tiny(), LOSSES[algorithm], tokens_per_microbatch=14, share_prompts=share) for _ in range(2)
+    )
     shares = padded.shares
 
     def with_dummies(b) -> list[Share]:
         return [
-            Share((*s.microbatches, (0,), (5,)), s.real, s.total_tokens, s.total_sequences) for s in shares(b)
+            Share((*s.microbatches, ((0,),), ((5,),)), s.real, s.total_tokens, s.total_sequences) for s in shares(b)
         ]
 
     padded.shares = with_dummies
@@ -260,7 +263,7 @@ def test_padding_is_that_of_the_microbatches(tiny, learner_of, ragged, with_adva
 def test_a_dummy_microbatch_counts_as_padding(tiny, learner_of, ragged, with_advantages):
     learner = learner_of(tiny(), tokens_per_microbatch=1)
     shares = learner.shares
-    learner.shares = lambda b: [Share((*s.microbatches, (3,)), s.real, s.total_tokens, s.total_sequences)
+    learner.shares = lambda b: [Share((*s.microbatches, ((3,),)), s.real, s.total_tokens, s.total_sequences)
                                 for s in shares(b)]  # fmt: skip
     assert learner.update(with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(1 - 35 / 37)
 
@@ -302,13 +305,18 @@ class TwoRanks:
         return value.clone()
 
 
-def test_two_ranks_share_the_gradient_and_make_the_same_calls(tiny, learner_of, ragged, with_advantages):
+@pytest.mark.parametrize("settings", [
+    {"tokens_per_microbatch": 7},
+    {"tokens_per_microbatch": 8, "share_prompts": True},  # the second rank's only answer is the longest
+    {"tokens_per_microbatch": 99, "share_prompts": True},
+])  # fmt: skip
+def test_two_ranks_share_the_gradient_and_make_the_same_calls(tiny, learner_of, ragged, with_advantages, settings):
     """The sum of both ranks' gradients is the gradient of one process, with equally many collectives."""
     batch = with_advantages(ragged)
-    whole = gradients_of(learner_of(tiny(), tokens_per_microbatch=7), batch)
+    whole = gradients_of(learner_of(tiny()), batch)
     engines = [TwoRanks(tiny(), rank) for rank in range(2)]
     for engine in engines:
-        learner = learner_of(None, engine=engine, tokens_per_microbatch=7)
+        learner = learner_of(None, engine=engine, **settings)
         learner.update(batch, 0, 0.0)
     assert engines[0].calls == engines[1].calls
     assert engines[0].calls[-3:] == ["forward", "backward last", "step"]
@@ -317,7 +325,7 @@ def test_two_ranks_share_the_gradient_and_make_the_same_calls(tiny, learner_of, 
         for name, p in engine.module.named_parameters():
             summed[name] = summed.get(name, 0) + p.grad
     assert distance(whole, summed) < 1e-6
-    partial = [learner_of(None, engine=e, tokens_per_microbatch=7).logprobs(batch) for e in engines]
+    partial = [learner_of(None, engine=e, **settings).logprobs(batch) for e in engines]
     joined = partial[0] + partial[1]
     assert (joined - learner_of(tiny()).logprobs(batch)).abs().max() < 1e-5
     assert ((partial[0] != 0) & (partial[1] != 0)).sum() == 0, "each row is computed by one rank"
