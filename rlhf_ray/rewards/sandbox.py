@@ -159,7 +159,9 @@ def _bubblewrap(disk: int) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
-    made: set[str] = set()
+    # Before what lies in it: an environment under /tmp stays in sight.
+    command += ["--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp"]
+    made = {"/tmp"}
     for path in _readable():
         for parent in reversed(Path(path).parents):
             # Made by us and open to all: bwrap would make /root as private as it is outside.
@@ -170,7 +172,7 @@ def _bubblewrap(disk: int) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp"]
+    command += ["--proc", "/proc", "--dev", "/dev"]
     return [*command, "--chdir", "/tmp", "--setenv", "HOME", "/tmp", "--setenv", "TMPDIR", "/tmp"]
 
 
