@@ -20,21 +20,23 @@ from torch.autograd.function import once_differentiable
 SLICE_ELEMENTS = 1 << 24  # 64 MiB of float32 a slice
 
 
-def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+def token_logprobs(
+    logits_BTV: Tensor, tokens_BT: Tensor, temperature: float | Tensor = 1.0, mask_BT: Tensor | None = None
+) -> Tensor:
     """logp_BT[:, t] = log softmax(logits_BTV[:, t-1] / temperature)[tokens_BT[:, t]], and 0 for t = 0.
 
-    `temperature` is a number or one a row ([B]). The result is float32 (float64 for float64 logits).
+    `temperature` is a number or one a row ([B]). The result is float32 (float64 for float64 logits). With a mask,
+    only the tokens that it names are computed; the others are 0.
     """
-    place_N, temperature_N = _every_token(logits_BTV, temperature)
-    logp_N = logprobs_at(logits_BTV.flatten(0, 1), place_N, tokens_BT[:, 1:].flatten(), temperature_N)
-    return torch.nn.functional.pad(logp_N.view(len(tokens_BT), -1), (1, 0))
+    tokens_BT, mask_BT = tokens_BT[:, 1:], _predicted(logits_BTV, mask_BT)
+    place_N, temperature_N = _places(logits_BTV, mask_BT, temperature)
+    return _in_rows(logprobs_at(logits_BTV.flatten(0, 1), place_N, tokens_BT[mask_BT], temperature_N), mask_BT)
 
 
 def token_entropy(logits_BTV: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """entropy_BT[:, t] = entropy in nats of the distribution token t was drawn from, and 0 for t = 0."""
-    place_N, temperature_N = _every_token(logits_BTV, temperature)
-    entropy_N = entropy_at(logits_BTV.flatten(0, 1), place_N, temperature_N)
-    return torch.nn.functional.pad(entropy_N.view(len(logits_BTV), -1), (1, 0))
+    mask_BT = _predicted(logits_BTV, None)
+    return _in_rows(entropy_at(logits_BTV.flatten(0, 1), *_places(logits_BTV, mask_BT, temperature)), mask_BT)
 
 
 def logprobs_at(logits_PV: Tensor, place_N: Tensor, tokens_N: Tensor, temperature_N: Tensor) -> Tensor:
@@ -47,13 +49,26 @@ def entropy_at(logits_PV: Tensor, place_N: Tensor, temperature_N: Tensor) -> Ten
     return _EntropyAt.apply(logits_PV, place_N, temperature_N.to(_compute_dtype(logits_PV)))
 
 
-def _every_token(logits_BTV: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Place and temperature of all tokens but the first of each row. [N], [N]"""
+def _predicted(logits_BTV: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Which tokens after the first of each row are wanted. [B, T - 1]"""
+    if mask_BT is None:
+        mask_BT = torch.ones(logits_BTV.shape[:2], dtype=torch.bool, device=logits_BTV.device)
+    return mask_BT[:, 1:]
+
+
+def _places(logits_BTV: Tensor, mask_BT: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Place and temperature of every wanted token. [N], [N]"""
     B, T, _ = logits_BTV.shape
     place_BT = torch.arange(B * T, device=logits_BTV.device).view(B, T)[:, :-1]
     dtype = _compute_dtype(logits_BTV)
     temperature_B = torch.as_tensor(temperature, dtype=dtype, device=logits_BTV.device).expand(B)
-    return place_BT.flatten(), temperature_B[:, None].expand(place_BT.shape).flatten()
+    return place_BT[mask_BT], temperature_B[:, None].expand(place_BT.shape)[mask_BT]
+
+
+def _in_rows(value_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """[B, T] from the values of the wanted tokens, 0 elsewhere and in column 0."""
+    value_BT = torch.zeros(mask_BT.shape, dtype=value_N.dtype, device=value_N.device)
+    return torch.nn.functional.pad(value_BT.masked_scatter(mask_BT, value_N), (1, 0))
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:

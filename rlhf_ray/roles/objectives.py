@@ -108,7 +108,7 @@ class SFT:
         learned_BT = batch.learned[:, 1:]
         greedy_BT = outputs.logits.detach()[:, :-1].argmax(-1) == batch.tokens[:, 1:]
         return {
-            "loss": -(token_logprobs(outputs.logits, batch.tokens) * batch.learned).sum(1),
+            "loss": -token_logprobs(outputs.logits, batch.tokens, mask_BT=batch.learned).sum(1),
             "weight": learned_BT.sum(1),
             "right": (greedy_BT & learned_BT).sum(1),
         }
@@ -222,7 +222,8 @@ class DPO:
 
     def logprobs(self, outputs: Any, batch: SupervisedBatch) -> tuple[Tensor, Tensor]:
         """([P], [P]) log-probabilities of the chosen and the rejected answers, summed over their tokens."""
-        chosen_P, rejected_P = (token_logprobs(outputs.logits, batch.tokens) * batch.learned).sum(1).chunk(2)
+        logp_BT = token_logprobs(outputs.logits, batch.tokens, mask_BT=batch.learned)
+        chosen_P, rejected_P = logp_BT.sum(1).chunk(2)
         return chosen_P, rejected_P
 
     def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:

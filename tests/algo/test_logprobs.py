@@ -56,6 +56,16 @@ def test_finite_differences_with_a_temperature_for_each_row():
     torch.testing.assert_close(token_logprobs(logits_BTV, tokens_BT, temperature_B), one_B)
 
 
+def test_tokens_outside_a_mask_are_zero_and_cost_no_gradient():
+    torch.manual_seed(3)
+    logits_BTV, tokens_BT = torch.randn(2, 4, 5, requires_grad=True), torch.randint(0, 5, (2, 4))
+    mask_BT = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    masked_BT = token_logprobs(logits_BTV, tokens_BT, 0.7, mask_BT)
+    torch.testing.assert_close(masked_BT, token_logprobs(logits_BTV, tokens_BT, 0.7) * mask_BT)
+    masked_BT.sum().backward()
+    assert (logits_BTV.grad.abs().sum(-1) > 0).tolist() == [[False, True, True, False], [True, False, False, False]]
+
+
 @pytest.mark.parametrize("slice_elements", [1, 12, 1 << 24])
 def test_several_tokens_may_be_predicted_at_one_place(slice_elements, monkeypatch):
     """As the first tokens of answers behind one copy of their prompt: their gradients add up there."""
