@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import check_device
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.prompts import PromptSet, load_prompts, prompt_options
@@ -45,6 +46,8 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         tokenizer, train_prompts, held_out = check_inputs(config, directory)
     run = Recorder(config, directory)
     try:
+        for line in left_out(config, train_prompts, held_out):
+            run.progress.note(line)
         policy, tokenizer_path = starting_policy(
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress()
         )
@@ -106,8 +109,9 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
     """(tokenizer, training prompts, held-out prompts): all that people get wrong, read before anything is made.
 
     Raises:
-        RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used.
+        RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used, or a package that is not there.
     """
+    require(needs_of(config))
     for reward in config.rewards:
         reward_of(reward).close()
     for path in config.judge_paths:
@@ -153,7 +157,7 @@ def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Seque
 
 
 def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
-    """(training prompts, held-out prompts), disjoint."""
+    """(training prompts, held-out prompts). Of one file other rows each; a prompt that has two rows may be in both."""
     data = config.data
     options = prompt_options(data)
     references = config.rollout.reference_field if config.rollout.reference_answers else None
@@ -170,6 +174,14 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
         )
     cut = len(prompts) - data.eval_size
     return prompts.slice(0, cut), prompts.slice(cut, cut + config.eval.size)
+
+
+def left_out(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
+    """A line for each source of prompts some of whose rows are not used: how many, and why."""
+    sources = {config.data.path: train_prompts}
+    if config.data.eval_path is not None:
+        sources |= {config.data.eval_path: held_out}  # else a part of the same rows, and counted with them
+    return [f"{path}: prompts left out: {prompts.left_out}" for path, prompts in sources.items() if prompts.left_out]
 
 
 @contextmanager

@@ -28,6 +28,12 @@ PROBE_SECONDS = 90.0
 
 BUSY = "not known to be broken: the machine is busy or its disk slow; run doctor again when it is quieter"
 BASE = ("torch", "transformers", "datasets", "safetensors", "pydantic", "typer", "rich", "tensorboard")
+# Extras of pure Python, which have no line of their own: extra -> (what for, packages).
+EXTRAS = {
+    "eval": ("rlhf-ray eval", ("sacrebleu", "scipy")),
+    "judge": ("judges behind an endpoint", ("openai",)),
+    "rewards": ("the rewards math and rouge", ("math-verify", "rouge-score")),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def diagnose(folder: str | Path = ".") -> list[Check]:
         lambda: check_vllm(probes["vllm"], cuda),
         lambda: check_deepspeed(probes["deepspeed"]),
         lambda: check_peft(installed("peft")),
+        check_extras,
         lambda: check_gloo(probes["gloo"]),
         lambda: check_nccl(probes["nccl"], cuda),
         lambda: check_shared_memory(Path("/dev/shm")),
@@ -181,6 +188,14 @@ def check_peft(number: str | None) -> Check:
     if number is None:
         return Check("peft", "warn", "not installed: no LoRA", "pip install 'rlhf-ray[peft]'")
     return Check("peft", "ok", number)
+
+
+def check_extras() -> Check:
+    missing = [extra for extra, (_, packages) in EXTRAS.items() if not all(map(installed, packages))]
+    if not missing:
+        return Check("extras", "ok", ", ".join(EXTRAS))
+    absent = "; ".join(f"{extra} (for {EXTRAS[extra][0]})" for extra in missing)
+    return Check("extras", "warn", f"not installed: {absent}", f"pip install 'rlhf-ray[{','.join(missing)}]'")
 
 
 def check_gloo(probe: Probe) -> Check:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
 from rlhf_ray.errors import ConfigError, StageError
@@ -38,12 +39,13 @@ def run_pipeline(
     With `resume`, stages that have finished are kept and the one that failed goes on from its newest checkpoint.
 
     Raises:
-        ConfigError: a stage cannot be meant so, or has changed since it finished.
+        ConfigError: a stage cannot be meant so, needs a package that is missing, or has changed since it finished.
         StageError: a stage failed; what the earlier ones made is kept.
     """
     pipeline, of_stages = load_pipeline(path, overrides)
     root = Path(path).parent
-    resolve(pipeline, root, Path("."), of_stages)  # complains before a folder is made
+    planned = resolve(pipeline, root, Path("."), of_stages)  # complains before a folder is made
+    require(need for stage in planned for need in needs_of(stage.config))
     directory = RunDirectory.open(pipeline.name, run_dir, resume=resume)
     stages = resolve(pipeline, root, directory.path.resolve(), of_stages)
     done = [stage.name for stage in stages if _finished(stage, stages, directory)]

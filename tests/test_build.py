@@ -11,7 +11,7 @@ import yaml
 from transformers import BertConfig, BertForSequenceClassification
 
 from rlhf_ray import build
-from rlhf_ray.build import load_data, run_rl
+from rlhf_ray.build import left_out, load_data, run_rl
 from rlhf_ray.config.load import load_config
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, StorageError
 from rlhf_ray.loops import warm_start
@@ -76,12 +76,13 @@ def test_an_empty_prompt(config, tmp_path, data):
     refused(config(f"data.path={path}", "data.field=prompt"), tmp_path / "run", DataError, message)
 
 
-def test_a_prompt_over_the_limit(config, tmp_path, data):
+def test_a_prompt_over_the_limit(config, tmp_path, data, capsys):
     path = data(*GOOD, {"prompt": "say " * 10})
     message = "data.jsonl:6: the prompt has 40 tokens, the limit is 16; raise data.max_prompt_tokens"
     refused(config(f"data.path={path}", "data.field=prompt"), tmp_path / "run", DataError, message)
     dropped = config(f"data.path={path}", "data.field=prompt", "data.overlong_prompts=drop")
     assert run_rl(dropped, tmp_path / "run")["status"] == "finished"
+    assert f"{path}: prompts left out: 1 longer than max_prompt_tokens\n" in capsys.readouterr().out
 
 
 def test_a_model_folder_without_a_tokenizer(config, tmp_path, model_folder):
@@ -294,6 +295,24 @@ def test_held_out_rows_are_the_last_ones(config, data, tokenizer):
     assert [e.prompt for e in held_out.examples] == ["say jkl", "say mno"]
     _, fewer = load_data(config(f"data.path={data(*GOOD)}", "data.eval_size=2", "eval.size=1"), tokenizer)
     assert [e.prompt for e in fewer.examples] == ["say jkl"]
+
+
+def test_rows_that_are_not_used_are_counted_once_for_each_source(config, data, tokenizer):
+    path = data(*GOOD, {"prompt": "say " * 10})
+    other = data({"prompt": "say " * 10}, {"prompt": "abc"}, name="other.jsonl")
+    drop = ["data.field=prompt", "data.overlong_prompts=drop"]
+    one, both = config(f"data.path={path}", *drop), config(f"data.path={path}", f"data.eval_path={other}", *drop)
+    line = ": prompts left out: 1 longer than max_prompt_tokens"
+    assert left_out(one, *load_data(one, tokenizer)) == [f"{path}{line}"]
+    assert left_out(both, *load_data(both, tokenizer)) == [f"{path}{line}", f"{other}{line}"]
+    none = config(f"data.path={data(*GOOD)}", "data.field=prompt")
+    assert left_out(none, *load_data(none, tokenizer)) == []
+
+
+def test_a_missing_package_is_missed_before_the_warm_start(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_ray.config.extras.find_spec", lambda module: None)
+    settings = config("rewards.0.function=rouge", "warm_start.steps=5")
+    refused(settings, tmp_path / "run", ConfigError, r"rouge_score .*pip install 'rlhf-ray\[rewards\]'")
 
 
 def test_a_file_of_its_own_for_evaluation(config, data, tokenizer):

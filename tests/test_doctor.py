@@ -20,7 +20,8 @@ def devices(cuda=(), mps=False):
 @pytest.fixture
 def packages(monkeypatch):
     """Which packages are installed, by name."""
-    found = dict.fromkeys((*doctor.BASE, "rlhf-ray"), "1.0")
+    extras = [package for _, packages in doctor.EXTRAS.values() for package in packages]
+    found = dict.fromkeys((*doctor.BASE, "rlhf-ray", *extras), "1.0")
     monkeypatch.setattr(doctor, "installed", found.get)
     return found
 
@@ -46,6 +47,15 @@ def test_a_missing_base_package_fails(packages):
     check = doctor.check_base()
     assert check.status == "fail" and "missing: datasets" in check.detail
     assert doctor.exit_code([check]) == 1 and doctor.exit_code([Check("x", "warn", "", "do y")]) == 0
+
+
+def test_absent_extras_are_named_and_no_fault(packages):
+    assert doctor.check_extras() == Check("extras", "ok", "eval, judge, rewards")
+    del packages["scipy"], packages["openai"]
+    assert doctor.check_extras() == Check(
+        "extras", "warn", "not installed: eval (for rlhf-ray eval); judge (for judges behind an endpoint)",
+        "pip install 'rlhf-ray[eval,judge]'",
+    )  # fmt: skip
 
 
 def test_the_right_vllm_for_the_device(packages, monkeypatch):
@@ -147,8 +157,8 @@ def test_this_machine(tmp_path):
     started = time.monotonic()
     checks = doctor.diagnose(tmp_path)
     assert time.monotonic() - started < doctor.PROBE_SECONDS + 15
-    names = ["python", "packages", "devices", "ray", "vllm", "deepspeed", "peft", "gloo", "nccl", "shared memory",
-             "disk", "hub cache", "code sandbox"]  # fmt: skip
+    names = ["python", "packages", "devices", "ray", "vllm", "deepspeed", "peft", "extras", "gloo", "nccl",
+             "shared memory", "disk", "hub cache", "code sandbox"]  # fmt: skip
     assert [check.name for check in checks] == names
     assert all(check.remedy for check in checks if check.status != "ok"), checks
     assert doctor.exit_code(checks) == 0, [check for check in checks if check.status == "fail"]

@@ -116,6 +116,14 @@ def test_nothing_is_made_for_a_pipeline_that_cannot_run(shell, file, tmp_path):
     assert shell.ran == [] and not (tmp_path / "run").exists()
 
 
+def test_a_package_that_the_last_stage_needs_is_missed_before_the_first(shell, file, tmp_path, monkeypatch):
+    file.write_text(STAGES + '  - {name: d, run: eval, set: {models: {c: "${c.model}"}, data.path: prompts.jsonl}}\n')
+    monkeypatch.setattr("rlhf_ray.config.extras.find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=r"sacrebleu .*pip install 'rlhf-ray\[eval\]'"):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    assert shell.ran == [] and not (tmp_path / "run").exists()
+
+
 def test_the_dry_run_shows_every_stage(file):
     text = pipeline.describe_pipeline(file)
     assert "# stage b: rlhf-ray dpo, reads from a" in text and "path: RUN/a/model" in text

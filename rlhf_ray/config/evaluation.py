@@ -60,7 +60,7 @@ class PerplexityConfig(Section):
 
 
 class PassConfig(Section):
-    """pass@k of a reward that is 1 for a right answer."""
+    """accuracy and pass@k: which answers are right, by a reward that is 1 for these."""
 
     k: list[Annotated[int, Field(gt=0)]] = [1]
     reward: str | None = Field(None, description="its name; empty: the first whose scores are all 0 or 1")

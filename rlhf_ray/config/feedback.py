@@ -38,6 +38,11 @@ class PairsConfig(SampledRunConfig):
         problems = super().contradictions()
         if self.labelled_by_judge and self.judge is None:
             problems.append("label_by=judge and there is none; set judge.model")
+        if self.label_by == "reward" and self.judge is not None:
+            problems.append(
+                f"label_by=reward, so judge.model={self.judge.model} would never be asked; set label_by=judge, or "
+                "remove judge (one that scores each answer is a reward: rewards: [{function: judge, ...}])"
+            )
         if not self.labelled_by_judge and not self.has_reward:
             problems.append("nobody labels the pairs; set judge.model, rewards or reward_model.path")
         if self.pairing == "best_worst" and self.labelled_by_judge:

@@ -53,6 +53,11 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def left_out(self) -> str:
+        """What was dropped, for people; empty where everything is there."""
+        return _explain(self.dropped) if self.dropped else ""
+
     def slice(self, start: int, end: int) -> PromptSet:
         """Rows start..end-1; what was dropped counts for the whole."""
         part = slice(start, end)

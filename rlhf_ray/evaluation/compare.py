@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.evaluation import EvalRunConfig, PerplexityConfig, RedTeamConfig, SampledModelConfig
+from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.data.prompts import PromptSet, load_texts
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.evaluation.answers import (
@@ -52,6 +53,7 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
 
     Raises RlhfRayError: data, models or rewards that cannot be used, before the first model is loaded where possible.
     """
+    require(needs_of(config))
     _check_names(config, check_rewards(config))
     tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
     prompts = common_prompts({name: read_prompts(config.data, t) for name, t in tokenizers.items()})
@@ -131,7 +133,10 @@ def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]
     answers = measured.answers
     metrics: dict[str, float] = {}
     if config.has_reward:
-        metrics |= reward_metrics(answers.scores.score, answers.scores.by_function)
+        metrics |= reward_metrics(
+            answers.scores.score, answers.scores.by_function, right=config.pass_at.reward,
+            right_at=config.pass_at.right_at,
+        )  # fmt: skip
         metrics["reward_std"] = _std(answers.scores.score)
         metrics |= {f"reward_std/{name}": _std(value_B) for name, value_B in answers.scores.by_function.items()}
         metrics |= _pass_at_k(config, answers)

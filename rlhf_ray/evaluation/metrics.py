@@ -10,17 +10,21 @@ from rlhf_ray.batch import Rows
 from rlhf_ray.evaluation.text import distinct_n
 
 
-def reward_metrics(score_B: Tensor, by_function: Mapping[str, Tensor]) -> dict[str, float]:
-    """`reward` (the weighted sum), `reward/<name>` of each function, and `accuracy` where there is a verifiable one.
+def reward_metrics(
+    score_B: Tensor, by_function: Mapping[str, Tensor], *, right: str | None = None, right_at: float = 1.0
+) -> dict[str, float]:
+    """`reward` (the weighted sum), `reward/<name>` of each function, and `accuracy`: the share of right answers.
 
+    An answer is right where the reward `right` (None: the verifiable one, if there is one) is at least `right_at`.
     A number is NaN where a reward function failed and its policy lets the run go on without that row: such rows do
     not count.
     """
     result = {"reward": float(score_B.nanmean())}
     result |= {f"reward/{name}": float(value_B.nanmean()) for name, value_B in by_function.items()}
-    verifiable = verifiable_reward(by_function)
-    if verifiable is not None:
-        result["accuracy"] = result[f"reward/{verifiable}"]
+    right = right or verifiable_reward(by_function)
+    if right is not None:
+        scored_B = by_function[right][~by_function[right].isnan()]
+        result["accuracy"] = float((scored_B >= right_at).to(scored_B.dtype).mean())
     return result
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.extras import AGREEMENT, needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.data.columns import EmptyRowError
@@ -84,9 +85,11 @@ def run_pairs(
 
 def make_pairs(config: PairsConfig, report: Report = lambda line: None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(rows of pairs.jsonl, pairs.json)."""
+    require(needs_of(config))
     names = check_rewards(config)
     prompts = read_prompts(config.data, tokenizer_of(config.model))
     human = human_pairs(config)
+    require([AGREEMENT] if human else [])
     with open_model(config.model, config) as model:
         report(f"{len(prompts)} prompts x {config.sampling.samples_per_prompt} answers, {config.model.path}")
         batch = model.sample(prompts, config.sampling, config.seed)

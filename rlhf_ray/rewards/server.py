@@ -1,7 +1,8 @@
 """The reward server: reward functions behind HTTP, for runs on other machines or for code that needs its own machine.
 
 `POST /score` takes `{"prompts": [...], "completions": [...], "completion_ids": [...], "columns": {name: [...]}}` and
-answers `{"scores": {name: [...]}, "total": [...]}`, null where a function failed and its policy is to drop the group.
+answers `{"scores": {name: [...]}, "total": [...], "events": [...]}`: null where a function failed and its policy is to
+drop the group, and an event for each function that failed or was asked again.
 `GET /health` answers while the server runs. Errors answer `{"error": text}`.
 """
 

@@ -255,6 +255,30 @@ def test_every_config_of_the_repository_loads(repo_root):
         assert parse_config(yaml.safe_load(dump_config(config)), COMMANDS[said[1]], "again") == config, path.name
 
 
+def commands_in(text: str) -> list[tuple[str, str, list[str]]]:
+    """(command, config, overrides) of every command in a file's comments; a backslash continues a line."""
+    comments = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
+    found = re.findall(r"^ +rlhf-ray ([\w-]+) +(configs/\S+\.yaml)(.*)$", comments.replace("\\\n", " "), re.MULTILINE)
+    return [(command, path, re.findall(r"(?<= )[a-z][\w.]*=\S+", rest)) for command, path, rest in found]
+
+
+def test_commands_are_read_out_of_comments():
+    text = "#   rlhf-ray rl configs/a.yaml steps=3 \\\n#     learner.lr=1e-6 --run-dir runs/a=b  # why\nname: x\n"
+    assert commands_in(text) == [("rl", "configs/a.yaml", ["steps=3", "learner.lr=1e-6"])]
+
+
+def test_every_command_in_a_comment_loads(repo_root, monkeypatch):
+    """What people copy."""
+    monkeypatch.setattr("sys.platform", "linux")  # some name vLLM
+    with_overrides = []
+    for file in sorted((repo_root / "configs").glob("*.yaml")):
+        for command, path, overrides in commands_in(file.read_text()):
+            if command in COMMANDS:
+                load_config(repo_root / path, overrides, COMMANDS[command])
+            with_overrides += [file.stem] if overrides else []
+    assert {"grpo_arithmetic", "grpo_gsm8k", "pairs_reviews", "sft_alpaca"} <= set(with_overrides)
+
+
 # ---- what only the machine can say ----------------------------------------------------------------------------
 
 

@@ -58,6 +58,21 @@ def test_rewards_pass_at_k_and_win_rate_by_hand(config, table):
         "base": {"completion": "0", "reward": 0.0}, "tuned": {"completion": answer, "reward": 1.0}}  # fmt: skip
 
 
+def test_what_counts_as_right_is_named(config, table, tmp_path):
+    """By length: 3 letters score 0.75, 1 letter 0.25. The verifiable reward beside it does not decide then."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("def length(completions, **_): return [len(c) / 4 for c in completions]")
+    rewards = [{"function": "exact_answer"}, {"function": f"{reward}:length", "isolated": False}]
+    table(base=(lambda r, m: "aaa" if m == 0 else "a", 0.5), tuned=(lambda r, m: "aaa", 0.5))
+    for right_at, base, tuned in ((0.75, 0.5, 1.0), (0.76, 0.0, 0.0), (0.25, 1.0, 1.0)):
+        right = {"k": [1], "reward": "length", "right_at": right_at}
+        models = compare(config(rewards=rewards, pass_at=right)).result["models"]
+        for name, share in (("base", base), ("tuned", tuned)):
+            metrics = models[name]["metrics"]
+            assert (metrics["accuracy"], metrics["pass@1"]) == (share, share), (right_at, name)
+            assert metrics["reward/exact_answer"] == 0.0
+
+
 def test_both_models_get_the_same_prompts_and_seeds_as_every_evaluation(config, table):
     from rlhf_ray.roles.seeds import sample_seed
 
@@ -216,6 +231,14 @@ def test_what_people_get_wrong_is_refused_before_anything_is_sampled(config, tab
     with pytest.raises(ConfigError, match=message):
         compare(config(**changes))
     assert made["base"].asked == []
+
+
+def test_a_missing_package_is_no_surprise_after_sampling(config, table, monkeypatch):
+    monkeypatch.setattr("rlhf_ray.config.extras.find_spec", lambda module: None)
+    monkeypatch.setattr("rlhf_ray.evaluation.compare.open_model", lambda *_: pytest.fail("a model was loaded"))
+    table(base=(wrong, 0.5), tuned=(wrong, 0.5))
+    with pytest.raises(ConfigError, match=r"sacrebleu .*scipy .*pip install 'rlhf-ray\[eval\]'"):
+        compare(config())
 
 
 def test_real_models_give_the_same_numbers_twice_and_at_temperature_0_one_answer(config, tmp_path):

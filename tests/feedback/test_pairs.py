@@ -151,6 +151,18 @@ def test_agreement_with_people(config, table, judge, dialogues, folders):
     assert "human" not in result
 
 
+def test_a_missing_package_is_no_surprise_after_sampling(config, table, dialogues, monkeypatch):
+    """scipy is for the agreement with people alone, which only the data can ask for."""
+    monkeypatch.setattr("rlhf_ray.config.extras.find_spec", lambda module: None)
+    table(base=(answer, 0.5))
+    assert make_pairs(config())[1]["pairs"] == 3
+    monkeypatch.setattr("rlhf_ray.feedback.pairs.open_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"scipy \(for human_pairs\); .*pip install 'rlhf-ray\[eval\]'"):
+        make_pairs(config(data=dialogues))
+    with pytest.raises(ConfigError, match=r"openai .*rlhf-ray\[judge\]"):
+        make_pairs(config(judge={"model": "j", "endpoint": "http://127.0.0.1:1"}))
+
+
 def test_what_is_written_is_what_rm_and_dpo_read(config, table, tmp_path):
     table(base=(answer, 0.5))
     result = run_pairs(config(), tmp_path / "run")
@@ -192,6 +204,7 @@ def test_no_pair_is_left(config, table, tmp_path):
     ("changes", "message"),
     [({"rewards": []}, "nobody labels the pairs"), ({"label_by": "judge"}, "label_by=judge and there is none"),
      ({"judge": {"model": "j"}, "pairing": "best_worst"}, "pairing=best_worst needs a score"),
+     ({"judge": {"model": "j"}, "label_by": "reward"}, "judge.model=j would never be asked; set label_by=judge, or re"),
      ({"sampling": {"samples_per_prompt": 1}}, "greater than 1"),
      ({"sampling": {"temperature": 0.0, "samples_per_prompt": 2}}, "gives the same answer 2 times")],
 )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Optional packages: what the settings will need of them, said before anything is computed and not at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
+from rlhf_ray.config.schema import RewardConfig, RunConfig
+from rlhf_ray.config.sections import LoraConfig, Section, TrainingRunConfig
+from rlhf_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Need:
+    """`purpose` imports `module`, which comes with the optional dependencies `extra` of pyproject.toml."""
+
+    module: str
+    extra: str
+    purpose: str
+
+
+# Only the data itself says whether there are people's pairs to agree with.
+AGREEMENT = Need("scipy", "eval", "human_pairs")
+
+_BUILTIN_REWARDS = {
+    "math": Need("math_verify", "rewards", "the reward math"),
+    "rouge": Need("rouge_score", "rewards", "the reward rouge"),
+}
+_ENDPOINT = Need("openai", "judge", "a judge behind an endpoint")
+
+
+def needs_of(config: Section) -> list[Need]:
+    """What this process will need for one command. On Ray the roles live elsewhere, and so do their packages."""
+    needs: list[Need] = []
+    if isinstance(config, TrainingRunConfig):
+        needs += _of_training(config.executor, config.model.lora)
+    if isinstance(config, RunConfig) and config.executor == "local":
+        needs += _of_rewards(config.rewards)
+    if isinstance(config, SampledRunConfig):
+        needs += _of_rewards(config.rewards)
+        if config.judge is not None and config.judge.endpoint is not None:
+            needs.append(_ENDPOINT)
+    if isinstance(config, EvalRunConfig):
+        needs.append(Need("sacrebleu", "eval", "self-BLEU"))
+        if len(config.models) > 1 and (config.has_reward or config.judge is not None):
+            needs.append(Need("scipy", "eval", "win rates"))
+        if config.red_team is not None:
+            needs += _of_rewards([config.red_team.safety])
+    return needs
+
+
+def require(needs: Iterable[Need]) -> None:
+    """Raises ConfigError, which names what to install, if one of the packages is not there."""
+    missing = list(dict.fromkeys(need for need in needs if find_spec(need.module) is None))
+    if not missing:
+        return
+    extras = ",".join(dict.fromkeys(need.extra for need in missing))
+    packages = ", ".join(f"{need.module} (for {need.purpose})" for need in missing)
+    raise ConfigError(f"not installed: {packages}; these are optional packages: pip install 'rlhf-ray[{extras}]'")
+
+
+def _of_training(executor: str, lora: LoraConfig | None) -> list[Need]:
+    if executor == "ray":
+        return [Need("ray", "ray", "executor=ray")]
+    if lora is None:
+        return []
+    packed = [Need("bitsandbytes", "qlora", f"model.lora.quantize={lora.quantize}")] if lora.quantize != "none" else []
+    return [Need("peft", "peft", "model.lora"), *packed]
+
+
+def _of_rewards(rewards: Sequence[RewardConfig]) -> list[Need]:
+    needs = [_BUILTIN_REWARDS[reward.function] for reward in rewards if reward.function in _BUILTIN_REWARDS]
+    if any(reward.function == "judge" and reward.args.get("endpoint") for reward in rewards):
+        needs.append(_ENDPOINT)
+    return needs
