@@ -39,8 +39,9 @@ class Lost:
 class Crew:
     """Waits for calls, and meanwhile watches every worker, not only the one that was called.
 
-    A worker that dies or falls silent ends every wait within seconds, named: also when the call under way is
-    another worker's, which would wait for the dead one in a collective.
+    A worker that dies ends every wait within seconds, named, and one whose process has stopped within PULSE_S +
+    SILENCE_S: also when the call under way is another worker's, which would wait for the lost one in a collective.
+    A call that is stuck in a process that still answers is left to its own deadline.
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -72,6 +74,35 @@ def test_the_metrics_are_there_by_their_names(ppo_run):
     assert "eval/reward" in rows[1] and "eval/reward" not in rows[0]
     assert rows[1]["time/eval"] > 0 == rows[0]["time/eval"]
     assert rows[2]["time/ckpt"] > 0 == rows[1]["time/ckpt"], "of the checkpoint after step 2"
+
+
+def names_on_the_page(text: str) -> list[str]:
+    """The first column of docs/metrics.md: `/std` goes on from the name before it, `<function>` is any name."""
+    names: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            for name in re.findall(r"`([^`]+)`", line.split("|")[1]):
+                names.append(names[-1].rpartition("/")[0] + name if name.startswith("/") else name)
+    return [name.replace("<function>", "*") for name in names]
+
+
+def test_the_names_on_the_page_are_read_right():
+    page = "| name | meaning |\n| --- | --- |\n| `a/mean` `/std`, `a/<function>` | `b`, `c` |\n| `d`, `e/*` | |\n`f`"
+    assert names_on_the_page(page) == ["a/mean", "a/std", "a/*", "d", "e/*"]
+
+
+def test_the_page_has_a_line_for_every_metric_and_no_other(ppo_run, tiny_config, tmp_path, repo_root):
+    """The second run has what the first has not: groups to choose from, a penalty for length, a reward that fails."""
+    (tmp_path / "judge.py").write_text("def judge(completions): return [float('nan'), *map(len, completions[1:])]")
+    reward = f"{{function: '{tmp_path}/judge.py:judge', isolated: false, on_failure: default, default_score: 0}}"
+    config = tiny_config("algorithm.name=dapo", f"rewards.0={reward}", "steps=1", "eval.size=2")
+    run_rl(config, tmp_path / "dapo")
+    files = (ppo_run[0] / "metrics.jsonl", tmp_path / "dapo" / "metrics.jsonl")
+    emitted = {name for file in files for line in file.read_text().splitlines() for name in json.loads(line)}
+    page = names_on_the_page((repo_root / "docs" / "metrics.md").read_text(encoding="utf-8"))
+    assert len(page) > 60
+    assert [name for name in sorted(emitted) if not any(fnmatchcase(name, line) for line in page)] == [], "no line"
+    assert [name for name in page if "*" not in name and name not in emitted] == [], "a line for what is never there"
 
 
 def test_the_policy_starts_at_its_reference_and_leaves_it(ppo_run):
