@@ -22,6 +22,7 @@ from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sync.session import SyncSession
 
 GIB = 2**30
+CPU_BATCHED_TOKENS = 8192  # of one pass
 EXTENSION = "rlhf_ray.sync.vllm_transfer.WorkerExtension"
 MAX_TEMPERATURE = 2.0  # vLLM's own limit
 
@@ -85,7 +86,7 @@ class VLLMGenerator:
             "use_tqdm_on_load": False,
             "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
             "worker_extension_cls": EXTENSION,
-            **_device_settings(gpu_memory_utilization, kv_cache_gb, sleep_mode),
+            **_device_settings(gpu_memory_utilization, kv_cache_gb, sleep_mode, max_model_len),
             **(engine_args or {}),
         }
         self._sleeps = bool(settings.get("enable_sleep_mode"))
@@ -282,11 +283,17 @@ def _require_vllm() -> None:
         )
 
 
-def _device_settings(gpu_memory_utilization: float, kv_cache_gb: float, sleep_mode: bool) -> dict[str, Any]:
+def _device_settings(
+    gpu_memory_utilization: float, kv_cache_gb: float, sleep_mode: bool, max_model_len: int
+) -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep_mode}
-    # Unless told, vLLM takes most of the host's memory.
-    return {"kv_cache_memory_bytes": int(kv_cache_gb * GIB)}
+    return {
+        "kv_cache_memory_bytes": int(kv_cache_gb * GIB),  # unless told, vLLM takes most of the host's memory
+        # Half a prompt draws a token that is thrown away, and its generator turned back: a CPU's cannot be.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
+    }
 
 
 def _start(settings: dict[str, Any], transport: str) -> Any:

@@ -287,6 +287,16 @@ def test_tied_head_follows_when_only_the_embeddings_are_sent(small):
     assert largest_difference(generator.logprobs(rows), hf_logprobs(model, rows)) < BOUND
 
 
+def test_prompts_of_more_tokens_than_one_pass_takes(small):
+    """vLLM would cut one in two, throw away what its first half draws, and fail to turn a CPU's generator back."""
+    _, generator = small
+    dice = random.Random(0)
+    asked = [Request(i, i, tuple(dice.choices(range(2, VOCAB), k=40)), seed=i) for i in range(300)]
+    whole = rows_of(generator.generate(asked, Sampling(max_new_tokens=3)))
+    few = rows_of(generator.generate(asked[200:220], Sampling(max_new_tokens=3)))
+    assert len(whole) == 300 and few == {i: whole[i] for i in few}
+
+
 def test_missing_parameter_in_the_very_first_sync_is_found_by_the_worker(small):
     model, generator = small
     pairs = [(n, t) for n, t in plain_state(model) if "input_layernorm" not in n]
