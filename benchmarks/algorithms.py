@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -115,6 +117,7 @@ class Result:
     samples: float  # that the policy wrote
     cpu_seconds: float
     peak_mb: float
+    commit: str = ""  # whose code ran
 
     @property
     def reward(self) -> float:
@@ -147,8 +150,17 @@ def start_settings(task: Task, seed: int, root: Path, reviews: Path) -> list[str
     return [setting.format(reviews=reviews, sums=root / "sums.jsonl") for setting in own]
 
 
-def execute(config: str, settings: Sequence[str], folder: Path) -> dict[str, float]:
-    """Run the command; CPU seconds and peak memory of its process.
+def commit() -> str:
+    """The code's; with a plus where it was changed since. Empty where there is no repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def execute(config: str, settings: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run the command; CPU seconds and peak memory of its process, and the commit of the code.
 
     A run that is finished is not repeated; one that was cut off, or had other settings, begins again.
     """
@@ -162,6 +174,7 @@ def execute(config: str, settings: Sequence[str], folder: Path) -> dict[str, flo
     environment = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rlhf_ray.cli", "rl", str(ROOT / config), *settings, "--run-dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    code = commit()  # now: it may change while the run goes on
     log = folder.parent / f"{folder.name}.log"
     with log.open("wb") as file:
         actions = [(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)]
@@ -171,7 +184,7 @@ def execute(config: str, settings: Sequence[str], folder: Path) -> dict[str, flo
         raise SystemExit(f"{' '.join(command)} failed; see {log}")
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     seconds, megabytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale / 1e6
-    used = {"cpu_seconds": round(seconds, 2), "peak_mb": round(megabytes, 1)}
+    used = {"cpu_seconds": round(seconds, 2), "peak_mb": round(megabytes, 1), "commit": code}
     marker.write_text(json.dumps({"settings": list(settings), "used": used}), encoding="utf-8")
     return used
 
@@ -300,7 +313,9 @@ def write_report(results: Sequence[Result], docs: Path) -> None:
         own = [r for r in results if r.task == task]
         draw(task, own, docs / "images" / f"algorithms_{task}.png")
         page += [f"## {task.capitalize()}", "", f"![Reward curves](images/algorithms_{task}.png)", ""]
-        page += [*table(task, own), "", f"Seeds: {', '.join(str(seed) for seed in sorted({r.seed for r in own}))}.", ""]
+        seeds = ", ".join(str(seed) for seed in sorted({r.seed for r in own}))
+        code = ", ".join(dict.fromkeys(r.commit for r in own if r.commit))
+        page += [*table(task, own), "", f"Seeds: {seeds}." + (f" Code: commit {code}." if code else ""), ""]
     target.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
     lines = [json.dumps(asdict(result)) for result in results]
     (docs / "algorithms_results.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

@@ -94,8 +94,8 @@ def remax(reward_B: Tensor, group_B: Tensor, *, baseline_B: Tensor) -> Tensor:
 
 
 def pass_at_k(reward_B: Tensor, group_B: Tensor, *, k: int = 4) -> Tensor:
-    """Unbiased advantage for E[max reward of k answers] (Walder & Karkhanis 2025, PKPO, the "LOO-1"
-    baseline).
+    """Unbiased advantage for E[max reward of k answers] (Walder & Karkhanis 2025, PKPO, eq. 33, the
+    "LOO-1" baseline).
 
     adv_i = n/C(n,k) * sum over k-subsets I of the group that contain i of (max_I r - max_{I without i} r):
     what answer i adds to the best of k. With sorted rewards, i on top and j second leave C(j, k-2) choices.

@@ -38,8 +38,8 @@ def clipped_loss(
 ) -> Tensor:
     """-min(rho A, clip(rho, 1-low, 1+high) A) (Schulman et al. 2017, PPO, eq. 7).
 
-    clip_high > clip_low is DAPO's "clip-higher" (Yu et al. 2025, section 3.1). `dual_clip` c > 1 bounds the
-    loss at -c A where A < 0 (Ye et al. 2020): else one ratio of 100 with a negative advantage dominates the
+    clip_high > clip_low is DAPO's "clip-higher" (Yu et al. 2025, eq. 10). `dual_clip` c > 1 bounds the
+    loss at -c A where A < 0 (Ye et al. 2020, eq. 5): else one ratio of 100 with a negative advantage dominates the
     step.
     """
     ratio_BT = log_ratio(logp_BT, old_BT, mask_BT).exp()
@@ -59,10 +59,10 @@ def gspo_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """The clipped loss with the sequence's ratio s = exp(mean_t log rho_t) (Zheng et al. 2025, GSPO, section
-    4).
+    """The clipped loss with the sequence's ratio s = exp(mean_t log rho_t) (Zheng et al. 2025, GSPO, eq. 5,
+    7).
 
-    This is the paper's GSPO-token form, s_t = sg[s] * pi/sg[pi]: the same value and gradient as GSPO when all
+    This is the paper's GSPO-token form (eq. 13), s_t = sg[s] * pi/sg[pi]: the same value and gradient as GSPO when all
     tokens of a completion share an advantage, and defined when they do not. Aggregate with `seq_mean`. The
     clip range is two orders of magnitude below PPO's because s is a geometric mean.
     """
@@ -82,7 +82,7 @@ def cispo_loss(
     clip_low: float = 1.0,
     clip_high: float = 4.0,
 ) -> Tensor:
-    """-sg[clip(rho, 1-low, 1+high)] A logp (MiniMax-M1, 2025, section 3.1).
+    """-sg[clip(rho, 1-low, 1+high)] A logp (MiniMax-M1, 2025, eq. 4, 5).
 
     The weight is clipped, not the token: every token keeps a gradient. clip_low = 1 means no lower bound.
     """

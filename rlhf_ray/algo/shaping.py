@@ -18,7 +18,7 @@ _SMALLEST_SCALE = 1e-8
 
 def token_rewards(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, coef: float) -> Tensor:
     """reward_BT = -coef * kl_t at each token of the mask, plus the score on the last one (Ouyang et al.
-    2022).
+    2022, eq. 2).
     """
     mask_BT = mask_BT.bool()
     reward_BT = (-coef * kl_BT.detach()).masked_fill(~mask_BT, 0.0)
@@ -28,26 +28,26 @@ def token_rewards(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, coef: float) 
 
 
 def overlong_penalty(length_B: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length - buffer, then falling to -1 at max_length (Yu et al. 2025, DAPO, section 3.4)."""
+    """0 up to max_length - buffer, then falling to -1 at max_length (Yu et al. 2025, DAPO, eq. 13)."""
     if not 0 < buffer <= max_length:
         raise ValueError(f"overlong penalty: buffer={buffer} must lie in 1..max_length={max_length}")
     return ((max_length - buffer - length_B.float()) / buffer).clamp(-1.0, 0.0)
 
 
 def length_penalty(length_B: Tensor, target: int, per_token: float) -> Tensor:
-    """-per_token for each token beyond `target`."""
-    return -per_token * (length_B.float() - target).clamp(min=0.0)
+    """-per_token for each token beyond `target`, float64."""
+    return -per_token * (length_B.double() - target).clamp(min=0.0)
 
 
 def repetition_penalty(completions: Sequence[Sequence[int]], n: int = 3, weight: float = 1.0) -> Tensor:
-    """penalty_B = -weight * (1 - distinct n-grams / n-grams) of token ids; 0 for an answer shorter than n +
-    1.
+    """penalty_B = -weight * (1 - distinct n-grams / n-grams) of token ids, float64; 0 for an answer shorter
+    than n + 1.
     """
-    repeated = []
+    distinct = []
     for ids in completions:
         grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-        repeated.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
-    return -weight * torch.tensor(repeated, dtype=torch.float32)
+        distinct.append(len(set(grams)) / len(grams) if grams else 1.0)
+    return weight * (torch.tensor(distinct, dtype=torch.float64) - 1.0)
 
 
 def clip_reward(reward_B: Tensor, low: float, high: float) -> Tensor:

@@ -31,16 +31,14 @@ def length_penalty(
     completion_ids: Sequence[Sequence[int]], *, free_tokens: int, per_token: float = 0.01, **_: Any
 ) -> list[float]:
     """Minus `per_token` for each token beyond the first `free_tokens`."""
-    return [-per_token * max(0, len(ids) - free_tokens) for ids in completion_ids]
+    torch, shaping = _torch_and_shaping()
+    return shaping.length_penalty(torch.tensor([len(ids) for ids in completion_ids]), free_tokens, per_token).tolist()
 
 
 def repetition_penalty(completion_ids: Sequence[Sequence[int]], *, n: int = 2, **_: Any) -> list[float]:
     """Minus the share of n-grams of tokens that stood in the completion before: 0 (none) to almost -1."""
-    scores = []
-    for ids in completion_ids:
-        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-        scores.append(len(set(grams)) / len(grams) - 1.0 if grams else 0.0)
-    return scores
+    _, shaping = _torch_and_shaping()
+    return shaping.repetition_penalty(completion_ids, n).tolist()
 
 
 def keyword(completions: Sequence[str], *, keywords: Sequence[str], **_: Any) -> list[float]:
@@ -58,6 +56,15 @@ def regex(completions: Sequence[str], *, pattern: str, **_: Any) -> list[float]:
     except re.error as error:
         raise ConfigError(f"reward regex: pattern={pattern!r} is not a regular expression ({error})") from error
     return [float(compiled.fullmatch(text) is not None) for text in completions]
+
+
+def _torch_and_shaping() -> tuple[Any, Any]:
+    # A reward server loads no torch unless a reward of its config needs it.
+    import torch
+
+    from rlhf_ray.algo import shaping
+
+    return torch, shaping
 
 
 @functools.lru_cache(maxsize=1)

@@ -55,7 +55,7 @@ def test_a_run_that_fails_ends_the_benchmark(tmp_path, monkeypatch):
 def result(algorithm: str, seed: int, reward: float) -> Result:
     return Result(
         "sums", algorithm, seed, rewards=[9.0, *[reward] * 5], before={"accuracy": 0.25 * seed},
-        after={"accuracy": 1.0}, kl=1.0, samples=16, cpu_seconds=10.0, peak_mb=300.0,
+        after={"accuracy": 1.0}, kl=1.0, samples=16, cpu_seconds=10.0, peak_mb=300.0, commit=f"c{seed}",
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_the_report(tmp_path):
     results = [result("grpo", 0, 0.5), result("grpo", 1, 0.7), result("ppo", 0, 0.1), result("ppo", 1, 0.1)]
     algorithms.write_report(results, tmp_path)
     page = (tmp_path / "algorithms_results.md").read_text()
-    assert page.startswith("# Mine") and "old" not in page and "Seeds: 0, 1." in page
+    assert page.startswith("# Mine") and "old" not in page and "Seeds: 0, 1. Code: commit c0, c1." in page
     # standard deviation of 0.5 and 0.7 with n-1: 0.1414
     assert "| grpo | 0.600 ± 0.141 | 1.000 ± 0.000 | 1.00 ± 0.00 | 16 ± 0 | 10 ± 0 | 300 ± 0 |" in page
     assert "| *start* | | 0.125 ± 0.177 | 0 |" in page
