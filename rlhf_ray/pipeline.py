@@ -8,16 +8,20 @@ by hand with the command that is printed. The state of a pipeline is its stages'
 
 from __future__ import annotations
 
+import atexit
 import json
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from rlhf_ray.config.extras import needs_of, require
@@ -29,6 +33,8 @@ from rlhf_ray.run.storage import write_atomically
 
 # What a shell says of a process that Ctrl-C has ended.
 _INTERRUPTED = 130
+# Ctrl-C reaches the stage, too, and it may want to finish a step and write a checkpoint.
+_SECONDS_TO_STOP = 60
 
 
 def run_pipeline(
@@ -101,17 +107,46 @@ def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
     command = command_of(stage, directory)
     print(f"{title}: {shlex.join(command)}", flush=True)
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "rlhf_ray.cli", *command[1:]])
+    status = run_command(command[1:])
     seconds = round(time.monotonic() - started, 1)
-    if done.returncode:
-        directory.event("stage_failed", stage=stage.name, exit_status=done.returncode, seconds=seconds)
-        if done.returncode in (_INTERRUPTED, -signal.SIGINT):
+    if status:
+        directory.event("stage_failed", stage=stage.name, exit_status=status, seconds=seconds)
+        if status in (_INTERRUPTED, -signal.SIGINT):
             raise KeyboardInterrupt
         raise StageError(
-            f"{title} failed ({_describe(done.returncode)}); its own message stands above. "
+            f"{title} failed ({_describe(status)}); its own message stands above. "
             f"Mend the cause, then go on there: the same command with --run-dir {directory.path} --resume auto"
         )
     directory.event("stage_finished", stage=stage.name, seconds=seconds)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """`rlhf-ray <arguments>` in a process of its own: its exit status, or minus the signal that ended it."""
+    process = _processes().Process(target=_command, args=(tuple(arguments),))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.join(_SECONDS_TO_STOP)
+        process.terminate()
+        raise
+    return process.exitcode
+
+
+@cache
+def _processes() -> BaseContext:
+    """Where processes come from: on Linux from one that has imported, once, what takes every stage seconds."""
+    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["rlhf_ray.build", "rlhf_ray.build_supervised"])
+    return context
+
+
+def _command(arguments: Sequence[str]) -> None:
+    sys.argv = ["rlhf-ray", *arguments]
+    try:
+        resolve_name("rlhf_ray.cli:main")()
+    finally:
+        atexit._run_exitfuncs()  # before Python 3.12 a process from `multiprocessing` leaves them out
 
 
 def _describe(status: int) -> str:

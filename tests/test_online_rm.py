@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +33,9 @@ SMALL = (
 )  # fmt: skip
 
 
-def in_this_process(command: list[str]) -> SimpleNamespace:
-    cli.app(command[command.index("rlhf_ray.cli") + 1 :], standalone_mode=False)
-    return SimpleNamespace(returncode=0)
+def in_this_process(arguments: list[str]) -> int:
+    cli.app(arguments, standalone_mode=False)
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def run_dir(shared_data: Path, repo_root: Path, tmp_path_factory) -> Path:
         (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     files = [f"values.{part}={folder / f'{part}.jsonl'}" for part in ("train", "test")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.subprocess, "run", in_this_process)
+        patch.setattr(pipeline, "run_command", in_this_process)
         config = repo_root / "configs" / "pipeline_online_rm.yaml"
         summary = pipeline.run_pipeline(config, [*files, *SMALL], folder / "run")
     assert summary["status"] == "finished" and tuple(summary["stages"]) == STAGES

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -31,23 +30,23 @@ class Shell:
         self.failing: dict[str, int] = {}
         self.clock = itertools.count(1_000_000_000)
 
-    def run(self, command: list[str]) -> SimpleNamespace:
+    def run(self, command: list[str]) -> int:
         folder = Path(command[command.index("--run-dir") + 1])
         self.ran.append(folder.name + (" resumed" if "--resume" in command else ""))
         folder.mkdir(exist_ok=True)
         if folder.name in self.failing:
-            return SimpleNamespace(returncode=self.failing[folder.name])
+            return self.failing[folder.name]
         summary = folder / "summary.json"
         summary.write_text(json.dumps({"status": "finished", "seconds": 1.5}))
         stamp = next(self.clock)  # later stages are newer, however fast the machine is
         os.utime(summary, (stamp, stamp))
-        return SimpleNamespace(returncode=0)
+        return 0
 
 
 @pytest.fixture
 def shell(monkeypatch) -> Shell:
     shell = Shell()
-    monkeypatch.setattr(pipeline.subprocess, "run", shell.run)
+    monkeypatch.setattr(pipeline, "run_command", shell.run)
     return shell
 
 
@@ -122,6 +121,14 @@ def test_a_package_that_the_last_stage_needs_is_missed_before_the_first(shell, f
     with pytest.raises(ConfigError, match=r"sacrebleu .*pip install 'rlhf-ray\[eval\]'"):
         pipeline.run_pipeline(file, run_dir=tmp_path / "run")
     assert shell.ran == [] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_command_in_a_process_of_its_own(tmp_path, capfd):
+    assert pipeline.run_command(["--help"]) == 0
+    assert pipeline.run_command(["validate-data", str(tmp_path / "none.jsonl")]) == 2
+    printed = capfd.readouterr()
+    assert "quickstart" in printed.out and "none.jsonl" in printed.err
 
 
 def test_the_dry_run_shows_every_stage(file):
