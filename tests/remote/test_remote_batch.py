@@ -21,7 +21,7 @@ def batch_of_two():
 
 def test_columns_are_the_optional_fields():
     assert COLUMNS == (
-        "temperature", "score", "baseline", "logp_old", "logp_ref", "values", "advantages", "returns", "pack",
+        "temperature", "score", "baseline", "logp_old", "logp_ref", "values", "advantages", "returns",
     )  # fmt: skip
 
 
