@@ -30,7 +30,7 @@ PEAK_TFLOPS: dict[str, tuple[float | None, float]] = {
     "T4": (None, 8.1),
     "MI300X": (1307.4, 163.4),
 }
-_TRIES = 5
+_TRIES = 20
 
 
 def device_name(device: str) -> str:
@@ -55,11 +55,15 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def measured_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square matrix products; takes a fraction of a second."""
+    """FLOP/s of the fastest of a few square matrix products; takes a fraction of a second.
+
+    On a CPU one core's, times the cores: while a run starts they are busy, and a product on all of them is as slow as
+    the busiest.
+    """
     width = 512 if device == "cpu" else 2048
     square = torch.ones(width, width, dtype=dtype, device=device)
     threads, best = torch.get_num_threads(), float("inf")
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(1)
     try:
         for _ in range(_TRIES):
             started = time.perf_counter()
@@ -67,7 +71,7 @@ def measured_flops(device: str, dtype: torch.dtype) -> float:
             best = min(best, time.perf_counter() - started)
     finally:
         torch.set_num_threads(threads)
-    return 2 * width**3 / best
+    return 2 * width**3 / best * (_cores() if device == "cpu" else 1)
 
 
 def _cores() -> int:

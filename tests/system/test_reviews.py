@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.system
+# One model for all of them: together the longest, so the first to begin.
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 KEPT_DISTINCT_2 = 0.75
 
