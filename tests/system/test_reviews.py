@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-# One model for all of them: together the longest, so the first to begin.
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.system
 
 KEPT_DISTINCT_2 = 0.75
 
