@@ -5,7 +5,7 @@
 Both get the same model folder, prompts, reward, group size, token limit, optimiser settings and KL coefficient, and
 both keep a reference model. Each round runs both sides in fresh processes, A B then B A, so that a drifting machine
 is fair to both; the figure is samples a second of the wall clock after warm-up steps, and the median of the rounds'
-ratios.
+ratios. Ours computes a group's prompt once (`learner.share_prompts`, the same numbers to rounding), which TRL cannot.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def run_ours(folder: Path, steps: int) -> list[float]:
         "data": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 16, "eval_size": 8},
         "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": NEW_TOKENS},
         "rewards": [{"function": f"{Path(__file__).resolve()}:reward_length"}],
-        "algorithm": {"name": "grpo", "kl_coef": KL}, "learner": {"lr": LR, "tokens_per_microbatch": 1024},
+        "algorithm": {"name": "grpo", "kl_coef": KL},
+        "learner": {"lr": LR, "tokens_per_microbatch": 1024, "share_prompts": True},
         "eval": {"size": 8}, "device": "cpu",
     }  # fmt: skip
     (folder / "ours.yaml").write_text(json.dumps(config), encoding="utf-8")
