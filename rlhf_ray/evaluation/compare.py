@@ -214,8 +214,9 @@ def _win_rates(
             outcomes, judged = _judged(config, prompts, ours, base)
             details |= judged
         else:
-            pairs = zip(ours.by_prompt(_scores(ours, by)), base.by_prompt(_scores(base, by)), strict=True)
-            outcomes = [outcomes_of_scores(a, b, config.win_rate.tie_margin) for a, b in pairs]
+            same = [a == b for a, b in zip(ours.completions, base.completions, strict=True)]
+            columns = ours.by_prompt(_scores(ours, by)), base.by_prompt(_scores(base, by)), ours.by_prompt(same)
+            outcomes = [outcomes_of_scores(*row, config.win_rate.tie_margin) for row in zip(*columns, strict=True)]
         rate = win_rate(outcomes, confidence=config.win_rate.confidence, seed=config.seed)
         rates[name] = {**rate.as_dict(), **details}
     return rates

@@ -27,12 +27,15 @@ class WinRate:
         return asdict(self)
 
 
-def outcomes_of_scores(ours: Sequence[float], theirs: Sequence[float], tie_margin: float = 0.0) -> list[int]:
+def outcomes_of_scores(
+    ours: Sequence[float], theirs: Sequence[float], same: Sequence[bool], tie_margin: float = 0.0
+) -> list[int]:
     """1 where ours is better, -1 where theirs is, 0 where they differ by no more than `tie_margin`.
 
-    A pair of which one has no score (NaN: its reward failed) is no comparison and is left out.
+    Where both gave the `same` answer it is a tie: a model that scored it in two batches may differ in the last bit. A
+    pair of which one has no score (NaN: its reward failed) is no comparison and is left out.
     """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    differences = [0 * (a - b) if equal else a - b for a, b, equal in zip(ours, theirs, same, strict=True)]
     return [0 if abs(d) <= tie_margin else 1 if d > 0 else -1 for d in differences if math.isfinite(d)]
 
 

@@ -175,7 +175,7 @@ def test_a_reward_model_and_a_safety_classifier(config, table, folders, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(folders / "base")
     shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "intermediate_size": 16, "pad_token_id": 0}  # fmt: skip
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     Qwen2ForSequenceClassification(Qwen2Config(**shape, num_labels=2)).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     path = str(tmp_path / "judge")

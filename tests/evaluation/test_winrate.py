@@ -7,9 +7,15 @@ from rlhf_ray.evaluation.winrate import outcomes_of_scores, wilson, win_rate
 
 
 def test_outcomes_of_scores():
-    assert outcomes_of_scores([1.0, 2.0, 3.0], [2.0, 2.0, 1.0]) == [-1, 0, 1]
-    assert outcomes_of_scores([1.0, 2.0], [1.5, 1.0], tie_margin=0.5) == [0, 1]
-    assert outcomes_of_scores([math.nan, 1.0], [0.0, 2.0]) == [-1], "no score, no comparison"
+    other = [False] * 3
+    assert outcomes_of_scores([1.0, 2.0, 3.0], [2.0, 2.0, 1.0], other) == [-1, 0, 1]
+    assert outcomes_of_scores([1.0, 2.0], [1.5, 1.0], other[:2], tie_margin=0.5) == [0, 1]
+    assert outcomes_of_scores([math.nan, 1.0], [0.0, 2.0], other[:2]) == [-1], "no score, no comparison"
+
+
+def test_the_same_answer_is_a_tie_whatever_its_two_scores_differ_by():
+    ours, theirs = [1.0, 1.0, math.nan], [math.nextafter(1.0, 2.0), 0.0, 1.0]
+    assert outcomes_of_scores(ours, theirs, [True, False, True]) == [0, 1], "and without a score still no comparison"
 
 
 def test_ties_are_counted_and_left_out():
