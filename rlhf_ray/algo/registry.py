@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 from torch import Tensor
@@ -26,11 +25,3 @@ POLICY_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cispo": policy_losses.cispo_loss,
     "policy_gradient": policy_losses.policy_gradient_loss,
 }
-
-
-def options_of(function: Callable[..., object]) -> frozenset[str]:
-    """Names of the keyword-only options a registered function takes, so that a config can reject the
-    others.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

@@ -6,6 +6,8 @@ What it shares with supervised runs is in `config/sections.py`. `config/load.py`
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -195,6 +197,12 @@ class AlgorithmConfig(Section):
         if isinstance(given, dict):
             return {**PRESETS.get(str(given.get("name", "grpo")), {}), **given}
         return given
+
+    def options_of(self, function: Callable[..., Any], **beside: Any) -> dict[str, Any]:
+        """Those of these settings, and of `beside`, that `function` takes by keyword only."""
+        known = {**self.model_dump(), **beside}
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: known[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in known}
 
 
 class LearnerConfig(TrainEngineConfig):

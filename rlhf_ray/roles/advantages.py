@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_ray.algo.advantages import MovingBaseline, gae, reinforce_pp
 from rlhf_ray.algo.kl import kl_estimate
 from rlhf_ray.algo.masks import masked_mean, masked_sum, masked_whiten
-from rlhf_ray.algo.registry import ADVANTAGES, options_of
+from rlhf_ray.algo.registry import ADVANTAGES
 from rlhf_ray.algo.shaping import MomentsBySource, clip_reward, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import explained_variance, value_stats
 from rlhf_ray.batch import Batch
@@ -59,11 +59,11 @@ class AdvantageEstimator:
 
     def _of_whole_answers(self, reward_B: Tensor, group_B: Tensor, baseline_B: Tensor | None) -> Tensor:
         estimator = ADVANTAGES[self.algorithm.advantage]
-        options: dict[str, Any] = {**self.algorithm.model_dump(), "baseline_B": baseline_B}
+        beside: dict[str, Any] = {"baseline_B": baseline_B}
         if self.algorithm.moving_baseline:
-            options["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
+            beside["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
             self.moving_baseline = self.moving_baseline.update(reward_B)
-        return estimator(reward_B, group_B, **{n: options[n] for n in options_of(estimator) if n in options})
+        return estimator(reward_B, group_B, **self.algorithm.options_of(estimator, **beside))
 
     def _shape_rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Rewards of the answers and of the greedy answers (if there are any), on one scale."""

@@ -16,7 +16,7 @@ from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismat
 from rlhf_ray.algo.kl import kl_estimate, kl_loss
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.algo.policy_losses import ratio_stats
-from rlhf_ray.algo.registry import POLICY_LOSSES, options_of
+from rlhf_ray.algo.registry import POLICY_LOSSES
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
 from rlhf_ray.models.engine import TrainEngine
@@ -55,8 +55,7 @@ class Learner(Trainer):
         super().__init__(engine, config, seed=seed, total_steps=total_steps, sharing=sharing)
         self.algorithm = algorithm
         self.policy_loss = POLICY_LOSSES[algorithm.policy_loss]
-        settings = algorithm.model_dump()
-        self.policy_loss_options = {name: settings[name] for name in options_of(self.policy_loss) if name in settings}
+        self.policy_loss_options = algorithm.options_of(self.policy_loss)
         self.tokenizer = tokenizer
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens

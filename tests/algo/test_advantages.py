@@ -19,7 +19,7 @@ from rlhf_ray.algo.advantages import (
     rloo,
 )
 from rlhf_ray.algo.groups import informative_groups
-from rlhf_ray.algo.registry import ADVANTAGES, POLICY_LOSSES, options_of
+from rlhf_ray.algo.registry import ADVANTAGES
 
 # two prompts, their answers interleaved: 1, 2, 3 for prompt 7; 0, 0, 1 for prompt -4
 REWARD_B = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0, 1.0])
@@ -150,11 +150,3 @@ def test_reinforce_pp():
     std = math.sqrt((0.0625 + 1.5625 + 2 * 0.5625) / 3)
     close(adv_BT, [[0.25 / std, 0.0, 1.25 / std], [-0.75 / std, -0.75 / std, 0.0]])
     close(return_BT, [[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
-
-
-def test_options_of_registered_functions():
-    assert options_of(ADVANTAGES["grpo"]) == {"normalize_std", "eps"}
-    assert options_of(ADVANTAGES["pass_at_k"]) == {"k"}
-    assert options_of(POLICY_LOSSES["clipped"]) == {"clip_low", "clip_high", "dual_clip"}
-    assert options_of(POLICY_LOSSES["policy_gradient"]) == set()
-    assert options_of(ADVANTAGES["remax"]) == {"baseline_B"}

@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from rlhf_ray.algo.registry import ADVANTAGES, POLICY_LOSSES
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import check_device, dump_config, load_config, parse_config
@@ -201,6 +202,14 @@ def test_the_algorithm_as_an_override_over_a_file_with_other_fields(write, tree)
     ppo = load_config(write(tree), ["algorithm.name=ppo"]).algorithm
     assert ppo.advantage == "gae" and ppo.whiten_advantages, "from ppo"
     assert (ppo.clip_high, ppo.kl_coef) == (0.3, 0.01), "from the file"
+
+
+def test_a_registered_function_gets_the_settings_that_it_takes(load):
+    algorithm = load("algorithm.clip_high=0.3", "algorithm.dual_clip=3").algorithm
+    assert algorithm.options_of(POLICY_LOSSES["clipped"]) == {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
+    assert algorithm.options_of(POLICY_LOSSES["policy_gradient"]) == {}
+    assert algorithm.options_of(ADVANTAGES["grpo"]) == {"normalize_std": True}, "eps is no setting: the default holds"
+    assert algorithm.options_of(ADVANTAGES["reinforce"], baseline=0.5, baseline_B=[1.0]) == {"baseline": 0.5}
 
 
 @pytest.mark.parametrize("old", ["grpo", "gspo", "ppo"])
