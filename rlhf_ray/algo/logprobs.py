@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_ELEMENTS = 1 << 24  # 64 MiB of float32 a slice
+# 64 MiB of float32 a slice. On a CPU 16: larger ones come fresh from the system each time, and each page costs a fault.
+SLICE_ELEMENTS = 1 << 24
+CPU_SLICE_ELEMENTS = 1 << 22
 
 
 def token_logprobs(
@@ -77,10 +79,23 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 def _scaled_slices(logits_PV: Tensor, place_N: Tensor, temperature_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A slice of the N tokens, and their logits / temperature. [n, V]"""
-    step = max(1, SLICE_ELEMENTS // logits_PV.shape[1])
+    elements = CPU_SLICE_ELEMENTS if logits_PV.device.type == "cpu" else SLICE_ELEMENTS
+    step = max(1, elements // logits_PV.shape[1])
     for start in range(0, len(place_N), step):
         part = slice(start, start + step)
         yield part, logits_PV[place_N[part]].to(temperature_N.dtype).div_(temperature_N[part, None])
+
+
+def _add_at(grad_PV: Tensor, place_n: Tensor, piece_nV: Tensor) -> None:
+    """Adds each row of the piece at its place, in the same order each time, though places may repeat.
+
+    On a GPU `index_put_` sorts and `index_add_` races; on a CPU it is `index_put_` that races, between threads.
+    """
+    piece_nV = piece_nV.to(grad_PV.dtype)
+    if grad_PV.device.type == "cpu":
+        grad_PV.index_add_(0, place_n, piece_nV)
+    else:
+        grad_PV.index_put_((place_n,), piece_nV, accumulate=True)
 
 
 class _LogprobsAt(torch.autograd.Function):
@@ -102,8 +117,7 @@ class _LogprobsAt(torch.autograd.Function):
         for part, scaled in _scaled_slices(logits_PV, place_N, temperature_N):
             piece = scaled.sub_(lse_N[part, None]).exp_().mul_(-slope_N1[part])
             piece.scatter_add_(-1, tokens_N[part, None], slope_N1[part])
-            # Unlike index_add_, this adds in the same order each time, also on a GPU.
-            grad_PV.index_put_((place_N[part],), piece.to(grad_PV.dtype), accumulate=True)
+            _add_at(grad_PV, place_N[part], piece)
         return grad_PV, None, None, None
 
 
@@ -127,5 +141,5 @@ class _EntropyAt(torch.autograd.Function):
             prob = scaled.softmax(-1)
             # dH/dz_i = -p_i (log p_i + H)
             piece = (torch.special.entr(prob) - prob * entropy_N[part, None]) * slope_N1[part]
-            grad_PV.index_put_((place_N[part],), piece.to(grad_PV.dtype), accumulate=True)
+            _add_at(grad_PV, place_N[part], piece)
         return grad_PV, None, None

@@ -23,7 +23,7 @@ def test_logits_at_t_minus_1_predict_token_t():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("slice_elements", [1, 13, 1 << 24])
 def test_equals_log_softmax_and_gather_in_value_and_gradient(dtype, temperature, slice_elements, monkeypatch):
-    monkeypatch.setattr(logprobs, "SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr(logprobs, "CPU_SLICE_ELEMENTS", slice_elements)
     torch.manual_seed(0)
     logits_BTV = (4 * torch.randn(3, 6, 11, dtype=torch.float64)).to(dtype)
     tokens_BT = torch.randint(0, 11, (3, 6))
@@ -69,7 +69,7 @@ def test_tokens_outside_a_mask_are_zero_and_cost_no_gradient():
 @pytest.mark.parametrize("slice_elements", [1, 12, 1 << 24])
 def test_several_tokens_may_be_predicted_at_one_place(slice_elements, monkeypatch):
     """As the first tokens of answers behind one copy of their prompt: their gradients add up there."""
-    monkeypatch.setattr(logprobs, "SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr(logprobs, "CPU_SLICE_ELEMENTS", slice_elements)
     torch.manual_seed(2)
     logits_PV = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     place_N, tokens_N = torch.tensor([2, 0, 2, 2]), torch.tensor([1, 4, 1, 3])
@@ -82,6 +82,21 @@ def test_several_tokens_may_be_predicted_at_one_place(slice_elements, monkeypatc
     assert torch.autograd.gradcheck(lambda x: entropy_at(x, place_N, temperature_N), (logits_PV,))
     logprobs_at(logits_PV, place_N, tokens_N, temperature_N).sum().backward()
     assert logits_PV.grad[[1, 3]].abs().max() == 0, "nothing is predicted there"
+
+
+def test_gradients_at_one_place_add_up_to_the_same_bits_each_time_on_several_threads():
+    torch.manual_seed(4)
+    N, V, threads = 256, 4096, torch.get_num_threads()
+    logits_PV, tokens_N = torch.randn(2, V, requires_grad=True), torch.randint(V, (N,))
+    torch.set_num_threads(4)
+    try:
+        grads = [
+            torch.autograd.grad(logprobs_at(logits_PV, torch.arange(N) % 2, tokens_N, torch.ones(N)).sum(), logits_PV)[0]
+            for _ in range(10)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad_PV, grads[0]) for grad_PV in grads)
 
 
 def test_banned_tokens_have_no_entropy_and_no_nan():
