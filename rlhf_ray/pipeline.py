@@ -8,20 +8,17 @@ by hand with the command that is printed. The state of a pipeline is its stages'
 
 from __future__ import annotations
 
-import atexit
 import json
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
-from multiprocessing.context import BaseContext
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from rlhf_ray.config.extras import needs_of, require
@@ -122,31 +119,15 @@ def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """`rlhf-ray <arguments>` in a process of its own: its exit status, or minus the signal that ended it."""
-    process = _processes().Process(target=_command, args=(tuple(arguments),))
-    process.start()
+    process = subprocess.Popen([sys.executable, "-m", "rlhf_ray.cli", *arguments])
     try:
-        process.join()
+        return process.wait()
     except KeyboardInterrupt:
-        process.join(_SECONDS_TO_STOP)
-        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SECONDS_TO_STOP)
         raise
-    return process.exitcode
-
-
-@cache
-def _processes() -> BaseContext:
-    """Where processes come from: on Linux from one that has imported, once, what takes every stage seconds."""
-    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["rlhf_ray.build", "rlhf_ray.build_supervised"])
-    return context
-
-
-def _command(arguments: Sequence[str]) -> None:
-    sys.argv = ["rlhf-ray", *arguments]
-    try:
-        resolve_name("rlhf_ray.cli:main")()
     finally:
-        atexit._run_exitfuncs()  # before Python 3.12 a process from `multiprocessing` leaves them out
+        process.kill()
 
 
 def _describe(status: int) -> str:

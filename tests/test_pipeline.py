@@ -6,6 +6,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +133,32 @@ def test_a_command_in_a_process_of_its_own(tmp_path, capfd):
     assert pipeline.run_command(["validate-data", str(tmp_path / "none.jsonl")]) == 2
     printed = capfd.readouterr()
     assert "quickstart" in printed.out and "none.jsonl" in printed.err
+
+
+SLOW_TO_STOP = """#!/bin/sh
+trap 'sleep 0.5; touch checkpoint; exit 130' INT
+touch started
+while :; do sleep 0.1; done
+"""
+INTERRUPTED = "import sys; from rlhf_ray import pipeline; sys.executable = './stage'; pipeline.run_command(['rl'])"
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_stage_the_time_to_write_its_checkpoint(tmp_path):
+    (tmp_path / "stage").write_text(SLOW_TO_STOP)
+    (tmp_path / "stage").chmod(0o755)
+    run = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (tmp_path / "started").exists():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to both
+        assert "KeyboardInterrupt" in run.communicate(timeout=30)[1]
+    finally:
+        run.kill()
+    assert (tmp_path / "checkpoint").exists()
 
 
 def test_the_dry_run_shows_every_stage(file):
