@@ -101,7 +101,7 @@ class Batch:
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
         width = int(self.attention_mask[index].sum(1).max()) if trim and len(index) else self.tokens.shape[1]
         picked: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(Batch):
             value = getattr(self, field.name)
             if field.name == "columns":
                 picked[field.name] = tuple(value[i] for i in index.tolist())

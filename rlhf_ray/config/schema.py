@@ -198,10 +198,9 @@ class AlgorithmConfig(Section):
             return {**PRESETS.get(str(given.get("name", "grpo")), {}), **given}
         return given
 
-    def options_of(self, function: Callable[..., Any], **beside: Any) -> dict[str, Any]:
-        """Those of these settings, and of `beside`, that `function` takes by keyword only."""
-        known = {**self.model_dump(), **beside}
-        parameters = inspect.signature(function).parameters.values()
+    def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Those of these settings that `function` takes by keyword only."""
+        known, parameters = self.model_dump(), inspect.signature(function).parameters.values()
         return {p.name: known[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in known}
 
 

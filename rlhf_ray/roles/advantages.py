@@ -59,11 +59,13 @@ class AdvantageEstimator:
 
     def _of_whole_answers(self, reward_B: Tensor, group_B: Tensor, baseline_B: Tensor | None) -> Tensor:
         estimator = ADVANTAGES[self.algorithm.advantage]
-        beside: dict[str, Any] = {"baseline_B": baseline_B}
+        options = self.algorithm.options_of(estimator)
+        if self.algorithm.advantage == "remax":
+            options["baseline_B"] = baseline_B
         if self.algorithm.moving_baseline:
-            beside["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
+            options["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
             self.moving_baseline = self.moving_baseline.update(reward_B)
-        return estimator(reward_B, group_B, **self.algorithm.options_of(estimator, **beside))
+        return estimator(reward_B, group_B, **options)
 
     def _shape_rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Rewards of the answers and of the greedy answers (if there are any), on one scale."""

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.batch import Batch, build_batch
+from rlhf_ray.models.lstm import LstmState
 from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sync.hf_receiver import HFReceiver
@@ -103,8 +104,8 @@ class HFGenerator(HFReceiver):
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, Any]:
         """Tokens and mask of every row, and the cache of all but the last token, where rows share their prompts.
 
-        A group's prompt runs through the model once, and all of its members go on from there. A model that does not
-        hand out its state as `past_key_values` (Mamba) begins each row at its prompt, as `generate` does by itself.
+        A group's prompt runs through the model once, and all of its members go on from there. A model with a state of
+        its own kind (Mamba, MiniMax) begins each row at its prompt, as `generate` does by itself.
         """
         distinct = list(dict.fromkeys(prompts))
         tokens, mask = self._left_pad(distinct)
@@ -116,8 +117,10 @@ class HFGenerator(HFReceiver):
             if "position_ids" in self.inputs:
                 known["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
             cache = getattr(self.model(**known, use_cache=True, logits_to_keep=1), "past_key_values", None)
-            if cache is not None:
+            if type(cache) in (DynamicCache, LstmState):
                 cache.reorder_cache(rows)
+            else:
+                cache = None
         return tokens[rows], mask[rows], cache
 
     def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class PromptSharing:
 
     @staticmethod
     def of(module: nn.Module) -> PromptSharing:
-        """For this model. Raises ConfigError where a token sees others than those that a mask allows."""
+        """For this model. Raises ConfigError where a mask and positions do not decide what a token sees."""
         config = module.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         attention = getattr(config, "_attn_implementation", None)
@@ -47,11 +48,13 @@ class PromptSharing:
             reason = "ALiBi, which takes positions from the mask"
         elif attention != "sdpa":
             reason = f"the attention kernel {attention!r}"
+        elif "position_ids" not in signature(getattr(module, "get_base_model", lambda: module)().forward).parameters:
+            reason = "no input for positions"
         else:
             return PromptSharing(config.hidden_size)
         raise ConfigError(
-            f"learner.share_prompts needs full attention with PyTorch's own kernel (sdpa); {config.model_type} has "
-            f"{reason}; set learner.share_prompts=false"
+            "learner.share_prompts needs full attention with PyTorch's own kernel (sdpa) and positions as an input; "
+            f"{config.model_type} has {reason}; set learner.share_prompts=false"
         )
 
     def pays(self, line: int, prompt: int, answer: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,11 @@ ENDPOINT = {"model": "j", "endpoint": "http://host:8000/v1"}
 LORA = {"path": "some/model", "lora": {"r": 4}}
 
 
+def requirements_of(extra: str) -> list[str]:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    return ast.literal_eval(re.search(rf"^{extra} = (\[.*\])$", text, re.MULTILINE)[1])
+
+
 @pytest.fixture
 def nothing_installed(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda module: None)
@@ -48,6 +54,9 @@ def nothing_installed(monkeypatch):
         (RunConfig, {"rewards": [{"function": "judge", "args": ENDPOINT}]}, "openai"),
         (RunConfig, {"rewards": [{"function": "judge", "args": {"model": "j"}}]}, ""),
         (RunConfig, {"rewards": [{"function": "rouge"}], "executor": "ray"}, "ray"),
+        (RunConfig, {"generator": {"engine": "vllm"}, "learner": {"engine": "deepspeed"}}, "deepspeed vllm"),
+        (RunConfig, {"logging": {"loggers": ["tensorboard", "wandb", "mlflow", "trackio"]}}, "mlflow trackio wandb"),
+        (PairsConfig, {"generator": {"engine": "vllm"}}, "vllm"),
         (SFTConfig, {}, ""),
         (SFTConfig, {"model": LORA}, "peft"),
         (SFTConfig, {"model": {**LORA, "lora": {"quantize": "nf4"}}}, "bitsandbytes peft"),
@@ -56,7 +65,11 @@ def nothing_installed(monkeypatch):
 )
 def test_what_the_settings_need(schema, changes, modules):
     config = parse_config({**TREES[schema], **changes}, schema, source="the test")
-    assert sorted(need.module for need in needs_of(config)) == modules.split()
+    needs = needs_of(config)
+    assert sorted(need.module for need in needs) == modules.split()
+    for need in needs:
+        requirements = " ".join(requirements_of(need.extra))
+        assert need.module.replace("_", "-") in requirements, f"{need.extra} does not bring {need.module}"
 
 
 def test_the_refusal_names_every_package_and_what_to_install(nothing_installed):
@@ -71,8 +84,6 @@ def test_the_refusal_names_every_package_and_what_to_install(nothing_installed):
     require([])
 
 
-def test_the_extras_are_those_of_pyproject(repo_root):
-    text = (repo_root / "pyproject.toml").read_text()
+def test_the_extras_are_those_of_pyproject():
     for extra, (_, packages) in doctor.EXTRAS.items():
-        required = ast.literal_eval(re.search(rf"^{extra} = (\[.*\])$", text, re.MULTILINE)[1])
-        assert {re.split(r"[<>=]", requirement)[0] for requirement in required} == set(packages), extra
+        assert {re.split(r"[<>=]", requirement)[0] for requirement in requirements_of(extra)} == set(packages), extra

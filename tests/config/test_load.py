@@ -209,7 +209,6 @@ def test_a_registered_function_gets_the_settings_that_it_takes(load):
     assert algorithm.options_of(POLICY_LOSSES["clipped"]) == {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
     assert algorithm.options_of(POLICY_LOSSES["policy_gradient"]) == {}
     assert algorithm.options_of(ADVANTAGES["grpo"]) == {"normalize_std": True}, "eps is no setting: the default holds"
-    assert algorithm.options_of(ADVANTAGES["reinforce"], baseline=0.5, baseline_B=[1.0]) == {"baseline": 0.5}
 
 
 @pytest.mark.parametrize("old", ["grpo", "gspo", "ppo"])

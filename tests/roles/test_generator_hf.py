@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, MambaConfig
+from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, MambaConfig, MiniMaxConfig
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.errors import SyncError
@@ -118,7 +118,7 @@ def test_the_prompt_of_a_group_runs_through_the_model_once(generator, reference_
     assert (batch.logp_gen - reference_logprobs(tiny(kind), batch).detach()).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["convolutions", "state beside attention", "state without attention"])
+@pytest.mark.parametrize("kind", ["convolutions", "state beside attention", "only a state", "a cache of its own"])
 def test_a_group_of_a_model_that_keeps_more_than_keys_and_values(kind):
     shape = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -127,7 +127,8 @@ def test_a_group_of_a_model_that_keeps_more_than_keys_and_values(kind):
         "state beside attention": lambda: FalconH1Config(
             **shape, **heads, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=4
         ),
-        "state without attention": lambda: MambaConfig(**shape, state_size=4),
+        "only a state": lambda: MambaConfig(**shape, state_size=4),
+        "a cache of its own": lambda: MiniMaxConfig(**shape, **heads, head_dim=8, num_local_experts=2),
     }[kind]()
     torch.manual_seed(0)
     sampler = HFGenerator(AutoModelForCausalLM.from_config(config), pad_token_id=0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BartConfig, BartForCausalLM
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.lora import apply_lora
@@ -198,3 +199,5 @@ def test_models_without_plain_attention_are_refused(tiny, learner_of):
     eager = tiny()
     eager.set_attn_implementation("eager")
     refused(eager, "the attention kernel 'eager'")
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 12}
+    refused(BartForCausalLM(BartConfig(**sizes)), "no input for positions")
