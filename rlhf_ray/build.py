@@ -178,10 +178,12 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
 
 def left_out(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
     """A line for each source of prompts some of whose rows are not used: how many, and why."""
-    sources = {config.data.path: train_prompts}
-    if config.data.eval_path is not None:
-        sources |= {config.data.eval_path: held_out}  # else a part of the same rows, and counted with them
-    return [f"{path}: prompts left out: {prompts.left_out}" for path, prompts in sources.items() if prompts.left_out]
+    data = config.data
+    sources = [(f"{data.path}", train_prompts)]
+    if data.eval_path is not None or is_task(data.path):
+        sources.append((f"{data.eval_path or data.path}, held out", held_out))
+    # Else the held-out prompts are a part of the same rows, and counted with them.
+    return [f"{source}: prompts left out: {prompts.left_out}" for source, prompts in sources if prompts.left_out]
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def test_an_empty_prompt(config, tmp_path, data):
 
 
 def test_a_prompt_over_the_limit(config, tmp_path, data, capsys):
-    path = data(*GOOD, {"prompt": "say " * 10})
+    path = data({"prompt": "say " * 10}, *GOOD)
     message = "data.jsonl:6: the prompt has 40 tokens, the limit is 16; raise data.max_prompt_tokens"
     refused(config(f"data.path={path}", "data.field=prompt"), tmp_path / "run", DataError, message)
     dropped = config(f"data.path={path}", "data.field=prompt", "data.overlong_prompts=drop")
@@ -298,13 +298,15 @@ def test_held_out_rows_are_the_last_ones(config, data, tokenizer):
 
 
 def test_rows_that_are_not_used_are_counted_once_for_each_source(config, data, tokenizer):
-    path = data(*GOOD, {"prompt": "say " * 10})
+    path = data({"prompt": "say " * 10}, *GOOD)
     other = data({"prompt": "say " * 10}, {"prompt": "abc"}, name="other.jsonl")
     drop = ["data.field=prompt", "data.overlong_prompts=drop"]
     one, both = config(f"data.path={path}", *drop), config(f"data.path={path}", f"data.eval_path={other}", *drop)
     line = ": prompts left out: 1 longer than max_prompt_tokens"
     assert left_out(one, *load_data(one, tokenizer)) == [f"{path}{line}"]
-    assert left_out(both, *load_data(both, tokenizer)) == [f"{path}{line}", f"{other}{line}"]
+    assert left_out(both, *load_data(both, tokenizer)) == [f"{path}{line}", f"{other}, held out{line}"]
+    same = config(f"data.path={path}", f"data.eval_path={path}", *drop)
+    assert left_out(same, *load_data(same, tokenizer)) == [f"{path}{line}", f"{path}, held out{line}"]
     none = config(f"data.path={data(*GOOD)}", "data.field=prompt")
     assert left_out(none, *load_data(none, tokenizer)) == []
 

@@ -32,11 +32,15 @@ def outcomes_of_scores(
 ) -> list[int]:
     """1 where ours is better, -1 where theirs is, 0 where they differ by no more than `tie_margin`.
 
-    Where both gave the `same` answer it is a tie: a model that scored it in two batches may differ in the last bit. A
-    pair of which one has no score (NaN: its reward failed) is no comparison and is left out.
+    So is the `same` answer of both whose scores differ in the last bits: a model scored it in two batches. A pair of
+    which one has no score (NaN: its reward failed) is no comparison and is left out.
     """
-    differences = [0 * (a - b) if equal else a - b for a, b, equal in zip(ours, theirs, same, strict=True)]
-    return [0 if abs(d) <= tie_margin else 1 if d > 0 else -1 for d in differences if math.isfinite(d)]
+    outcomes = []
+    for a, b, equal in zip(ours, theirs, same, strict=True):
+        if math.isfinite(a - b):
+            tied = abs(a - b) <= tie_margin or equal and math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)
+            outcomes.append(0 if tied else 1 if a > b else -1)
+    return outcomes
 
 
 def win_rate(outcomes_by_prompt: Sequence[Sequence[int]], *, confidence: float = 0.95, seed: int = 0) -> WinRate:

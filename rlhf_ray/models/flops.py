@@ -41,8 +41,7 @@ def device_name(device: str) -> str:
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of one device by its name; None where nobody knows.
 
-    There is no data sheet for `cpu` (all cores of this machine) and `mps`, so they are measured: what a matrix product
-    reaches there now. That is a little less than the peak, and less still while something else runs.
+    There is no data sheet for `cpu` (all cores of this machine) and `mps`: see `measured_flops`.
     """
     if name in ("cpu", "mps"):
         return measured_flops(name, dtype)
@@ -57,8 +56,8 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
 def measured_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of a few square matrix products; takes a fraction of a second.
 
-    On a CPU one core's, times the cores: while a run starts they are busy, and a product on all of them is as slow as
-    the busiest.
+    On a CPU one core's, times the logical cores: while a run starts they are busy, and a product on all of them is as
+    slow as the busiest. Where two share a physical core it is more than there is.
     """
     width = 512 if device == "cpu" else 2048
     square = torch.ones(width, width, dtype=dtype, device=device)

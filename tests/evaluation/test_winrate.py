@@ -13,9 +13,9 @@ def test_outcomes_of_scores():
     assert outcomes_of_scores([math.nan, 1.0], [0.0, 2.0], other[:2]) == [-1], "no score, no comparison"
 
 
-def test_the_same_answer_is_a_tie_whatever_its_two_scores_differ_by():
-    ours, theirs = [1.0, 1.0, math.nan], [math.nextafter(1.0, 2.0), 0.0, 1.0]
-    assert outcomes_of_scores(ours, theirs, [True, False, True]) == [0, 1], "and without a score still no comparison"
+def test_the_same_answer_is_a_tie_up_to_rounding():
+    ours, theirs = [1.0, 1.0, 1.0, math.nan], [1.0 + 1e-7, 1.0 + 1e-7, 0.9, 1.0]
+    assert outcomes_of_scores(ours, theirs, [True, False, True, True]) == [0, -1, 1], "tokens may differ behind a text"
 
 
 def test_ties_are_counted_and_left_out():
