@@ -77,7 +77,7 @@ def test_an_empty_prompt(config, tmp_path, data):
 
 
 def test_a_prompt_over_the_limit(config, tmp_path, data, capsys):
-    path = data({"prompt": "say " * 10}, *GOOD)
+    path = data(*GOOD, {"prompt": "say " * 10})
     message = "data.jsonl:6: the prompt has 40 tokens, the limit is 16; raise data.max_prompt_tokens"
     refused(config(f"data.path={path}", "data.field=prompt"), tmp_path / "run", DataError, message)
     dropped = config(f"data.path={path}", "data.field=prompt", "data.overlong_prompts=drop")
