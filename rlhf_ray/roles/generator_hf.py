@@ -160,17 +160,17 @@ class KeyedSampler(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp_BV = torch.log_softmax(self.warpers(input_ids, scores.float()), dim=-1)
+        p_BV = self.warpers(input_ids, scores.float()).softmax(-1)
         if self.greedy:
-            token_B = logp_BV.argmax(-1)
+            token_B = p_BV.argmax(-1)
         else:
             u_B = keyed_uniform(self.seed_B, input_ids.shape[1] - self.prompt_length)
             u_B = u_B.float().to(scores.device)  # MPS has no float64
-            token_B = sample_by_inversion(logp_BV, u_B)
+            token_B = sample_by_inversion(p_BV, u_B)
             if self.greedy_B.any():
-                token_B = torch.where(self.greedy_B.to(token_B.device), logp_BV.argmax(-1), token_B)
-        self.logps.append(logp_BV.gather(-1, token_B[:, None])[:, 0])
-        return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
+                token_B = torch.where(self.greedy_B.to(token_B.device), p_BV.argmax(-1), token_B)
+        self.logps.append(p_BV.gather(-1, token_B[:, None])[:, 0].log())
+        return scores.scatter(-1, token_B[:, None], float("inf"))
 
 
 class RowTemperatures(LogitsProcessor):
@@ -183,15 +183,15 @@ class RowTemperatures(LogitsProcessor):
         return scores / self.scale_B1.to(scores.device)
 
 
-def sample_by_inversion(logp_BV: Tensor, u_B: Tensor) -> Tensor:
+def sample_by_inversion(p_BV: Tensor, u_B: Tensor) -> Tensor:
     """The token whose slice of the cumulative distribution contains u. [B] int64"""
     # Float32 sums of a 150k vocabulary end near 1, not at 1: scale u by the real end, never point past it.
-    cdf_BV = logp_BV.exp().cumsum(-1)
+    cdf_BV = p_BV.cumsum(-1)
     target_B1 = (u_B.to(cdf_BV.dtype) * cdf_BV[:, -1])[:, None]
-    token_B = torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0].clamp(max=logp_BV.shape[-1] - 1)
+    token_B = torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0].clamp(max=p_BV.shape[-1] - 1)
     # Rounding could land on a token that top-p removed (probability 0): take the likeliest instead.
-    impossible_B = logp_BV.gather(-1, token_B[:, None])[:, 0] == float("-inf")
-    return torch.where(impossible_B, logp_BV.argmax(-1), token_B)
+    impossible_B = p_BV.gather(-1, token_B[:, None])[:, 0] == 0
+    return torch.where(impossible_B, p_BV.argmax(-1), token_B) if impossible_B.any() else token_B
 
 
 _MASK63 = (1 << 63) - 1

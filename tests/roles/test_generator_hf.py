@@ -79,15 +79,15 @@ def test_a_uniform_number_is_pinned():
 
 
 def test_inversion_by_hand():
-    logp_BV = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log()
+    p_BV = torch.tensor([[0.25, 0.0, 0.5, 0.25]])
     for u, token in ((0.1, 0), (0.2499, 0), (0.26, 2), (0.74, 2), (0.76, 3), (0.9999999, 3)):
-        assert sample_by_inversion(logp_BV, torch.tensor([u], dtype=torch.float64)).item() == token, u
+        assert sample_by_inversion(p_BV, torch.tensor([u], dtype=torch.float64)).item() == token, u
 
 
 def test_inversion_never_takes_what_top_p_removed():
-    logp_BV = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    p_BV = torch.tensor([[0.5, 0.5, 0.0]])
     for u in (1 - 1e-9, 1 - 1e-16):
-        assert sample_by_inversion(logp_BV, torch.tensor([u], dtype=torch.float64)).item() != 2
+        assert sample_by_inversion(p_BV, torch.tensor([u], dtype=torch.float64)).item() != 2
 
 
 # ---- which tokens ---------------------------------------------------------------------------------------------
