@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-# Quiet machines show 1.3 to 1.6: below 1 something has become slow.
-LEAST_RATIO = 1.0
+LEAST = 1.0
 
 
 @pytest.mark.system
@@ -23,4 +22,5 @@ def test_not_slower_than_trl(tmp_path):
     command = [sys.executable, "benchmarks/vs_trl.py", "--rounds", "2", "--steps", "8", "--json", str(result)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(result.read_text())["ratio"] >= LEAST_RATIO
+    times_trl = json.loads(result.read_text())["times_trl"]
+    assert times_trl["sharing"] >= LEAST, times_trl
