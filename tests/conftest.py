@@ -8,6 +8,7 @@ simple mistake shows first. `alone` is for a test that measures seconds: nothing
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if mark != "quick":
             config.addinivalue_line("markers", f"{mark}: {meaning}")
     config.addinivalue_line("markers", "alone: measures time, so that nothing may run beside it")
+    # What a shell starts in the background ignores ctrl-C, and so would every command that the tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def allowed(item: pytest.Item) -> float:

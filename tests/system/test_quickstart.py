@@ -29,6 +29,7 @@ def test_quickstart_learns_to_add_in_under_five_minutes(rlhf_ray, tmp_path):
     assert len(run.steps) == run.summary["steps"]
 
 
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("seed", [
     pytest.param(1, marks=pytest.mark.xdist_group("seed 1")), pytest.param(2, marks=pytest.mark.xdist_group("seed 2"))
 ])  # fmt: skip

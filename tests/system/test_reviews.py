@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.system
+# One after the other, and together the longest of all: they begin first (tests/conftest.py).
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1400)]
 
 KEPT_DISTINCT_2 = 0.75
 
