@@ -8,17 +8,20 @@ by hand with the command that is printed. The state of a pipeline is its stages'
 
 from __future__ import annotations
 
+import atexit
 import json
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from rlhf_ray.config.extras import needs_of, require
@@ -39,7 +42,8 @@ def run_pipeline(
 ) -> dict[str, Any]:
     """Every stage in order; returns what summary.json holds.
 
-    With `resume`, stages that have finished are kept and the one that failed goes on from its newest checkpoint.
+    With `resume`, stages that have finished are kept and the one that failed goes on from its newest checkpoint. A
+    script that calls this needs `if __name__ == "__main__":`, as for every use of `multiprocessing`.
 
     Raises:
         ConfigError: a stage cannot be meant so, needs a package that is missing, or has changed since it finished.
@@ -119,15 +123,32 @@ def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """`rlhf-ray <arguments>` in a process of its own: its exit status, or minus the signal that ended it."""
-    process = subprocess.Popen([sys.executable, "-m", "rlhf_ray.cli", *arguments])
+    process = _processes().Process(target=_command, args=(tuple(arguments),))
+    process.start()
     try:
-        return process.wait()
+        process.join()
     except KeyboardInterrupt:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_SECONDS_TO_STOP)
+        process.join(_SECONDS_TO_STOP)
         raise
     finally:
-        process.kill()
+        process.terminate()
+    return process.exitcode
+
+
+@cache
+def _processes() -> BaseContext:
+    """Where processes come from: on Linux from one that has imported, once, what takes every stage seconds."""
+    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["rlhf_ray.build", "rlhf_ray.build_supervised"])
+    return context
+
+
+def _command(arguments: Sequence[str]) -> None:
+    sys.argv = ["rlhf-ray", *arguments]
+    try:
+        resolve_name("rlhf_ray.cli:main")()  # by name, as a command line has it: this module is below the command line
+    finally:
+        atexit._run_exitfuncs()  # before Python 3.12 a process from `multiprocessing` leaves them out
 
 
 def _describe(status: int) -> str:

@@ -135,20 +135,30 @@ def test_a_command_in_a_process_of_its_own(tmp_path, capfd):
     assert "quickstart" in printed.out and "none.jsonl" in printed.err
 
 
-SLOW_TO_STOP = """#!/bin/sh
-trap 'sleep 0.5; touch checkpoint; exit 130' INT
-touch started
-while :; do sleep 0.1; done
+SLOW_TO_STOP = """
+import time
+from pathlib import Path
+from rlhf_ray import pipeline
+
+def slow_to_stop(arguments):
+    Path("started").touch()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        Path("checkpoint").touch()
+
+if __name__ == "__main__":
+    pipeline._command = slow_to_stop
+    pipeline.run_command(["rl"])
 """
-INTERRUPTED = "import sys; from rlhf_ray import pipeline; sys.executable = './stage'; pipeline.run_command(['rl'])"
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_stage_the_time_to_write_its_checkpoint(tmp_path):
-    (tmp_path / "stage").write_text(SLOW_TO_STOP)
-    (tmp_path / "stage").chmod(0o755)
+    (tmp_path / "script.py").write_text(SLOW_TO_STOP)
     run = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+        [sys.executable, "script.py"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     try:
         while not (tmp_path / "started").exists():
