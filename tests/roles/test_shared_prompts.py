@@ -69,6 +69,7 @@ def test_the_layout(two_prompts):
         [1, 1, 0, 1, 1],
     ]
     assert shared.line_tokens == [5, 4] and MicroBatch.of(two_prompts, [(0,), (2,)]).line_tokens == [3, 4]
+    assert torch.equal(shared.select([2]).tokens, two_prompts.select([2]).tokens), "rows of it are a batch as any other"
 
 
 def test_an_answer_without_tokens(batch_of):
