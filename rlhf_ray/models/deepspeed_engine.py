@@ -335,6 +335,10 @@ def _initialize(module: nn.Module, groups: list[dict[str, Any]], config: dict[st
             f"DeepSpeed was loaded for {name}, but the learner's device is {'cpu' if cpu else 'cuda'}; "
             "set DS_ACCELERATOR to the device before Python starts"
         )
+    if cpu:
+        # A collective of DeepSpeed's own, for its inference only: every fresh machine would compile it for a minute,
+        # and one without a compiler would fail.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _quiet():
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=groups, config=config, dist_init_required=False

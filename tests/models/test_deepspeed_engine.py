@@ -30,6 +30,7 @@ from engine_cases import EPS, SAVED, STAGES, equal, snapshot, tiny, tiny_lora, t
 pytestmark = pytest.mark.engine
 
 DEADLINE_S = 240.0
+COMPILED = "torch_extensions"
 WORLDS = (1, 2, 3)
 JOBS = {1: "parity,other_world", 2: "parity,variants,bad_gradient,save", 3: "parity"}
 
@@ -45,7 +46,9 @@ def run_ranks(jobs: str, world_size: int, folder: Path) -> dict[str, list[dict[A
     port = free_port()
     script = Path(__file__).with_name("engine_cases.py")
     root = str(script.parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "TORCH_EXTENSIONS_DIR": str(folder / COMPILED),
+    }  # fmt: skip
     logs = [folder / f"{jobs}.{world_size}.{rank}.log" for rank in range(world_size)]
     ranks = []
     for rank, log in enumerate(logs):
@@ -125,6 +128,12 @@ def test_export_is_the_same_for_all_stages_and_writes_tied_weights_twice(found: 
         assert weights.keys() == names
         assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
         assert weights["lm_head.weight"].shape == (48, 32)
+
+
+def test_nothing_is_compiled(found: Any, folder: Path) -> None:
+    """A user's machine may have no compiler, and on a fresh one the first step would come a minute later."""
+    assert found(2)["parity"] and found(2)["variants"]
+    assert not (folder / COMPILED).exists()
 
 
 @pytest.mark.parametrize("stage", [1, 3])

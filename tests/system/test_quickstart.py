@@ -29,16 +29,18 @@ def test_quickstart_learns_to_add_in_under_five_minutes(rlhf_ray, tmp_path):
     assert len(run.steps) == run.summary["steps"]
 
 
+# A process takes its tests some ahead: the long ones are dealt out here, so that two processes end together.
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("seed", [
-    pytest.param(1, marks=pytest.mark.xdist_group("seed 1")), pytest.param(2, marks=pytest.mark.xdist_group("seed 2"))
+    pytest.param(1, marks=pytest.mark.xdist_group("quickstart on Ray, seed 1")),
+    pytest.param(2, marks=pytest.mark.xdist_group("reviews, seed 2")),
 ])  # fmt: skip
 def test_two_more_seeds(rlhf_ray, tmp_path, seed):
     assert_it_learned(rlhf_ray("quickstart", f"seed={seed}", run_dir=tmp_path / "run").summary)
 
 
 @pytest.mark.timeout(1300)
-@pytest.mark.xdist_group("quickstart on Ray")
+@pytest.mark.xdist_group("quickstart on Ray, seed 1")
 def test_the_same_file_on_ray_with_vllm_and_deepspeed(rlhf_ray, tmp_path):
     overrides = ["executor=ray", "generator.engine=vllm", "learner.engine=deepspeed"]
     overrides += ["learner.world_size=2", "learner.zero_stage=2"]
