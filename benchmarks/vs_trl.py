@@ -1,6 +1,6 @@
 """The same GRPO job through TRL's GRPOTrainer and through `rlhf-ray` local, in turns, on one machine.
 
-    python benchmarks/vs_trl.py [--steps 8] [--rounds 3] [--json result.json]
+    python benchmarks/vs_trl.py [--sides trl ours] [--steps 8] [--rounds 3] [--json result.json]
 
 Both get the same model folder, prompts, reward, group size, token limit, optimiser settings and KL coefficient, and
 both keep a reference model. Ours runs as it is and with `learner.share_prompts` (a group's prompt is computed once, the
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 WARMUP, PROMPTS, GROUP, NEW_TOKENS, LR, KL = 3, 8, 8, 64, 1e-5, 0.04
@@ -108,25 +109,28 @@ def measure(side: str, folder: Path, steps: int) -> float:
     return PROMPTS * GROUP * len(seconds) / sum(seconds)
 
 
-def compare(folder: Path, steps: int, rounds: int) -> dict[str, object]:
+def compare(folder: Path, sides: Sequence[str], steps: int, rounds: int) -> dict[str, object]:
     make_job(folder)
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    rates: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds):
-        for side in SIDES if turn % 2 == 0 else reversed(SIDES):
+        for side in sides if turn % 2 == 0 else reversed(sides):
             rates[side].append(measure(side, folder, steps))
             print(f"round {turn + 1} {side}: {rates[side][-1]:.1f} samples/s", flush=True)
     best = {side: max(of_rounds) for side, of_rounds in rates.items()}
-    return {"samples_per_s": rates, "times_trl": {side: best[side] / best["trl"] for side in SIDES[1:]}}
+    return {"samples_per_s": rates, "times_trl": {side: best[side] / best["trl"] for side in sides if side != "trl"}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="trl and what to hold against it")
     parser.add_argument("--steps", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "trl" not in args.sides:
+        parser.error("--sides lacks trl, against which the others are measured")
     if args.side:
         if args.side == "trl":
             seconds = run_trl(args.folder, args.steps)
@@ -136,7 +140,7 @@ def main() -> None:
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(Path(folder), args.steps, args.rounds)
+        result = compare(Path(folder), args.sides, args.steps, args.rounds)
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
