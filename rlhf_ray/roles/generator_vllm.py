@@ -59,7 +59,7 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        prepare_environment()
+        prepare_environment(eager=enforce_eager)
         _require_vllm()
         if transport == "in_process" and tensor_parallel_size > 1:
             raise ConfigError(
@@ -255,8 +255,12 @@ class VLLMGenerator:
         cleanup_dist_env_and_memory()
 
 
-def prepare_environment() -> None:
-    """What must be set before vLLM is first imported. Values that the user has set win."""
+def prepare_environment(*, eager: bool = True) -> None:
+    """What must be set before vLLM is first imported. Values that the user has set win.
+
+    Args:
+        eager: generator.enforce_eager; on CPU, vLLM then compiles nothing at all.
+    """
     settings = {
         # The engine in this process: starts in seconds, and tensors can be passed by reference.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -269,6 +273,10 @@ def prepare_environment() -> None:
         # With a thread pool, small models generate ten times slower: threads spin between tiny operations.
         settings["OMP_NUM_THREADS"] = "1"
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # or tensor parallel workers want a NUMA node each
+        if eager:
+            # It would still compile a few lines of its sampler in each process: ten seconds before the first token,
+            # and a C++ compiler. Uncompiled, they take as long as two softmaxes over the vocabulary.
+            settings["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available() and os.environ["OMP_NUM_THREADS"].isdigit():

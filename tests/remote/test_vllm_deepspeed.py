@@ -26,6 +26,8 @@ def completions_of(folder: Path) -> list[list[str]]:
 def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
     """The run starts its own Ray, learns something, and the generator follows each update to 1e-4."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "compiled" / name))
     settings = (
         f"steps={STEPS}", "generator.engine=vllm", "algorithm.kl_coef=0.01", "logging.rollouts=24",
         # vLLM's CPU attention has no kernel for heads narrower than 32.
@@ -44,6 +46,8 @@ def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
         assert step["grad_norm"] > 0 and step["approx_kl"] == 0 and step["ratio/max"] == 1
         assert step["staleness/max"] == 0
     assert abs(steps[-1]["kl_ref"]) > 0, "the policy has moved from the reference"
+    # A laptop may have no compiler, and it would take the first step a minute.
+    assert not [path for path in (tmp_path / "compiled").rglob("*") if path.is_file()]
 
     # One generator, one process, another training engine: the same tokens, and the same losses.
     run_rl(tiny_config(*settings), tmp_path / "alone")
