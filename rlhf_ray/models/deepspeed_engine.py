@@ -336,8 +336,7 @@ def _initialize(module: nn.Module, groups: list[dict[str, Any]], config: dict[st
             "set DS_ACCELERATOR to the device before Python starts"
         )
     if cpu:
-        # A collective of DeepSpeed's own, for its inference only: every fresh machine would compile it for a minute,
-        # and one without a compiler would fail.
+        # A collective of DeepSpeed's own, for its inference only: every fresh machine would compile it for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _quiet():
         engine, *_ = deepspeed.initialize(

@@ -275,7 +275,7 @@ def prepare_environment(*, eager: bool = True) -> None:
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # or tensor parallel workers want a NUMA node each
         if eager:
             # It would still compile a few lines of its sampler in each process: ten seconds before the first token,
-            # and a C++ compiler. Uncompiled, they take as long as two softmaxes over the vocabulary.
+            # and a C++ compiler. Uncompiled, they take as long as two or three softmaxes over the vocabulary.
             settings["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
