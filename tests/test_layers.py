@@ -201,6 +201,7 @@ def modules_in(*parts: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_algo_loads_nothing_heavier_than_torch():
     loaded = run_python(
         "import sys, importlib\n"

@@ -159,6 +159,7 @@ def whitened_groups_by_tokens(rows_B: Tensor, group_B: Tensor) -> Tensor:
 
 
 # Groups in a batch -> the bias that docs/algorithms.md names.
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimator", "size", "documented"), [
     (whitened_returns, 1, {2: 0.27, 4: 0.25, 8: 0.15}),
     (whitened_gae, 1, {2: 0.20, 4: 0.15, 8: 0.09}),

@@ -181,6 +181,7 @@ def stale_error(problem: int, preset: dict | None = None, loss=policy_gradient_l
     return float((gradient(objective, now_NV) - exact).norm() / exact.norm())
 
 
+@pytest.mark.slow
 def test_corrections_remove_the_bias_of_stale_data():
     """Mean over 20 random problems; docs/algorithms.md has these numbers."""
     error = {name: sum(stale_error(p, preset) for p in range(20)) / 20 for name, preset in PRESETS.items()}
@@ -206,6 +207,7 @@ RATIO_LOSSES = {
 }
 
 
+@pytest.mark.slow
 def test_what_the_losses_make_of_stale_data():
     """A ratio at each token removes some of the error, as the correction `token` does; a clip adds more than that."""
     error = {name: sum(stale_error(p, loss=loss) for p in range(20)) / 20 for name, loss in RATIO_LOSSES.items()}

@@ -243,6 +243,7 @@ def test_a_missing_package_is_no_surprise_after_sampling(config, table, monkeypa
         compare(config())
 
 
+@pytest.mark.slow
 def test_real_models_give_the_same_numbers_twice_and_at_temperature_0_one_answer(config, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a text that is longer than the sixteen positions of the model"}\n')

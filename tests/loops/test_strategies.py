@@ -67,6 +67,7 @@ def test_reference_answers_in_the_group(tiny_config, tmp_path, read_rows, estima
         assert row["reward/mean"] >= 0.25
 
 
+@pytest.mark.slow
 def test_dapo_learns_from_mixed_groups_only(tiny_config, tmp_path, read_rows, estimated):
     config = tiny_config("algorithm.name=dapo", "algorithm.resample_rounds=6", PARITY, "steps=2", "eval.size=2")
     run_rl(config, tmp_path / "a")

@@ -67,6 +67,7 @@ def test_a_folder_is_taken_as_it_lies(tiny_config, tmp_path):
     assert not (tmp_path / "start").exists()
 
 
+@pytest.mark.slow
 def test_a_task_teaches_answers_and_their_end(tiny_config):
     config = tiny_config("warm_start={steps: 1, max_length: 16}")
     tokenizer = make_tokenizer(config)

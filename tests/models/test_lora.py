@@ -14,6 +14,8 @@ from rlhf_ray.models.lora import apply_lora, merged_state, quantization
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
 
+pytestmark = pytest.mark.slow  # peft alone takes seconds to import
+
 IDS = torch.tensor([[3, 7, 11, 4]])
 
 

@@ -159,6 +159,7 @@ def test_too_small_shared_memory(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sender_that_exits_or_crashes_leaves_nothing(tmp_path):
     code = (
         "from pathlib import Path; from rlhf_ray.sync.segment import Segment;"
