@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import check_device
 from rlhf_ray.config.schema import RunConfig
@@ -21,7 +19,7 @@ from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.flops import device_name, peak_flops
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
@@ -30,6 +28,7 @@ from rlhf_ray.roles.protocols import Roles, Sampling
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.storage import explained
 from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
 
 
@@ -64,7 +63,8 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
                 result = train(config, roles, rollouts, evaluator, canary, run)
             finally:
                 rollouts.close()
-            roles.learner.export_model(directory.model)
+            with explained("the model", directory.model):
+                roles.learner.export_model(directory.model)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)
@@ -116,6 +116,7 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
         reward_of(reward).close()
     for path in config.judge_paths:
         load_tokenizer(path)
+        load_shape(path)
     tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -132,7 +133,7 @@ def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Seque
     path = config.model.path
     if path.startswith("scratch:"):
         return  # made to fit; config/checks.py knows its length
-    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    shape = load_shape(path, trust_remote_code=config.model.trust_remote_code)
     if getattr(shape, "quantization_config", None) is not None:
         raise ModelError(
             f"{path} holds packed (quantised) weights, and the generators could not take the numbers that the learner "

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import BertConfig, BertForSequenceClassification
+from safetensors import SafetensorError
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from rlhf_ray import build
 from rlhf_ray.build import left_out, load_data, run_rl
@@ -148,6 +149,13 @@ def test_an_unknown_reward(config, tmp_path):
     refused(config("rewards.0.function=gone.py:f"), tmp_path / "run", ConfigError, "reward file gone.py does not exist")
 
 
+def test_a_reward_model_folder_without_a_model_is_found_before_the_warm_start(config, tmp_path, model_folder):
+    judge = tmp_path / "judge"
+    shutil.copytree(model_folder, judge)
+    (judge / "config.json").unlink()
+    refused(config(f"reward_model.path={judge}"), tmp_path / "run", ModelError, "judge: the folder has no config.json")
+
+
 def test_a_reward_model_that_is_not_there(config, tmp_path):
     settings = config(f"reward_model.path={tmp_path}/judge")
     refused(settings, tmp_path / "run", ModelError, "judge: no such folder")
@@ -197,6 +205,22 @@ def test_no_space_for_a_checkpoint(config, tmp_path, full_disk):
         run_rl(config(), tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "the disk is full" in summary["error"]
+
+
+@pytest.mark.parametrize("folder", ["start", "model"])
+def test_no_space_for_a_model(config, tmp_path, monkeypatch, folder):
+    """safetensors has an error of its own for it."""
+    save = PreTrainedModel.save_pretrained
+
+    def write(self, to, *args, **kwargs):
+        if Path(to).name.startswith(folder):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(self, to, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", write)
+    with pytest.raises(StorageError, match=f"{folder}: cannot write the .*: the disk is full; free some space"):
+        run_rl(config(), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
 def test_no_space_even_for_the_summary(config, tmp_path, full_disk, monkeypatch):

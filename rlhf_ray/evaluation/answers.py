@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
@@ -17,7 +17,7 @@ from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_optio
 from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.roles.factory import Assets, make_generator, make_reward
@@ -112,7 +112,7 @@ class AnsweringModel:
         self.assets = assets
         self.tokenizer = tokenizer
         self.generator: Generator | None = generator
-        shape = AutoConfig.from_pretrained(assets.policy, trust_remote_code=run.model.trust_remote_code)
+        shape = load_shape(assets.policy, trust_remote_code=run.model.trust_remote_code)
         self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
 
     def sample(self, prompts: PromptSet, sampling: SamplingConfig, seed: int) -> Batch:

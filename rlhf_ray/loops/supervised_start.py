@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.supervised import ClassifierConfig, SFTConfig, SupervisedConfig
@@ -18,10 +18,11 @@ from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.templates import alpaca_prompt
 from rlhf_ray.errors import ConfigError, ModelError
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.supervised_factory import labels_of
+from rlhf_ray.run.storage import explained
 
 Splits = dict[str, list[Any]]
 # Of a held-out text without a prompt, so many tokens are given for a sample.
@@ -102,7 +103,7 @@ def check_model_fits(config: SupervisedConfig, tokenizer: PreTrainedTokenizerBas
     path = config.model.path
     if path.startswith("scratch:"):
         return  # made to fit; the config's own checks know its length
-    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    shape = load_shape(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
     rows = [ids for items in splits.values() for item in items for ids in _token_ids(item)]
     positions, longest = getattr(shape, "max_position_embeddings", None), max(map(len, rows))
     if positions is not None and longest > positions:
@@ -153,8 +154,9 @@ def _written(folder: Path, write: Callable[[Path], Any]) -> None:
     # Written aside and renamed: a folder that exists is complete.
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write(unfinished)
-    unfinished.rename(folder)
+    with explained("the model to start from", folder):
+        write(unfinished)
+        unfinished.rename(folder)
 
 
 def build_model(config: SupervisedConfig, labels: Sequence[str], **options: int) -> PreTrainedModel:

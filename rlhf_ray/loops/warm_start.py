@@ -22,6 +22,7 @@ from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.objectives import SFT
 from rlhf_ray.roles.supervised import SupervisedTrainer
 from rlhf_ray.roles.supervised_factory import unknown_token
+from rlhf_ray.run.storage import explained
 
 Report = Callable[[int, float], None]
 Tokens = tuple[int, ...]
@@ -45,9 +46,12 @@ def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report:
             model = make_model(config, tokenizer) if scratch else load_policy(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
-            warm_start(config, model, tokenizer, hardware, report).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+            model = warm_start(config, model, tokenizer, hardware, report)
+        with explained("the policy to start from", folder):
+            if made:
+                model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
     return str(folder) if made else config.model.path, str(folder)
 
 

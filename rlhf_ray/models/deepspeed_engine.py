@@ -204,10 +204,10 @@ class DeepSpeedEngine:
         if self.rank == 0:
             try:
                 write_pretrained(self.module, state, folder, tokenizer)
-            except OSError as error:
-                problem = f"the model cannot be written to {folder} ({error}); make room, or name another folder"
-            except ModelError as error:  # caught, for the other ranks are waiting
+            except ModelError as error:  # caught, as what follows: the other ranks are waiting
                 problem = str(error)
+            except Exception as error:  # safetensors has errors of its own for a full disk
+                problem = f"the model cannot be written to {folder} ({error}); make room, or name another folder"
         self._agree(problem)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM backbone with AutoModel
 from rlhf_ray.errors import ModelError
+from rlhf_ray.models.loading import load_model
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -38,16 +39,20 @@ class ValueModel(nn.Module):
         self.value_head.to(device=backbone.device, dtype=backbone.dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> ValueModel:
-        """A folder that `save_pretrained` wrote, or any policy folder or Hub name (then with a new head)."""
-        try:
-            model = cls(AutoModel.from_pretrained(str(folder), dtype=dtype, **options))
-        except Exception as error:  # OSError, ValueError, KeyError, hub and safetensors errors
-            reason = str(error).strip().split("\n")[0][:300]
-            raise ModelError(
-                f"{folder}: cannot load a critic backbone ({type(error).__name__}: {reason}); "
-                "give a causal language model's folder or Hub name as critic.path"
-            ) from error
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> ValueModel:
+        """A folder that `save_pretrained` wrote, or any policy folder or Hub name (then with a new head).
+
+        Raises ModelError.
+        """
+        kind = "a backbone for the critic (critic.path)"
+        model = cls(load_model(AutoModel, folder, kind, trust_remote_code, dtype=dtype, **options))
         head = Path(folder).expanduser() / HEAD_FILE
         if head.is_file():
             model.value_head.load_state_dict(load_file(head))

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -34,11 +36,16 @@ def load_policy(
     """A causal language model, in evaluation mode (dropout off), of `dtype` on `device`.
 
     `options` go to `from_pretrained` (`attn_implementation`, `revision`, `quantization_config`, ...).
-    Raises ModelError for a folder that is missing, empty or no causal LM, and for an unreachable Hub.
+    Raises ModelError for a folder that is missing, empty, incomplete or no causal LM, and for an unreachable Hub.
     """
     kind = "a causal language model"
-    model = load_pretrained(AutoModelForCausalLM, path, kind, trust_remote_code, dtype=dtype, **options)
+    model = load_model(AutoModelForCausalLM, path, kind, trust_remote_code, dtype=dtype, **options)
     return model.to(device).eval()
+
+
+def load_shape(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model folder or Hub name. Raises ModelError."""
+    return load_pretrained(AutoConfig, path, "a model's config", trust_remote_code)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -79,10 +86,11 @@ def load_reward_model(
     """A Hugging Face sequence classifier, in evaluation mode, and its tokenizer.
 
     One label: a Bradley-Terry reward model, whose logit is the score. More labels: the last one is the good one.
+    Raises ModelError, also for a folder without a trained head (a policy's).
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     kind = "a sequence classifier"
-    model = load_pretrained(AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options)
+    model = load_model(AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options)
     if model.config.pad_token_id is None:
         # A decoder's classifier looks for the last token that is not padding; without this id it refuses batches.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -120,6 +128,19 @@ def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code
         raise ModelError(
             f"{path}: cannot load {what} ({type(error).__name__}: {_first_line(error)}); {advice}"
         ) from error
+
+
+def load_model(factory: Any, path: str | Path, what: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """`load_pretrained` of a model whose parameters are all in the folder: Transformers draws those that are not at
+    random, and only logs it. Raises ModelError."""
+    model, report = load_pretrained(factory, path, what, trust_remote_code, output_loading_info=True, **options)
+    missing = [name for name, _ in model.named_parameters() if name in report["missing_keys"]]
+    if missing:
+        raise ModelError(
+            f"{path}: its files hold no {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, so it is "
+            f"not {what}, or only a part of one; name a complete model of this kind"
+        )
+    return model
 
 
 def _first_line(error: Exception) -> str:

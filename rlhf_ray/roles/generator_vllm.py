@@ -63,7 +63,7 @@ class VLLMGenerator:
         _require_vllm()
         if transport == "in_process" and tensor_parallel_size > 1:
             raise ConfigError(
-                f"sync.transport=in_process with generator.tensor_parallel_size={tensor_parallel_size}: vLLM's "
+                f"sync.transport=in_process with generator.tensor_parallel={tensor_parallel_size}: vLLM's "
                 "workers are then processes of their own; set sync.transport=nccl, cuda_ipc or shared_memory"
             )
         self.max_model_len = max_model_len
@@ -334,8 +334,8 @@ def _check_head_size(llm: Any, model: str) -> None:
     if size not in known:
         raise ModelError(
             f"vLLM on CPU cannot serve {model}: its attention heads have size {size}, and the kernels know "
-            f"{', '.join(map(str, known))}; choose model.hidden_size / model.heads accordingly, or set "
-            "generator.engine=hf"
+            f"{', '.join(map(str, known))}; choose model.scratch.hidden_size and model.scratch.heads accordingly, "
+            "or set generator.engine=hf"
         )
 
 

@@ -59,8 +59,12 @@ def test_values_are_float32_and_gradients_reach_the_backbone():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ModelError, match="critic.path"):
+    with pytest.raises(ModelError, match="nowhere: no such folder"):
         ValueModel.from_pretrained(tmp_path / "nowhere")
+    policy_of("qwen2").save_pretrained(tmp_path / "policy")
+    (tmp_path / "policy" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load a backbone for the critic .critic.path."):
+        ValueModel.from_pretrained(tmp_path / "policy")
     critic = ValueModel(policy_of("qwen2").base_model)
     with pytest.raises(ModelError, match="value_head"):
         critic.save_pretrained(tmp_path, state_dict={"lm_head.weight": torch.zeros(1)})

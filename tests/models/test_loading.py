@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
 from rlhf_ray.errors import ModelError
-from rlhf_ray.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import char_tokenizer, word_tokenizer
 
@@ -74,6 +76,28 @@ def test_folder_with_damaged_weights(policy_folder):
     (policy_folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="cannot load a causal language model .*is the folder complete"):
         load_policy(policy_folder)
+
+
+def test_a_folder_that_lacks_weights_is_refused_and_not_filled_with_random_ones(policy_folder):
+    file = policy_folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    for load in (load_policy, ValueModel.from_pretrained):
+        with pytest.raises(ModelError, match="hold no .*down_proj.weight, so it is not a"):
+            load(policy_folder)
+
+
+def test_a_policy_is_no_reward_model(policy_folder):
+    with pytest.raises(ModelError, match="hold no score.weight, so it is not a sequence classifier"):
+        load_reward_model(policy_folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "{broken"])
+def test_a_config_that_says_nothing(policy_folder, text):
+    (policy_folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match="policy: cannot load a model's config"):
+        load_shape(policy_folder)
 
 
 def test_no_network():
