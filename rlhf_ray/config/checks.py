@@ -9,7 +9,7 @@ from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import PromptsConfig, RunConfig
+from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, PromptsConfig, RunConfig
 from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
 
 # Names under reward/ that every run logs.
@@ -280,6 +280,12 @@ def _generation(config: RunConfig, device: str) -> list[str]:
     if generator.engine == "hf" and generator.tensor_parallel > 1:
         problems.append(
             "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
+        )
+    hottest = max([config.rollout.temperature, config.eval.temperature, *config.rollout.temperatures])
+    if generator.engine == "vllm" and hottest > VLLM_MAX_TEMPERATURE:
+        problems.append(
+            f"generator.engine=vllm samples at temperatures up to {VLLM_MAX_TEMPERATURE}, not {hottest}; lower "
+            "rollout.temperature, or set generator.engine=hf"
         )
     if config.executor == "local" and staleness > 0:
         problems.append(

@@ -64,6 +64,9 @@ class RolloutConfig(Section):
     max_staleness: int = Field(0, ge=0, description="weight versions that generation may run behind learning")
 
 
+VLLM_MAX_TEMPERATURE = 2.0
+
+
 class GeneratorConfig(Section):
     engine: Literal["hf", "vllm"] = "hf"
     count: int = Field(1, gt=0, description="generator actors (ray)")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.batch import Batch, build_batch
+from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, SyncError
 from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Request, Sampling
@@ -24,7 +25,6 @@ from rlhf_ray.sync.session import SyncSession
 GIB = 2**30
 CPU_BATCHED_TOKENS = 8192  # of one pass
 EXTENSION = "rlhf_ray.sync.vllm_transfer.WorkerExtension"
-MAX_TEMPERATURE = 2.0  # vLLM's own limit
 
 
 class VLLMGenerator:
@@ -116,9 +116,9 @@ class VLLMGenerator:
         from vllm import SamplingParams
 
         temperatures = [sampling.temperature if r.temperature is None else r.temperature for r in requests]
-        if not 0.0 <= min(temperatures) <= max(temperatures) <= MAX_TEMPERATURE:
+        if not 0.0 <= min(temperatures) <= max(temperatures) <= VLLM_MAX_TEMPERATURE:
             raise ConfigError(
-                f"generator.engine=vllm samples at temperatures from 0 to {MAX_TEMPERATURE}, not "
+                f"generator.engine=vllm samples at temperatures from 0 to {VLLM_MAX_TEMPERATURE}, not "
                 f"{max(temperatures)}; change rollout.temperature or set generator.engine=hf"
             )
         params = [

@@ -100,6 +100,8 @@ def test_a_missing_file_names_the_near_one(tmp_path, write, tree):
     write(tree)
     with pytest.raises(ConfigError, match=r"runn.yaml does not exist; did you mean .*run.yaml\?"):
         load_config(tmp_path / "runn.yaml")
+    with pytest.raises(ConfigError, match="is a folder; name a YAML file"):
+        load_config(tmp_path)
     with pytest.raises(ConfigError, match=r"x.yaml does not exist$"):
         load_config(tmp_path / "nowhere" / "x.yaml")
 
