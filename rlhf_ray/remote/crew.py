@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ class Crew:
 
     A worker that dies ends every wait within seconds, named, and one whose process has stopped within PULSE_S +
     SILENCE_S: also when the call under way is another worker's, which would wait for the lost one in a collective.
+    Deaths are seen from `locate` on; silence counts from `built` on, for an import may block a process for minutes.
     A call that is stuck in a process that still answers is left to its own deadline.
     """
 
@@ -49,6 +51,7 @@ class Crew:
         self._lost: Lost | None = None
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._built_at = math.inf
 
     def hire(self, host: type[Host], name: str, options: dict[str, Any], folder: str) -> Worker:
         """Start an actor; returns before it runs."""
@@ -60,13 +63,20 @@ class Crew:
         return worker
 
     def locate(self, deadline: Deadline) -> dict[str, Place]:
-        """Wait until every actor runs; afterwards each is known by node and pid. The key is the worker's name."""
+        """Wait until every actor runs; afterwards each is known by node and pid, and watched. The key is the worker's
+        name."""
         calls = [worker.start(Host.place, deadline=deadline) for worker in self.workers]
         places = dict(zip((worker.name for worker in self.workers), self.results(calls), strict=True))
         self.workers = [
             Worker(w.name, w.actor, places[w.name].node, places[w.name].pid) for w in self.workers
         ]
+        self._watcher = threading.Thread(target=self._watch, name="crew-watch", daemon=True)
+        self._watcher.start()
         return places
+
+    def built(self) -> None:
+        """Everything is loaded: from now on, who says nothing for long is lost."""
+        self._built_at = time.monotonic()
 
     def named(self, prefix: str) -> list[Worker]:
         """Workers of a role, in the order of hiring."""
@@ -115,11 +125,6 @@ class Crew:
 
     # ------------------------------------------------------------ watching
 
-    def watch(self) -> None:
-        """Begin to watch: when everything is built, for importing a library may block a process for minutes."""
-        self._watcher = threading.Thread(target=self._watch, name="crew-watch", daemon=True)
-        self._watcher.start()
-
     def _watch(self) -> None:
         pulses: dict[ObjectRef, tuple[Worker, float]] = {}
 
@@ -139,8 +144,9 @@ class Crew:
                 feel(worker)
             now = time.monotonic()
             for worker, since in pulses.values():
-                if now - since > PULSE_S + SILENCE_S:
-                    return self._lose(worker, partial(silence, worker, now - since))
+                silent = now - max(since, self._built_at)
+                if silent > PULSE_S + SILENCE_S:
+                    return self._lose(worker, partial(silence, worker, silent))
 
     def _lose(self, worker: Worker, error: Callable[[str], RlhfRayError]) -> None:
         if not self._closing.is_set():

@@ -67,7 +67,7 @@ def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
                 host = HOSTS[seat.name.split()[0]]
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
             _build(crew, plan, config, everywhere(assets), transport)
-            crew.watch()
+            crew.built()
             yield dataclasses.replace(_handles(crew, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:

@@ -106,7 +106,7 @@ def open_remote_trainer(config: SupervisedConfig, assets: Assets, splits: Splits
             for seat in plan.seats:
                 crew.hire(SupervisedHost, seat.name, options_of(seat, group, environment), os.getcwd())
             _build(crew, config, everywhere(assets), splits)
-            crew.watch()
+            crew.built()
             nodes = len({worker.node for worker in crew.workers})
             deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
             yield RemoteSupervisedTrainer(

@@ -61,16 +61,17 @@ class Toy(Host):
 
 @pytest.fixture
 def hire(own_ray, tmp_path):
-    """`hire(2)`: a watched crew of two toys."""
+    """`hire(2)`: a watched crew of two toys; `loaded=False`: one that still imports its libraries."""
     crews = []
 
-    def make(count: int) -> Crew:
+    def make(count: int, loaded: bool = True) -> Crew:
         made = Crew()
         crews.append(made)
         for rank in range(count):
             made.hire(Toy, f"learner rank {rank}", {"num_cpus": 0.1}, str(tmp_path))
         made.locate(Deadline(60, "ray.start_deadline_s"))
-        made.watch()
+        if loaded:
+            made.built()
         return made
 
     yield make
@@ -159,6 +160,17 @@ def test_a_stopped_worker_is_noticed_by_its_silence(hire, monkeypatch):
     with pytest.raises(DeadlineError, match="learner rank 1 .* hangs: it gave no sign of life for 5 s"):
         team.result(call(team, 1, Toy.echo, 1, seconds=200))
     assert time.monotonic() - started < 20
+
+
+def test_while_models_load_a_death_is_noticed_and_silence_is_not(hire, monkeypatch):
+    monkeypatch.setattr(crew, "PULSE_S", 0.5)
+    monkeypatch.setattr(crew, "SILENCE_S", 1.0)
+    team = hire(2, loaded=False)
+    os.kill(team.workers[1].pid, signal.SIGSTOP)
+    assert team.result(call(team, 0, Toy.wait, 4)) == 4
+    os.kill(team.workers[1].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="learner rank 1 .* died while the run waited for wait of learner rank 0"):
+        team.result(call(team, 0, Toy.wait, 60, seconds=100))
 
 
 def test_real_limits_end_a_hung_run_within_a_minute():
