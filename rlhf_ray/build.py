@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.extras import needs_of, require
-from rlhf_ray.config.load import check_device
+from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.prompts import PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.tasks import is_task
@@ -39,12 +39,15 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
     """
     hardware = hardware_of(config)
-    check_device(config, hardware.device)
+    config = on_device(config, hardware.device)
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
         tokenizer, train_prompts, held_out = check_inputs(config, directory)
     run = Recorder(config, directory)
     try:
+        run.progress.note(
+            f"device: {hardware}; generator: {config.generator.engine}; learner: {config.learner.engine}"
+        )
         for line in left_out(config, train_prompts, held_out):
             run.progress.note(line)
         policy, tokenizer_path = starting_policy(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray.build import hardware_of, kept_only_if_used
-from rlhf_ray.config.load import check_device
+from rlhf_ray.config.load import on_device
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.errors import ModelError
@@ -43,7 +43,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
     """
     hardware = hardware_of(config)
-    check_device(config, hardware.device)
+    on_device(config, hardware.device)
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     reports: list[CleaningReport] = []
     with kept_only_if_used(directory):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_ray.config.load import check_device
+from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SupervisedConfig
@@ -44,9 +44,9 @@ def describe_plan(config: RunConfig) -> str:
         ConfigError: listing what does not fit the device that `auto` stands for here.
     """
     hardware, found = expected_hardware(config)
-    check_device(config, hardware.device)
+    config = on_device(config, hardware.device)
     policy = model_size(config)
-    lines = [f"# placement: executor {config.executor}, device {hardware.device}, {_dtype_name(hardware)}{found}"]
+    lines = [f"# placement: executor {config.executor}, device {hardware}{found}"]
     if policy is None:
         lines.append(f"# policy {config.model.path}: size unknown (not in the local cache; nothing is downloaded here)")
     else:
@@ -69,7 +69,7 @@ def describe_plan(config: RunConfig) -> str:
 def describe_supervised_plan(config: SupervisedConfig) -> str:
     """The same for SFT, a reward model, DPO or a classifier: one role, the trainer. Raises ConfigError."""
     hardware, found = expected_hardware(config)
-    check_device(config, hardware.device)
+    on_device(config, hardware.device)
     judges = isinstance(config, RMConfig | ClassifierConfig)
     if config.model.path.startswith("scratch:"):
         with torch.device("meta"):
@@ -80,7 +80,7 @@ def describe_supervised_plan(config: SupervisedConfig) -> str:
     trainer = _trainer("trainer", config.learner, hardware, size)
     known = "size unknown (not here yet, or on the Hub; nothing is downloaded here)"
     return "\n".join([
-        f"# placement: executor {config.executor}, device {hardware.device}, {_dtype_name(hardware)}{found}",
+        f"# placement: executor {config.executor}, device {hardware}{found}",
         f"# model {config.model.path}: {known if size is None else f'{size.parameters:,} parameters at most'}",
         f"#   {trainer.name:<10} {trainer.engine:<16} processes: {trainer.processes:<9} "
         f"memory each: {human(trainer.bytes)}",
@@ -193,7 +193,3 @@ def human(count: int | None) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def _dtype_name(hardware: Hardware) -> str:
-    return str(hardware.dtype).removeprefix("torch.")

@@ -100,7 +100,7 @@ def test_frozen_weights_have_neither_gradients_nor_moments():
 
 def test_only_the_roles_that_are_used(config):
     size = Size(100, 100)
-    grpo = planned_roles(config(), CPU, size)
+    grpo = planned_roles(config("generator.engine=hf"), CPU, size)
     assert grpo == [
         PlannedRole("generator", "hf", 1, 1, 400),
         PlannedRole("learner", "torch", 1, 1, 1600),
@@ -176,6 +176,13 @@ def test_a_cluster_is_planned_with_the_bundles_of_the_run(config):
     shared = describe_plan(config("executor=ray", "device=cuda", "generator.engine=vllm", "ray.colocate=true"))
     assert "ray: 1 GPUs and 2 CPUs in 1 bundles" in shared and "generator 0 (shares)" in shared
     assert "weights by cuda_ipc" in shared
+
+
+def test_a_plan_says_which_engine_auto_is(config, monkeypatch):
+    monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: True)
+    text = describe_plan(config("executor=ray", "device=cuda"))
+    assert "generator  vllm" in text and "weights by nccl" in text
+    assert "generator  hf" in describe_plan(config("executor=ray", "device=cpu"))
 
 
 def test_a_dry_run_refuses_what_auto_does_not_fit(config, monkeypatch):

@@ -277,7 +277,7 @@ def _generation(config: RunConfig, device: str) -> list[str]:
         )
     if generator.engine == "vllm" and (sys.platform == "darwin" or device == "mps"):
         problems.append("generator.engine=vllm does not run on a Mac; set generator.engine=hf")
-    if generator.engine == "hf" and generator.tensor_parallel > 1:
+    if generator.tensor_parallel > 1 and not _may_be_vllm(config, device):
         problems.append(
             "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
         )
@@ -302,6 +302,11 @@ def _generation(config: RunConfig, device: str) -> list[str]:
             "algorithm.correction=none would take them for the present policy's; set algorithm.correction=truncate"
         )
     return problems
+
+
+def _may_be_vllm(config: RunConfig, device: str) -> bool:
+    follows = config.executor == "ray" and device in ("auto", "cuda")
+    return config.generator.engine == "vllm" or (config.generator.engine == "auto" and follows)
 
 
 def _transport(config: RunConfig, device: str) -> list[str]:

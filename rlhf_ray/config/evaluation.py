@@ -173,7 +173,7 @@ def _generator_problems(config: SampledRunConfig) -> list[str]:
     generator, problems = config.generator, []
     if generator.count > 1:
         problems.append(f"generator.count={generator.count}: here one model answers at a time; set generator.count=1")
-    if generator.engine == "hf" and generator.tensor_parallel > 1:
+    if generator.engine != "vllm" and generator.tensor_parallel > 1:
         problems.append(
             "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
         )

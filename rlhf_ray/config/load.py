@@ -6,6 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +20,7 @@ from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError
 
 Config = TypeVar("Config", bound=Section)
+Run = TypeVar("Run", bound=RunConfig | SupervisedConfig)
 
 
 def load_config(
@@ -157,15 +159,33 @@ def parse_config(
     return config
 
 
-def check_device(config: RunConfig | SupervisedConfig, device: str) -> None:
-    """What the config alone could not know: does it fit the device that `device: auto` has become?
+def on_device(config: Run, device: str) -> Run:
+    """`config` on the device that `device: auto` has become: `generator.engine: auto` follows it.
 
     Raises:
-        ConfigError: listing every contradiction.
+        ConfigError: listing every contradiction, for the config alone could not know whether it fits the device.
     """
+    if isinstance(config, RunConfig) and config.generator.engine == "auto":
+        config = _with_generator_for(config, device)
     problems = contradictions(config, device) if isinstance(config, RunConfig) else config.contradictions(device)
     if problems:
         raise ConfigError(_listing(f"device={config.device}, which is {device} here", problems))
+    return config
+
+
+def _with_generator_for(config: RunConfig, device: str) -> RunConfig:
+    """vLLM on CUDA, where it is installed and can do what the config asks; Transformers runs everywhere.
+
+    One process keeps to Transformers also on CUDA: vLLM would hold most of the GPU while the learner needs it.
+    """
+    hf, vllm = (
+        config.model_copy(update={"generator": config.generator.model_copy(update={"engine": engine})})
+        for engine in ("hf", "vllm")
+    )
+    if config.executor == "local" or device != "cuda" or find_spec("vllm") is None:
+        return hf
+    against = set(contradictions(vllm, device)) - set(contradictions(hf, device))
+    return hf if against else vllm
 
 
 def _contradictions(config: Section) -> list[str]:

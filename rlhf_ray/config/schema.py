@@ -68,7 +68,9 @@ VLLM_MAX_TEMPERATURE = 2.0
 
 
 class GeneratorConfig(Section):
-    engine: Literal["hf", "vllm"] = "hf"
+    engine: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="auto: vllm on CUDA with executor=ray, where it is installed and has the model; else hf"
+    )
     count: int = Field(1, gt=0, description="generator actors (ray)")
     tensor_parallel: int = Field(1, gt=0)
     batch_size: int = Field(1024, gt=0, description="hf: sequences generated together; does not depend on count")

@@ -16,6 +16,9 @@ class Hardware:
     device: str  # cuda, mps or cpu
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+
 
 def choose_hardware(
     device: str = "auto", dtype: str = "auto", *, cuda: bool | None = None, mps: bool | None = None

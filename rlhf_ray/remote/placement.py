@@ -69,7 +69,7 @@ def choose_transport(config: RunConfig, device: str) -> str:
     """sync.transport, `auto` resolved. What a placement cannot serve, config/checks.py has refused."""
     if config.sync.transport != "auto":
         return config.sync.transport
-    if device != "cuda" or config.generator.engine == "hf":
+    if device != "cuda" or config.generator.engine != "vllm":
         return "shared_memory"
     return "cuda_ipc" if config.ray.colocate else "nccl"
 

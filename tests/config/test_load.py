@@ -8,7 +8,7 @@ import yaml
 from rlhf_ray.algo.registry import ADVANTAGES, POLICY_LOSSES
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
-from rlhf_ray.config.load import check_device, dump_config, load_config, parse_config
+from rlhf_ray.config.load import dump_config, load_config, on_device, parse_config
 from rlhf_ray.config.reward_server import RewardServerConfig
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import SCHEMAS
@@ -293,11 +293,11 @@ def test_every_command_in_a_comment_loads(repo_root, monkeypatch):
 
 
 def test_auto_that_turns_out_to_be_mps(load):
-    check_device(load(), "mps")  # Hugging Face generation and torch training are fine there
+    on_device(load(), "mps")  # Hugging Face generation and torch training are fine there
     config = load("generator.engine=vllm", "learner.engine=deepspeed")
-    check_device(config, "cuda")
+    on_device(config, "cuda")
     with pytest.raises(ConfigError) as error:
-        check_device(config, "mps")
+        on_device(config, "mps")
     assert str(error.value).startswith("device=auto, which is mps here: 2 problems")
     assert problems(error) == [
         "learner.engine=deepspeed has no MPS backend; set learner.engine=torch or device=cpu",
@@ -307,6 +307,41 @@ def test_auto_that_turns_out_to_be_mps(load):
 
 def test_auto_that_turns_out_to_have_no_cuda(load):
     config = load("executor=ray", "generator.engine=vllm", "sync.transport=nccl")
-    check_device(config, "cuda")
+    on_device(config, "cuda")
     with pytest.raises(ConfigError, match="sync.transport=nccl moves CUDA memory and device=cpu; use shared_memory"):
-        check_device(config, "cpu")
+        on_device(config, "cpu")
+
+
+@pytest.mark.parametrize("device, executor, installed, engine", [
+    ("cuda", "ray", True, "vllm"), ("cuda", "ray", False, "hf"), ("cuda", "local", True, "hf"),
+    ("mps", "local", True, "hf"), ("cpu", "ray", True, "hf"), ("cpu", "local", True, "hf"),
+])  # fmt: skip
+def test_the_generator_follows_the_device(load, monkeypatch, device, executor, installed, engine):
+    monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: installed or None)
+    config = load(f"executor={executor}")
+    assert config.generator.engine == "auto"
+    assert on_device(config, device).generator.engine == engine
+    assert on_device(load(f"executor={executor}", "generator.engine=hf"), device).generator.engine == "hf"
+
+
+@pytest.mark.parametrize("setting", ["rollout.temperature=2.5", "model.path=scratch:lstm"])
+def test_auto_is_no_engine_that_could_not_do_it(load, monkeypatch, setting):
+    monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: True)
+    scratch = ("model.path=scratch:qwen2", "model.scratch.max_length=2048", "model.tokenizer.path=scratch:char",
+               "executor=ray")  # fmt: skip
+    assert on_device(load(*scratch), "cuda").generator.engine == "vllm"
+    assert on_device(load(*scratch, setting), "cuda").generator.engine == "hf"
+
+
+def test_what_is_vllms_waits_for_the_device(load, monkeypatch):
+    config = load("executor=ray", "generator.tensor_parallel=2", "sync.transport=nccl")
+    monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: True)
+    assert on_device(config, "cuda").generator.engine == "vllm"
+    monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        on_device(config, "cuda")
+    assert problems(error) == [
+        "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1",
+        "sync.transport=nccl ends in vLLM, and generator.engine=hf receives by shared_memory only; "
+        "set sync.transport=shared_memory (or auto), or generator.engine=vllm",
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.load import apply_override, check_device, parse_config
+from rlhf_ray.config.load import apply_override, on_device, parse_config
 from rlhf_ray.config.supervised import SCHEMAS, SupervisedConfig
 from rlhf_ray.errors import ConfigError
 
@@ -57,6 +57,6 @@ def test_all_problems_at_once_and_those_of_the_device():
     with pytest.raises(ConfigError, match="3 problems"):
         parse("dpo", "dpo.kind=ipo", "dpo.label_smoothing=0.1", "eval.patience=1", "learner.offload=optimizer")
     config = parse("rm", "learner.engine=deepspeed")
-    check_device(config, "cuda")
+    on_device(config, "cuda")
     with pytest.raises(ConfigError, match="device=auto, which is mps here: 1 problem\n.*no MPS backend"):
-        check_device(config, "mps")
+        on_device(config, "mps")

@@ -129,7 +129,8 @@ def test_the_run_directory(ppo_run):
         "prompt_id", "prompt", "completion", "reward", "rewards", "tokens", "truncated",
     }  # fmt: skip
     assert [row["prompt_id"] for row in rows] == [8, 8, 8, 8, 9]
-    assert "advantage: gae" in (folder / "config.yaml").read_text(), "resolved, presets and all"
+    resolved = (folder / "config.yaml").read_text()
+    assert "advantage: gae" in resolved and "generator:\n  engine: hf" in resolved, "presets, and what auto stands for"
 
 
 def test_the_model_is_a_plain_hugging_face_folder(ppo_run):
@@ -256,7 +257,7 @@ def test_overlap_stays_within_its_bound_on_real_roles(tiny_config, tmp_path, rea
     """One process is refused this in a config (it gains nothing), but the machinery is the same as on Ray."""
     config = tiny_config("steps=5", "eval.size=2", "algorithm.correction=truncate")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 2})})
-    monkeypatch.setattr(build, "check_device", lambda *_: None)
+    monkeypatch.setattr(build, "on_device", lambda config, _: config)
     run_rl(config, tmp_path / "a")
     rows = read_rows(tmp_path / "a")
     assert len(rows) == 5 and max(row["staleness/max"] for row in rows) <= 2

@@ -131,6 +131,14 @@ def test_the_device_is_what_the_cluster_has_not_the_driver(two_gpu_machines, tin
 
 
 @pytest.mark.engine
+def test_on_a_cluster_with_gpus_a_run_takes_vllm(two_gpu_machines, tiny_config, tmp_path):
+    config = tiny_config("executor=ray", "device=auto", "learner.engine=deepspeed", "learner.world_size=2")
+    with pytest.raises(PlacementError, match=r"needs 3 GPUs \(learner 2, generator 1\), the cluster has 2"):
+        run_rl(config, tmp_path / "run")
+    assert "generator:\n  engine: vllm" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.engine
 def test_too_few_gpus_are_refused_before_anything_starts(two_gpu_machines, tiny_config):
     config = tiny_config(*VLLM, "learner.engine=deepspeed", "learner.world_size=2")
     with pytest.raises(PlacementError, match=r"needs 3 GPUs \(learner 2, generator 1\), the cluster has 2"):
