@@ -28,7 +28,7 @@ from rlhf_ray.roles.protocols import Roles, Sampling
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
-from rlhf_ray.run.storage import explained
+from rlhf_ray.run.storage import written_whole
 from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
 
 
@@ -66,8 +66,8 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
                 result = train(config, roles, rollouts, evaluator, canary, run)
             finally:
                 rollouts.close()
-            with explained("the model", directory.model):
-                roles.learner.export_model(directory.model)
+            with written_whole("the model", directory.model) as unfinished:
+                roles.learner.export_model(unfinished)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)

@@ -26,7 +26,7 @@ from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.supervised_factory import make_trainer
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.storage import explained
+from rlhf_ray.run.storage import written_whole
 from rlhf_ray.run.supervised_recorder import SupervisedRecorder
 
 Config = TypeVar("Config", bound=SupervisedConfig)
@@ -69,8 +69,8 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
             result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
             if isinstance(config, RMConfig):
                 doubt_judge(result, run)
-            with explained("the model", directory.model):
-                trainer.export_model(directory.model)
+            with written_whole("the model", directory.model) as unfinished:
+                trainer.export_model(unfinished)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from enum import Enum
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +26,15 @@ PROMPT_SHOWN = 300  # characters
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, e.g. learner.lr=1e-6")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run writes; default runs/<name>-<time>")]
-Resume = Annotated[str, typer.Option("--resume", help="'auto': go on from the newest checkpoint; 'never': start anew")]
+
+class ResumeMode(str, Enum):
+    auto = "auto"
+    never = "never"
+
+
+Resume = Annotated[
+    ResumeMode, typer.Option("--resume", help="auto: go on from the newest checkpoint; never: start anew")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what it needs, then stop")]
 
 
@@ -33,7 +43,7 @@ def rl(
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/grpo_arithmetic.yaml")],
     overrides: Overrides = None,
     run_dir: RunDir = None,
-    resume: Resume = "never",
+    resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:
     """Reinforcement learning: PPO, GRPO and their relatives."""
@@ -45,7 +55,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/sft_
 
 @app.command()
 def sft(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Supervised fine-tuning on answers, conversations, instructions or plain text."""
@@ -54,7 +64,7 @@ def sft(
 
 @app.command()
 def rm(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train a reward model on pairs or rankings of answers."""
@@ -63,7 +73,7 @@ def rm(
 
 @app.command()
 def dpo(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Direct preference optimisation on pairs or rankings of answers (DPO, IPO, cDPO)."""
@@ -72,7 +82,7 @@ def dpo(
 
 @app.command()
 def classifier(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = "never",
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Fine-tune a sequence classifier on labelled texts; its folder can serve as a reward model."""
@@ -84,7 +94,7 @@ def pipeline(
     config: Annotated[Path, typer.Argument(help="a YAML file with stages, e.g. configs/pipeline_reviews.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="e.g. seed=1, or sft.learner.lr=1e-4")] = None,
     run_dir: RunDir = None,
-    resume: Resume = "never",
+    resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:
     """Several commands in a row, each fed by those before it: sft -> pairs -> rm -> rl -> eval."""
@@ -95,7 +105,7 @@ def pipeline(
 def quickstart(
     overrides: Overrides = None,
     run_dir: RunDir = None,
-    resume: Resume = "never",
+    resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
     preferences: Annotated[
         bool,
@@ -226,7 +236,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     raise typer.Exit(run_doctor(as_json=as_json))
 
 
-def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool) -> None:
+def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool) -> None:
     from rlhf_ray.config.load import dump_config, load_config
 
     settings = load_config(config, overrides)
@@ -241,21 +251,21 @@ def _run_rl(config: Path, overrides: list[str], run_dir: Path | None, resume: st
     from rlhf_ray.build import run_rl
 
     try:
-        summary = run_rl(settings, run_dir, resume=_wants_resume(resume))
+        summary = run_rl(settings, run_dir, resume=resume is ResumeMode.auto)
     except KeyboardInterrupt:  # here, for typer would end with a bare exit status
         print("rlhf-ray: interrupted", file=sys.stderr)  # the run itself has said how to go on
         raise typer.Exit(130) from None
     _print_summary(summary)
 
 
-def _run_pipeline(config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool) -> None:
+def _run_pipeline(config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool) -> None:
     from rlhf_ray.pipeline import describe_pipeline, run_pipeline
 
     if dry_run:
         print(describe_pipeline(config, overrides))
         return
     try:
-        summary = run_pipeline(config, overrides, run_dir, resume=_wants_resume(resume))
+        summary = run_pipeline(config, overrides, run_dir, resume=resume is ResumeMode.auto)
     except KeyboardInterrupt:
         print("rlhf-ray: interrupted; go on with the same command and --resume auto", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -263,7 +273,7 @@ def _run_pipeline(config: Path, overrides: list[str], run_dir: Path | None, resu
 
 
 def _run_supervised(
-    command: str, config: Path, overrides: list[str], run_dir: Path | None, resume: str, dry_run: bool
+    command: str, config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool
 ) -> None:
     from rlhf_ray.config.load import dump_config, load_config
     from rlhf_ray.config.supervised import SCHEMAS
@@ -280,7 +290,7 @@ def _run_supervised(
     from rlhf_ray.build_supervised import run_supervised
 
     try:
-        summary = run_supervised(settings, run_dir, resume=_wants_resume(resume))
+        summary = run_supervised(settings, run_dir, resume=resume is ResumeMode.auto)
     except KeyboardInterrupt:
         print("rlhf-ray: interrupted", file=sys.stderr)  # the run itself has said how to go on
         raise typer.Exit(130) from None
@@ -298,12 +308,6 @@ def _quiet_libraries(device: str) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
-
-
-def _wants_resume(resume: str) -> bool:
-    if resume not in ("auto", "never"):
-        raise typer.BadParameter("must be 'auto' or 'never'", param_hint="--resume")
-    return resume == "auto"
 
 
 def _shipped(config: str) -> Path:
@@ -344,8 +348,14 @@ def _sample_text(sample: dict[str, Any]) -> str:
     return sample["completion"] + (f"  [{float(sample['reward']):.2f}]" if "reward" in sample else "")
 
 
+def _end(number: int, frame: object) -> None:
+    """A scheduler's way to end a run. Python would die at once; so the run writes down how far it got."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: this package's errors are one readable paragraph, not a traceback."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except RlhfRayError as error:

@@ -65,7 +65,7 @@ def run_pipeline(
                 continue
             _run_stage(stage, directory, title)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         _summarize(pipeline, stages, directory, status)
         raise
     return _summarize(pipeline, stages, directory, "finished")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -155,6 +156,8 @@ def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, tiny, tmp_path, monkeypa
         (["rewards.0.function=sentimant"], "did you mean 'sentiment'"),
         (["model.tokenizer.path=./gone"], "./gone: no such folder; give an existing model folder"),
         (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
+        (["rewards.0.function=length_penalty"], "reward length_penalty needs 'free_tokens', which is not set"),
+        (["seed=99999999999999999999"], "seed: input should be less than 4294967296"),
         (["device=cuda"], "device=cuda: torch sees no CUDA device; check the driver"),
     ],
 )
@@ -173,7 +176,18 @@ def test_a_typo_in_the_name_of_the_file(rlhf_ray, tiny):
 
 def test_resume_takes_auto_or_never(rlhf_ray, tiny):
     status, _, err = rlhf_ray("rl", tiny, "--resume", "yes")
-    assert status == 2 and "must be 'auto' or 'never'" in err
+    assert status == 2 and "'yes' is not one of" in err and "never" in err
+
+
+def test_a_run_that_is_terminated_writes_down_how_far_it_got(rlhf_ray, tiny, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("rlhf_ray.build.train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        status, out, _ = rlhf_ray("rl", tiny, "--run-dir", tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 128 + signal.SIGTERM and "interrupted after step 0 of 1" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(tiny, monkeypatch):

@@ -281,11 +281,16 @@ def _generation(config: RunConfig, device: str) -> list[str]:
         problems.append(
             "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
         )
-    hottest = max([config.rollout.temperature, config.eval.temperature, *config.rollout.temperatures])
-    if generator.engine == "vllm" and hottest > VLLM_MAX_TEMPERATURE:
+    temperatures = {
+        "rollout.temperature": config.rollout.temperature,
+        "rollout.temperatures": max(config.rollout.temperatures, default=0.0),
+        "eval.temperature": config.eval.temperature,
+    }
+    hottest = max(temperatures, key=temperatures.__getitem__)
+    if generator.engine == "vllm" and temperatures[hottest] > VLLM_MAX_TEMPERATURE:
         problems.append(
-            f"generator.engine=vllm samples at temperatures up to {VLLM_MAX_TEMPERATURE}, not {hottest}; lower "
-            "rollout.temperature, or set generator.engine=hf"
+            f"generator.engine=vllm samples at temperatures up to {VLLM_MAX_TEMPERATURE}, not "
+            f"{hottest}={temperatures[hottest]}; lower it, or set generator.engine=hf"
         )
     if config.executor == "local" and staleness > 0:
         problems.append(

@@ -11,7 +11,7 @@ from rlhf_ray.config.checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, SafetyConfig
-from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sections import Section, Seed
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -93,7 +93,7 @@ class SampledRunConfig(Section):
     """What every command shares that lets finished models answer prompts."""
 
     name: str = "eval"
-    seed: int = 0
+    seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
     data: PromptsConfig

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from rlhf_ray.config.schema import RewardConfig
-from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sections import Section, Seed
 
 
 class JudgeConfig(Section):
@@ -21,7 +21,7 @@ class JudgeConfig(Section):
     scale: tuple[int, int] = Field((1, 10), description="lowest and highest score")
     temperature: float = Field(0.0, ge=0, description="endpoint: 0 gives the same verdict each time")
     max_tokens: int = Field(512, gt=0, description="endpoint: tokens of a reply, reasons included")
-    seed: int = 0
+    seed: Seed = 0
     concurrency: int = Field(16, gt=0, description="endpoint: requests under way at the same time")
     timeout_s: float = Field(120.0, gt=0, description="endpoint: of one request")
     retries: int = Field(4, ge=0, description="endpoint: after a refused, slow or broken request, with back-off")

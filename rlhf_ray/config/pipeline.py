@@ -51,7 +51,7 @@ class PipelineConfig(Section):
     """`seed`, `executor`, `device` and `dtype`, where given, hold for every stage that has such a setting."""
 
     name: str = "pipeline"
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=1 << 32)
     executor: Literal["local", "ray"] | None = None
     device: Literal["auto", "cuda", "mps", "cpu"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] | None = None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what every random generator takes
 
 
 class Section(BaseModel):
@@ -126,7 +127,7 @@ class TrainingRunConfig(Section):
     """What every run that trains a model has."""
 
     name: str = "run"
-    seed: int = 0
+    seed: Seed = 0
     executor: Literal["local", "ray"] = "local"
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -177,8 +177,15 @@ class ChatTemplate:
                 add_generation_prompt=ask,
                 **self._variables,
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is no Jinja (line {error.lineno}: {error.message}); mend it, or set "
+                "data.chat_template to another"
+            ) from error
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses the conversation ({error}); mend the row") from error
+            raise DataError(
+                f"the chat template refuses the conversation ({error}); mend the row, or the template"
+            ) from error
         return texts[0], [span for span in marks[0] if span[0] < span[1]] if self._has_marks else ()
 
 

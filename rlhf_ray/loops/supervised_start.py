@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.supervised_factory import labels_of
-from rlhf_ray.run.storage import explained
+from rlhf_ray.run.storage import written_whole
 
 Splits = dict[str, list[Any]]
 # Of a held-out text without a prompt, so many tokens are given for a sample.
@@ -151,12 +150,8 @@ def starting_model(
 def _written(folder: Path, write: Callable[[Path], Any]) -> None:
     if folder.is_dir():
         return
-    # Written aside and renamed: a folder that exists is complete.
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with explained("the model to start from", folder):
+    with written_whole("the model to start from", folder) as unfinished:
         write(unfinished)
-        unfinished.rename(folder)
 
 
 def build_model(config: SupervisedConfig, labels: Sequence[str], **options: int) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.prompts import first_words, load_prompts, load_texts, prompt_options
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
+from rlhf_ray.errors import DataError
 from rlhf_ray.loops.supervised import Batches, warm_up
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import build_engine
@@ -22,7 +22,7 @@ from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.objectives import SFT
 from rlhf_ray.roles.supervised import SupervisedTrainer
 from rlhf_ray.roles.supervised_factory import unknown_token
-from rlhf_ray.run.storage import explained
+from rlhf_ray.run.storage import written_whole
 
 Report = Callable[[int, float], None]
 Tokens = tuple[int, ...]
@@ -38,20 +38,16 @@ def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report:
     if not made and config.data.chat_template is None:
         return config.model.path, config.model.tokenizer.path or config.model.path
     if not folder.is_dir():
-        # Written aside and renamed: a folder that exists is complete.
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer = make_tokenizer(config)
         if made:
             model = make_model(config, tokenizer) if scratch else load_policy(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
             model = warm_start(config, model, tokenizer, hardware, report)
-        with explained("the policy to start from", folder):
+        with written_whole("the policy to start from", folder) as unfinished:
             if made:
                 model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            unfinished.rename(folder)
     return str(folder) if made else config.model.path, str(folder)
 
 
@@ -74,6 +70,8 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
         texts = [load_task(config.data.path).alphabet]
     else:
         texts = training_texts(config)
+        if not any(texts):
+            raise DataError(f"{config.data.path}: it has no text to make a tokenizer from; name a file that has some")
     return build_tokenizer(
         kind,
         texts,

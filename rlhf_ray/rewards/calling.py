@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.rewards.adapters import Adapter, adapt
 from rlhf_ray.rewards.failures import FailurePolicy, Outcome, checked, raised
-from rlhf_ray.rewards.loading import find_function
+from rlhf_ray.rewards.loading import check_settings, find_function, is_builtin
 from rlhf_ray.rewards.process import Child, ChildLost
 
 Inputs = Mapping[str, Sequence[Any]]  # what TRL's convention passes, each with one entry a row
@@ -139,6 +139,8 @@ def serve(function: str, adapter: Adapter, args: Mapping[str, Any]) -> Callable[
 def bind(function: str, adapter: Adapter, args: Mapping[str, Any]) -> RewardFunction:
     """The function that a config names, in TRL's convention, with its `args`. Raises ConfigError."""
     found = find_function(function)
+    if is_builtin(function):
+        check_settings(function, found, args)
     adapted = adapt(found, adapter, args)
     # An adapter has given the arguments already, for there they are not among the columns.
     return RewardFunction(function, adapted, args=args if adapted is found else {})

@@ -6,8 +6,9 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,19 @@ def check_builtin(function: str) -> None:
     near = difflib.get_close_matches(function, BUILTIN, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILTIN)}."
     raise ConfigError(f"reward {function!r} is unknown: {hint} Your own: module:function or file.py:function")
+
+
+def check_settings(function: str, found: Callable[..., Any], args: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a built-in reward is given a setting that it does not have, or lacks one that it needs."""
+    if function == "judge":
+        return  # whose settings are a section of the config
+    parameters = inspect.signature(found).parameters.values()
+    settings = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    unknown = [name for name in args if name not in settings]
+    missing = [name for name, p in settings.items() if p.default is p.empty and name not in args]
+    if unknown or missing:
+        what = f"has no setting {unknown[0]!r}" if unknown else f"needs {missing[0]!r}, which is not set"
+        raise ConfigError(f"reward {function} {what}; its args are {', '.join(settings) or 'none'}")
 
 
 def _find(function: str) -> Any:

@@ -20,7 +20,8 @@ from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines,
 
 CONTENTS = (
     "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "report.html", "before.json", "reference.json",
-    "rollouts", "checkpoints", "tensorboard", "model", "start", "start.unfinished",
+    "rollouts", "checkpoints", "tensorboard", "model", "model.unfinished", "start",
+    "start.unfinished",
 )  # fmt: skip
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")  # any of these makes a folder a run
 

@@ -137,8 +137,8 @@ class Recorder:
             self.close()
 
     def fail(self, error: BaseException) -> None:
-        """`finish` for a run that `error` (or somebody's Ctrl-C) has ended; never hides that behind one of its own."""
-        interrupted = isinstance(error, KeyboardInterrupt)
+        """`finish` for a run that `error` (or Ctrl-C, or SIGTERM) has ended; never hides that behind one of its own."""
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         if interrupted:
             self.progress.close()
             self.progress.note(self._after_interruption())

@@ -20,6 +20,8 @@ _REMEDY = {
     errno.EDQUOT: "the disk quota is used up; free some space or set --run-dir elsewhere, then --resume auto",
     errno.EROFS: "the file system is read-only; set --run-dir to a place you may write to",
     errno.EACCES: "no permission to write there; set --run-dir to a place you may write to",
+    errno.ENOENT: "there is no such place; set --run-dir to a folder that can be made and that the whole run sees",
+    errno.ENOTDIR: "a part of the path is a file; set --run-dir to a folder",
     errno.ENAMETOOLONG: "the path is too long; set a shorter name or --run-dir",
 }
 
@@ -29,7 +31,8 @@ def _out_of_space(error: BaseException, path: Path) -> bool:
     if "No space left" in str(error) or "os error 28" in str(error):
         return True
     nearest = next(p for p in [path, *path.parents] if p.exists())
-    return shutil.disk_usage(nearest).free < 1 << 20
+    usage = shutil.disk_usage(nearest)
+    return usage.total > 0 and usage.free < 1 << 20  # /proc has no bytes at all, and is not full
 
 
 @contextmanager
@@ -37,7 +40,7 @@ def explained(what: str, path: Path) -> Iterator[None]:
     """Turn the errors of a disk that will not take our bytes into a StorageError that says what to do.
 
     Raises:
-        StorageError: no space, quota, permission or read-only; anything else passes through unchanged.
+        StorageError: no space, quota, permission, read-only, no such place; anything else passes through unchanged.
     """
     try:
         yield
@@ -50,6 +53,21 @@ def explained(what: str, path: Path) -> Iterator[None]:
         if code in _REMEDY:
             raise StorageError(f"{path}: cannot write {what}: {_REMEDY[code]}") from error
         raise
+
+
+@contextmanager
+def written_whole(what: str, folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end: a `folder` that exists is complete.
+
+    Raises:
+        StorageError: as `explained`.
+    """
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with explained(what, folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
 
 
 def fsync(path: Path) -> None:

@@ -227,6 +227,16 @@ def test_a_system_prompt_comes_first_unless_there_is_one(chars):
 # ---- styles -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("template", "says"), [
+    ("{% for m in messages %}\n{{ m.content }", r"the chat template is no Jinja .line 2: .*; mend it, or set"),
+    ("{{ raise_exception('no system') }}", "the chat template refuses the conversation .no system.; mend the row, or"),
+])  # fmt: skip
+def test_a_template_that_cannot_be_used(chars, template, says):
+    chars.chat_template = template
+    with pytest.raises(DataError, match=says):
+        Encoder(chars).prompt(CHAT[:1])
+
+
 def test_plain_prompts_and_answers_in_the_chat_template(chars):
     example = Encoder(chars, style="chat").answer("ab", " cd ")
     assert chars.decode(example.token_ids) == "<|user|>\nab<eos>\n<|assistant|>\ncd<eos>"

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.errors import DataError
 from rlhf_ray.loops import warm_start
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy, warm_start_examples
 from rlhf_ray.models.devices import Hardware
@@ -57,6 +58,14 @@ def test_a_cut_off_start_is_not_mistaken_for_a_finished_one(tiny_config, tmp_pat
     with pytest.raises((KeyboardInterrupt, TypeError)):
         starting_policy(tiny_config("warm_start.steps=1"), tmp_path / "start", CPU, pytest.fail)
     assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "bpe"])
+def test_no_text_to_make_a_tokenizer_from(tiny_config, tmp_path, kind):
+    (tmp_path / "none.jsonl").write_text("")
+    config = tiny_config(f"data.path={tmp_path}/none.jsonl", f"model.tokenizer.path=scratch:{kind}")
+    with pytest.raises(DataError, match=r"none\.jsonl: it has no text to make a tokenizer from"):
+        make_tokenizer(config)
 
 
 def test_a_folder_is_taken_as_it_lies(tiny_config, tmp_path):

@@ -155,5 +155,15 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
         load_reward("sentiment", args={"completions": []})
 
 
+@pytest.mark.parametrize("function, args, says", [
+    ("length_penalty", {}, "needs 'free_tokens', which is not set; its args are free_tokens, per_token"),
+    ("length_penalty", {"free_tokens": 1, "per_tokn": 2}, "has no setting 'per_tokn'; its args are free_tokens, per_"),
+    ("sentiment", {"weight": 2}, "reward sentiment has no setting 'weight'; its args are none"),
+])  # fmt: skip
+def test_settings_of_a_builtin_reward_are_checked_when_it_is_loaded(function, args, says):
+    with pytest.raises(ConfigError, match=says):
+        load_reward(function, args=args)
+
+
 def test_no_functions_means_zero():
     assert score() == ([0.0, 0.0], {})
