@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,15 +36,16 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
-        if address == "local":
-            # "local", not None: None would join whatever cluster was last started on this machine.
-            ray.init(
-                address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-            )  # fmt: skip
-        else:
-            require_reachable(address)
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with _handler_of_sigterm_kept():
+            if address == "local":
+                # "local", not None: None would join whatever cluster was last started on this machine.
+                ray.init(
+                    address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                    num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                )  # fmt: skip
+            else:
+                require_reachable(address)
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         if isinstance(error, PlacementError | ConfigError):
             raise
@@ -54,6 +57,15 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _handler_of_sigterm_kept() -> Iterator[None]:
+    """Ray's own prints a stack and aborts the process after 3 s, though the run may be writing its last words."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def gpus_of_cluster(address: str | None) -> int | None:

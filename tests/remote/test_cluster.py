@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -80,9 +81,17 @@ def test_environment_of_workers_holds_no_secret(tiny_config, monkeypatch):
 
 @pytest.mark.engine
 def test_a_cluster_of_our_own_ends_with_the_run_and_is_large_enough(monkeypatch):
+    def terminated(number, frame):
+        raise AssertionError("nobody sends it here")
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with connected(None, cpus=33.5):
-        assert ray.cluster_resources()["CPU"] == 34
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        with connected(None, cpus=33.5):
+            assert ray.cluster_resources()["CPU"] == 34
+            assert signal.getsignal(signal.SIGTERM) is terminated, "Ray's would end the process after 3 seconds"
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not ray.is_initialized()
 
 
