@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.errors import RlhfRayError, Terminated
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -26,6 +26,7 @@ PROMPT_SHOWN = 300  # characters
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, e.g. learner.lr=1e-6")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run writes; default runs/<name>-<time>")]
+
 
 class ResumeMode(str, Enum):
     auto = "auto"
@@ -348,14 +349,14 @@ def _sample_text(sample: dict[str, Any]) -> str:
     return sample["completion"] + (f"  [{float(sample['reward']):.2f}]" if "reward" in sample else "")
 
 
-def _end(number: int, frame: object) -> None:
-    """A scheduler's way to end a run. Python would die at once; so the run writes down how far it got."""
-    sys.exit(128 + number)
+def _terminated(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a second one must not interrupt the run's last words
+    raise Terminated
 
 
 def main() -> None:
     """Entry point: this package's errors are one readable paragraph, not a traceback."""
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except RlhfRayError as error:

@@ -51,5 +51,9 @@ class StageError(RlhfRayError, RuntimeError):
     """A stage of a pipeline failed; the message names it and its exit status."""
 
 
+class Terminated(KeyboardInterrupt):
+    """A scheduler's SIGTERM. The run ends as it does after Ctrl-C: it writes down how far it got."""
+
+
 class StorageError(RlhfRayError, OSError):
     """The disk does not take our bytes: full, over quota, read-only or forbidden."""

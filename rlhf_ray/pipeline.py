@@ -27,13 +27,13 @@ from typing import Any
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
-from rlhf_ray.errors import ConfigError, StageError
+from rlhf_ray.errors import ConfigError, StageError, Terminated
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.storage import write_atomically
 
 # What a shell says of a process that Ctrl-C has ended.
 _INTERRUPTED = 130
-# Ctrl-C reaches the stage, too, and it may want to finish a step and write a checkpoint.
+# A stage that is told to stop may want to finish a step and write a checkpoint.
 _SECONDS_TO_STOP = 60
 
 
@@ -65,7 +65,7 @@ def run_pipeline(
                 continue
             _run_stage(stage, directory, title)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         _summarize(pipeline, stages, directory, status)
         raise
     return _summarize(pipeline, stages, directory, "finished")
@@ -112,7 +112,7 @@ def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
     seconds = round(time.monotonic() - started, 1)
     if status:
         directory.event("stage_failed", stage=stage.name, exit_status=status, seconds=seconds)
-        if status in (_INTERRUPTED, -signal.SIGINT):
+        if status in (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
             raise KeyboardInterrupt
         raise StageError(
             f"{title} failed ({_describe(status)}); its own message stands above. "
@@ -127,11 +127,13 @@ def run_command(arguments: Sequence[str]) -> int:
     process.start()
     try:
         process.join()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
+        if isinstance(reason, Terminated):
+            process.terminate()  # Ctrl-C in a terminal reaches the stage, too; this may not have
         process.join(_SECONDS_TO_STOP)
         raise
     finally:
-        process.terminate()
+        process.kill()
     return process.exitcode
 
 

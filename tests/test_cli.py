@@ -12,6 +12,7 @@ import yaml
 
 from rlhf_ray import cli
 from rlhf_ray.config.load import load_config
+from rlhf_ray.run.directory import RunDirectory
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def rlhf_ray(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return int(exit.value.code or 0), out, err
 
-    return run
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 # ---- what an import costs -------------------------------------------------------------------------------------
@@ -180,13 +183,20 @@ def test_resume_takes_auto_or_never(rlhf_ray, tiny):
 
 
 def test_a_run_that_is_terminated_writes_down_how_far_it_got(rlhf_ray, tiny, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("rlhf_ray.build.train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        status, out, _ = rlhf_ray("rl", tiny, "--run-dir", tmp_path / "run")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert status == 128 + signal.SIGTERM and "interrupted after step 0 of 1" in out
+    """In a reward, whose own sys.exit() would be its failure; and again while the run writes it down."""
+    write_summary = RunDirectory.write_summary
+
+    def terminated(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def terminated_again(directory, summary):
+        terminated()
+        write_summary(directory, summary)
+
+    monkeypatch.setattr("rlhf_ray.rewards.builtin.exact_answer", terminated)
+    monkeypatch.setattr(RunDirectory, "write_summary", terminated_again)
+    status, out, err = rlhf_ray("rl", tiny, "rewards.0.on_failure=drop_group", "--run-dir", tmp_path / "run")
+    assert status == 130 and "interrupted after step 0 of 1" in out and err.endswith("rlhf-ray: interrupted\n")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 

@@ -90,8 +90,9 @@ def test_a_stage_without_checkpoints_begins_again(shell, file, tmp_path):
     assert shell.ran == ["a", "b", "b", "c"] and not (tmp_path / "run/b/half.jsonl").exists()
 
 
-def test_ctrl_c_in_a_stage_ends_the_pipeline_as_interrupted(shell, file, tmp_path):
-    shell.failing = {"a": 130}
+@pytest.mark.parametrize("status", [130, -signal.SIGINT, -signal.SIGTERM])
+def test_ctrl_c_in_a_stage_ends_the_pipeline_as_interrupted(shell, file, tmp_path, status):
+    shell.failing = {"a": status}
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_pipeline(file, run_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
@@ -136,11 +137,15 @@ def test_a_command_in_a_process_of_its_own(tmp_path, capfd):
 
 
 SLOW_TO_STOP = """
+import signal
 import time
 from pathlib import Path
-from rlhf_ray import pipeline
+from rlhf_ray import cli, pipeline
+
+signal.signal(signal.SIGTERM, cli._terminated)
 
 def slow_to_stop(arguments):
+    signal.signal(signal.SIGTERM, cli._terminated)
     Path("started").touch()
     try:
         time.sleep(60)
@@ -155,7 +160,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_stage_the_time_to_write_its_checkpoint(tmp_path):
+@pytest.mark.parametrize(("send", "sign", "ends_with"), [
+    (os.killpg, signal.SIGINT, "KeyboardInterrupt"),  # as a terminal does: to both
+    (os.kill, signal.SIGTERM, "Terminated"),
+])  # fmt: skip
+def test_a_stage_has_the_time_to_write_its_checkpoint(tmp_path, send, sign, ends_with):
     (tmp_path / "script.py").write_text(SLOW_TO_STOP)
     run = subprocess.Popen(
         [sys.executable, "script.py"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
@@ -164,8 +173,8 @@ def test_ctrl_c_leaves_a_stage_the_time_to_write_its_checkpoint(tmp_path):
         while not (tmp_path / "started").exists():
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to both
-        assert "KeyboardInterrupt" in run.communicate(timeout=30)[1]
+        send(run.pid, sign)
+        assert ends_with in run.communicate(timeout=30)[1]
     finally:
         run.kill()
     assert (tmp_path / "checkpoint").exists()

@@ -335,6 +335,11 @@ def _transport(config: RunConfig, device: str) -> list[str]:
             "sync.transport=cuda_ipc shares the memory of one GPU, and generator and learner have GPUs of their own; "
             "set ray.colocate=true, or sync.transport=nccl"
         ]
+    if transport == "nccl" and config.ray.gpus_per_worker < 1 and not config.ray.colocate:
+        return [
+            f"sync.transport=nccl cannot have two processes on one GPU, which ray.gpus_per_worker="
+            f"{config.ray.gpus_per_worker:g} allows; set it to 1, or sync.transport=shared_memory"
+        ]
     if transport == "nccl" and config.ray.colocate:
         return [
             "sync.transport=nccl cannot have two processes on one GPU, which is what ray.colocate means; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,24 +166,35 @@ def on_device(config: Run, device: str) -> Run:
     Raises:
         ConfigError: listing every contradiction, for the config alone could not know whether it fits the device.
     """
+    here = f"device={config.device}, which is {device} here"
     if isinstance(config, RunConfig) and config.generator.engine == "auto":
         config = _with_generator_for(config, device)
+        here += f", and generator.engine=auto, which is {config.generator.engine}"
     problems = contradictions(config, device) if isinstance(config, RunConfig) else config.contradictions(device)
     if problems:
-        raise ConfigError(_listing(f"device={config.device}, which is {device} here", problems))
+        raise ConfigError(_listing(here, problems))
     return config
 
 
 def _with_generator_for(config: RunConfig, device: str) -> RunConfig:
-    """vLLM on CUDA, where it is installed and can do what the config asks; Transformers runs everywhere.
+    """vLLM on CUDA, where it is installed and no setting speaks against it; Transformers runs everywhere.
 
-    One process keeps to Transformers also on CUDA: vLLM would hold most of the GPU while the learner needs it.
+    A GPU that is shared, by one process or by ray.gpus_per_worker, is left to Transformers: vLLM would hold most of
+    it while the learner needs it. (With ray.colocate it sleeps meanwhile.)
     """
     hf, vllm = (
         config.model_copy(update={"generator": config.generator.model_copy(update={"engine": engine})})
         for engine in ("hf", "vllm")
     )
-    if config.executor == "local" or device != "cuda" or find_spec("vllm") is None:
+    shared = config.executor == "local" or (config.ray.gpus_per_worker < 1 and not config.ray.colocate)
+    if shared or device != "cuda":
+        return hf
+    if find_spec("vllm") is None:
+        warnings.warn(
+            "generator.engine=auto is hf, for vLLM is not installed where this run was started; "
+            "pip install 'rlhf-ray[vllm]', or set generator.engine=vllm if only the workers have it",
+            stacklevel=3,
+        )
         return hf
     against = set(contradictions(vllm, device)) - set(contradictions(hf, device))
     return hf if against else vllm

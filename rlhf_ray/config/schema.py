@@ -69,7 +69,7 @@ VLLM_MAX_TEMPERATURE = 2.0
 
 class GeneratorConfig(Section):
     engine: Literal["auto", "hf", "vllm"] = Field(
-        "auto", description="auto: vllm on CUDA with executor=ray, where it is installed and has the model; else hf"
+        "auto", description="auto: vllm on the CUDA devices of a Ray cluster where it is installed; else hf"
     )
     count: int = Field(1, gt=0, description="generator actors (ray)")
     tensor_parallel: int = Field(1, gt=0)

@@ -16,7 +16,7 @@ from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.templates import alpaca_prompt
-from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.errors import ConfigError, DataError, ModelError
 from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
@@ -35,6 +35,8 @@ def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
         return load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
     kind = path.removeprefix("scratch:")
     texts = [settings.alphabet] if settings.alphabet is not None else corpus(config.data)
+    if not any(texts):
+        raise DataError(f"{config.data.path}: it has no text to make a tokenizer from; check the file and data.*")
     tokenizer = build_tokenizer(
         kind,
         texts,

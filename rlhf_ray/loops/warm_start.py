@@ -71,7 +71,7 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
     else:
         texts = training_texts(config)
         if not any(texts):
-            raise DataError(f"{config.data.path}: it has no text to make a tokenizer from; name a file that has some")
+            raise DataError(f"{config.data.path}: it has no text to make a tokenizer from; check the file and data.*")
     return build_tokenizer(
         kind,
         texts,

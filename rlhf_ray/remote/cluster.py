@@ -63,9 +63,11 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
 def _handler_of_sigterm_kept() -> Iterator[None]:
     """Ray's own prints a stack and aborts the process after 3 s, though the run may be writing its last words."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def gpus_of_cluster(address: str | None) -> int | None:

@@ -71,7 +71,9 @@ def choose_transport(config: RunConfig, device: str) -> str:
         return config.sync.transport
     if device != "cuda" or config.generator.engine != "vllm":
         return "shared_memory"
-    return "cuda_ipc" if config.ray.colocate else "nccl"
+    if config.ray.colocate:
+        return "cuda_ipc"
+    return "nccl" if config.ray.gpus_per_worker >= 1 else "shared_memory"
 
 
 def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:

@@ -133,7 +133,7 @@ class VLLMGenerator:
                 stop_token_ids=list(sampling.stop_token_ids),
                 logprobs=0,
                 detokenize=False,
-                skip_clone=True,  # made for this request alone, so vLLM need not copy it
+                skip_clone=True,  # made for this request alone, so vLLM need not deep-copy it
             )
             for request, temperature in zip(requests, temperatures, strict=True)
         ]

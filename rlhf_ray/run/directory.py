@@ -15,13 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, StorageError
 from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines, to_json, write_atomically
 
 CONTENTS = (
     "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "report.html", "before.json", "reference.json",
-    "rollouts", "checkpoints", "tensorboard", "model", "model.unfinished", "start",
-    "start.unfinished",
+    "rollouts", "checkpoints", "tensorboard",
+    *(f"{folder}{state}" for folder in ("start", "model") for state in ("", ".unfinished", ".old")),
 )  # fmt: skip
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")  # any of these makes a folder a run
 
@@ -38,7 +38,12 @@ class RunDirectory:
         self.path = Path(path)
         self.resumed = _check_free(self.path, resume)
         with explained("the run directory", self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise StorageError(
+                    f"{self.path}: no folder can be made there ({error.strerror}); set --run-dir to another place"
+                ) from error
         if self.resumed:  # a killed run may have left half a line; the next append would spoil two
             keep_lines(self.events_file, lambda row: True)
             keep_lines(self.metrics_file, lambda row: True)

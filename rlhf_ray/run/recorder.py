@@ -138,7 +138,7 @@ class Recorder:
 
     def fail(self, error: BaseException) -> None:
         """`finish` for a run that `error` (or Ctrl-C, or SIGTERM) has ended; never hides that behind one of its own."""
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        interrupted = isinstance(error, KeyboardInterrupt)
         if interrupted:
             self.progress.close()
             self.progress.note(self._after_interruption())

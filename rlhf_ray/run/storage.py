@@ -20,8 +20,6 @@ _REMEDY = {
     errno.EDQUOT: "the disk quota is used up; free some space or set --run-dir elsewhere, then --resume auto",
     errno.EROFS: "the file system is read-only; set --run-dir to a place you may write to",
     errno.EACCES: "no permission to write there; set --run-dir to a place you may write to",
-    errno.ENOENT: "there is no such place; set --run-dir to a folder that can be made and that the whole run sees",
-    errno.ENOTDIR: "a part of the path is a file; set --run-dir to a folder",
     errno.ENAMETOOLONG: "the path is too long; set a shorter name or --run-dir",
 }
 
@@ -31,8 +29,7 @@ def _out_of_space(error: BaseException, path: Path) -> bool:
     if "No space left" in str(error) or "os error 28" in str(error):
         return True
     nearest = next(p for p in [path, *path.parents] if p.exists())
-    usage = shutil.disk_usage(nearest)
-    return usage.total > 0 and usage.free < 1 << 20  # /proc has no bytes at all, and is not full
+    return shutil.disk_usage(nearest).free < 1 << 20
 
 
 @contextmanager
@@ -40,7 +37,7 @@ def explained(what: str, path: Path) -> Iterator[None]:
     """Turn the errors of a disk that will not take our bytes into a StorageError that says what to do.
 
     Raises:
-        StorageError: no space, quota, permission, read-only, no such place; anything else passes through unchanged.
+        StorageError: no space, quota, permission or read-only; anything else passes through unchanged.
     """
     try:
         yield
@@ -57,17 +54,29 @@ def explained(what: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def written_whole(what: str, folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` at the end: a `folder` that exists is complete.
+    """An empty folder to fill, which takes the place of `folder` at the end: one of that name is always complete.
 
     Raises:
-        StorageError: as `explained`.
+        StorageError: as `explained`; and where nothing was written, for then the writer sees another disk.
     """
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    with explained(what, folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+    unfinished, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
+    try:
+        with explained(what, folder):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()  # here, though another machine may fill it: over NFS, its own would be seen late
+            yield unfinished
+            if not any(unfinished.iterdir()):
+                raise StorageError(
+                    f"{folder}: {what} was written to a disk that this machine does not see; set --run-dir to a "
+                    "place that all machines of the run see"
+                )
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            unfinished.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs these bytes back
 
 
 def fsync(path: Path) -> None:

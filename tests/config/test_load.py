@@ -316,6 +316,7 @@ def test_auto_that_turns_out_to_have_no_cuda(load):
     ("cuda", "ray", True, "vllm"), ("cuda", "ray", False, "hf"), ("cuda", "local", True, "hf"),
     ("mps", "local", True, "hf"), ("cpu", "ray", True, "hf"), ("cpu", "local", True, "hf"),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:generator.engine=auto is hf")
 def test_the_generator_follows_the_device(load, monkeypatch, device, executor, installed, engine):
     monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: installed or None)
     config = load(f"executor={executor}")
@@ -324,11 +325,12 @@ def test_the_generator_follows_the_device(load, monkeypatch, device, executor, i
     assert on_device(load(f"executor={executor}", "generator.engine=hf"), device).generator.engine == "hf"
 
 
-@pytest.mark.parametrize("setting", ["rollout.temperature=2.5", "model.path=scratch:lstm"])
+@pytest.mark.parametrize("setting", ["rollout.temperature=2.5", "model.path=scratch:lstm", "ray.gpus_per_worker=0.5"])
 def test_auto_is_no_engine_that_could_not_do_it(load, monkeypatch, setting):
     monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: True)
     scratch = ("model.path=scratch:qwen2", "model.scratch.max_length=2048", "model.tokenizer.path=scratch:char",
                "executor=ray")  # fmt: skip
+    assert on_device(load(*scratch, "ray.gpus_per_worker=0.5", "ray.colocate=true"), "cuda").generator.engine == "vllm"
     assert on_device(load(*scratch), "cuda").generator.engine == "vllm"
     assert on_device(load(*scratch, setting), "cuda").generator.engine == "hf"
 
@@ -338,8 +340,9 @@ def test_what_is_vllms_waits_for_the_device(load, monkeypatch):
     monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: True)
     assert on_device(config, "cuda").generator.engine == "vllm"
     monkeypatch.setattr("rlhf_ray.config.load.find_spec", lambda name: None)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as error, pytest.warns(UserWarning, match="is hf, for vLLM is not installed where"):
         on_device(config, "cuda")
+    assert str(error.value).startswith("device=auto, which is cuda here, and generator.engine=auto, which is hf: 2")
     assert problems(error) == [
         "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1",
         "sync.transport=nccl ends in vLLM, and generator.engine=hf receives by shared_memory only; "

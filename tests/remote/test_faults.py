@@ -108,20 +108,13 @@ def test_a_taken_port_is_named(tiny_config, tmp_path, monkeypatch):
     require_no_actors()
 
 
-INTERRUPTED = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from rlhf_ray.build import run_rl
-from rlhf_ray.config.load import load_config
-run_rl(load_config(sys.argv[1]), sys.argv[2])
-"""
-
-
-def test_ctrl_c_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("send", "sign"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)],
+                         ids=["ctrl-c", "sigterm"])  # fmt: skip
+def test_an_interrupted_run_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch, send, sign):
+    """A terminal sends Ctrl-C to every process, a scheduler may tell the driver alone."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "run.yaml").write_text(dump_config(tiny_config("executor=ray", "steps=100000")))
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run.yaml"), str(tmp_path / "run")]
+    command = [sys.executable, "-m", "rlhf_ray.cli", "rl", tmp_path / "run.yaml", "--run-dir", tmp_path / "run"]
     run = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -132,8 +125,9 @@ def test_ctrl_c_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
             time.sleep(0.2)
         started = psutil.Process(run.pid).children(recursive=True)
         assert len(started) >= 6, "a Ray of its own, and four actors"
-        os.killpg(run.pid, signal.SIGINT)
-        assert run.wait(60) != 0 and "KeyboardInterrupt" in run.stderr.read()
+        send(run.pid, sign)
+        assert run.wait(60) == 130 and run.stderr.read().endswith("rlhf-ray: interrupted\n")
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     finally:
         run.kill()
     _, alive = psutil.wait_procs(started, timeout=20)

@@ -80,8 +80,9 @@ def test_colocated_workers_borrow_the_learners_gpus(tiny_config):
 @pytest.mark.parametrize(("overrides", "device", "transport"), [
     ((), "cpu", "shared_memory"),
     (VLLM, "cpu", "shared_memory"),
-    ((), "cuda", "shared_memory"),  # Transformers' generate has no CUDA receiver
+    (("generator.engine=hf",), "cuda", "shared_memory"),  # Transformers' generate has no CUDA receiver
     (VLLM, "cuda", "nccl"),
+    ((*VLLM, "ray.gpus_per_worker=0.5"), "cuda", "shared_memory"),  # two processes on one GPU: NCCL refuses that
     ((*VLLM, "ray.colocate=true"), "cuda", "cuda_ipc"),
     ((*VLLM, "ray.colocate=true"), "cpu", "shared_memory"),
     ((*VLLM, "sync.transport=shared_memory"), "cuda", "shared_memory"),

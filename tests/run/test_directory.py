@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, StorageError
 from rlhf_ray.run.directory import RunDirectory, newest_run
 
 
@@ -19,6 +19,12 @@ def test_two_runs_never_share_a_folder(tmp_path):
     with pytest.raises(ConfigError, match="holds another run.*--resume auto"):
         RunDirectory(tmp_path / "a")
     assert RunDirectory(tmp_path / "a", resume=True).resumed
+
+
+def test_a_place_where_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="no folder can be made there .Not a directory.; set --run-dir to another"):
+        RunDirectory(tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -83,33 +83,26 @@ def test_a_device_that_is_really_full():
     OSError(errno.EDQUOT, "Disk quota exceeded"),
     PermissionError(errno.EACCES, "Permission denied"),
     OSError(errno.EROFS, "Read-only file system"),
-    NotADirectoryError(errno.ENOTDIR, "Not a directory"),
 ])  # fmt: skip
 def test_errors_of_the_disk_say_what_to_do(tmp_path, error):
     with pytest.raises(StorageError, match=r"cannot write a test: .*(--run-dir)"), explained("a test", tmp_path):
         raise error
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="/proc is a file system of Linux")
-def test_a_place_where_nothing_can_be_made_is_not_called_full():
-    path = storage.Path("/proc/runs")
-    with pytest.raises(StorageError, match="there is no such place; set --run-dir"), explained("a folder", path):
-        path.mkdir()
-
-
 def test_a_folder_that_exists_is_whole(tmp_path):
     folder = tmp_path / "model"
+    (tmp_path / "model.unfinished").mkdir()
+    (tmp_path / "model.unfinished" / "half").touch()  # of a process that was killed
     for text in ("old", "new"):
         with written_whole("a model", folder) as unfinished:
-            unfinished.mkdir()
             (unfinished / "weights").write_text(text)
     with pytest.raises(RuntimeError), written_whole("a model", folder) as unfinished:
-        unfinished.mkdir()
+        (unfinished / "weights").touch()
         raise RuntimeError("killed")
+    with pytest.raises(StorageError, match="a disk that this machine does not see"), written_whole("a model", folder):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "weights"]
     assert (folder / "weights").read_text() == "new"
-    with written_whole("a model", folder) as unfinished:
-        unfinished.mkdir()
-    assert [p.name for p in tmp_path.iterdir()] == ["model"] and not list(folder.iterdir())
 
 
 def test_torch_hides_a_full_disk_so_the_disk_is_asked(tmp_path, monkeypatch):
