@@ -28,7 +28,7 @@ from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
 from rlhf_ray.errors import ConfigError, StageError, Terminated
-from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.storage import write_atomically
 
 # What a shell says of a process that Ctrl-C has ended.
@@ -65,10 +65,9 @@ def run_pipeline(
                 continue
             _run_stage(stage, directory, title)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        _summarize(pipeline, stages, directory, status)
+        _summarize(pipeline, stages, directory, **ended_by(error))
         raise
-    return _summarize(pipeline, stages, directory, "finished")
+    return _summarize(pipeline, stages, directory, status="finished")
 
 
 def describe_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -195,7 +194,7 @@ def _finished(stage: Stage, stages: Sequence[Stage], directory: RunDirectory) ->
 
 
 def _summarize(
-    pipeline: PipelineConfig, stages: Sequence[Stage], directory: RunDirectory, status: str
+    pipeline: PipelineConfig, stages: Sequence[Stage], directory: RunDirectory, **end: str
 ) -> dict[str, Any]:
     of_stages = {}
     for stage in stages:
@@ -210,7 +209,7 @@ def _summarize(
     summary = {
         "name": pipeline.name,
         "run_dir": str(directory.path),
-        "status": status,
+        **end,
         "seconds": round(sum(spent), 1),
         "stages": of_stages,
     }

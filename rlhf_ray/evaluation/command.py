@@ -14,7 +14,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.answers import Answers
 from rlhf_ray.evaluation.compare import Comparison, Report, compare
 from rlhf_ray.evaluation.ratings import export_ratings, import_ratings
-from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.storage import append_line, to_json, write_atomically
 
 RESULT, KEY = "eval.json", "ratings_key.json"
@@ -35,7 +35,7 @@ def run_eval(
     try:
         comparison = compare(config, report)
     except BaseException as error:
-        directory.write_summary({**summary, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+        directory.write_summary({**summary, **ended_by(error)})
         raise
     for alarm in comparison.result["alarms"]:
         directory.event("alarm", kind="perplexity", reason=alarm)

@@ -39,7 +39,7 @@ from rlhf_ray.feedback.labelling import (
     order_bias,
 )
 from rlhf_ray.rewards.judge import open_judge
-from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.storage import to_json, write_atomically
 
 Report = Callable[[str], None]
@@ -76,7 +76,7 @@ def run_pairs(
             )
         write_atomically(directory.path / "pairs.jsonl", "".join(to_json(row) + "\n" for row in rows))
     except BaseException as error:
-        directory.write_summary({**summary, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+        directory.write_summary({**summary, **ended_by(error)})
         raise
     seconds = round(time.monotonic() - started, 3)
     directory.write_summary({**summary, "status": "finished", "seconds": seconds, **result})

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import CheckpointError
-from rlhf_ray.run.storage import explained, fsync, write_atomically
+from rlhf_ray.run.storage import explained, fsync, fsync_tree, write_atomically
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"
@@ -178,9 +178,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def _seal(folder: Path, step: int) -> None:
     """Everything to disk, then the manifest, then the manifest to disk: with it, the checkpoint is whole."""
-    paths = sorted(folder.rglob("*"))
-    for path in paths:
-        fsync(path)
+    paths = fsync_tree(folder)
     names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": digest}

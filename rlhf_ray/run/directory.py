@@ -144,6 +144,13 @@ class RunDirectory:
         self.event("resumed", step=step, metric_rows_dropped=gone, **noted)
 
 
+def ended_by(error: BaseException) -> dict[str, str]:
+    """What summary.json says of a run that `error` has ended: a person or a scheduler interrupted it, or it failed."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"status": "interrupted"}
+    return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
 def newest_run(name: str, root: str | Path = "runs") -> Path | None:
     """The newest `root/<name>-<time>` of a run that got to its first step, or was stopped or killed; or None."""
     pattern = re.compile(re.escape(_safe(name)) + r"-\d{8}-\d{6}(-\d+)?")

@@ -17,7 +17,7 @@ from rlhf_ray.errors import StorageError
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.cost import Spent, Workload, spent_before
-from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.metrics import Metrics
 from rlhf_ray.run.progress import Progress
 from rlhf_ray.run.resume import refuse_other_beginnings
@@ -138,15 +138,11 @@ class Recorder:
 
     def fail(self, error: BaseException) -> None:
         """`finish` for a run that `error` (or Ctrl-C, or SIGTERM) has ended; never hides that behind one of its own."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if interrupted:
+        if isinstance(error, KeyboardInterrupt):
             self.progress.close()
             self.progress.note(self._after_interruption())
         try:
-            if interrupted:
-                self.finish("interrupted")
-            else:
-                self.finish("failed", error=f"{type(error).__name__}: {error}")
+            self.finish(**ended_by(error))
         except StorageError as second:
             warnings.warn(f"the end of the run could not be written down: {second}", stacklevel=2)
 

@@ -54,7 +54,8 @@ def explained(what: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def written_whole(what: str, folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` at the end: one of that name is always complete.
+    """An empty folder to fill, which takes the place of `folder` at the end: one of that name is always complete,
+    after a kill and after a power cut.
 
     Raises:
         StorageError: as `explained`; and where nothing was written, for then the writer sees another disk.
@@ -70,10 +71,12 @@ def written_whole(what: str, folder: Path) -> Iterator[Path]:
                     f"{folder}: {what} was written to a disk that this machine does not see; set --run-dir to a "
                     "place that all machines of the run see"
                 )
+            fsync_tree(unfinished)
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             unfinished.rename(folder)
+            fsync(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs these bytes back
@@ -86,6 +89,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> list[Path]:
+    """Force a folder and everything below it to disk; returns what lies below, sorted."""
+    paths = sorted(folder.rglob("*"))
+    for path in [*paths, folder]:
+        fsync(path)
+    return paths
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from rlhf_ray import cli
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.load import load_config
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.evaluation import command
 from rlhf_ray.evaluation.command import add_ratings, run_eval
 from rlhf_ray.evaluation.table import print_evaluation, rows_of
 
@@ -93,6 +94,16 @@ def test_an_error_leaves_a_summary_that_says_so(path, answers, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "positions" in summary["error"]
     run_eval(load_config(path, [], EvalRunConfig), tmp_path / "run")
+
+
+def test_an_interrupted_one_did_not_fail(path, answers, tmp_path, monkeypatch):
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(load_config(path, [], EvalRunConfig), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
 def test_the_command(path, answers, tmp_path, capsys):

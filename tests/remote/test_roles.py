@@ -8,15 +8,9 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 
-from rlhf_ray.build import open_roles, run_rl
-from rlhf_ray.data.tasks import load_task
-from rlhf_ray.models.devices import Hardware
-from rlhf_ray.models.scratch import build_scratch
-from rlhf_ray.models.tokenizers import build_tokenizer
-from rlhf_ray.roles.factory import Assets
-from rlhf_ray.roles.protocols import Request, Sampling
+from rlhf_ray.build import run_rl
+from rlhf_ray.run.recorder import Recorder
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), pytest.mark.usefixtures("own_ray")]
 
@@ -90,44 +84,20 @@ def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config
         assert step["loss/value"] > 0 and step["critic/grad_norm"] > 0
 
 
-def test_overlapped_generation_keeps_its_bound(tiny_config, tmp_path):
-    config = tiny_config("executor=ray", "rollout.max_staleness=1", "algorithm.correction=truncate", "steps=6")
-    run_rl(config, tmp_path / "run")
-    steps = metrics_of(tmp_path / "run")
-    assert [m["staleness/max"] for m in steps[:1]] == [0] and all(m["staleness/max"] <= 1 for m in steps)
-    assert all(m["sync/canary_absdiff"] < 1e-5 for m in steps)
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory) -> Assets:
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = build_tokenizer("char", [load_task("task:arithmetic").alphabet])
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = build_scratch("qwen2", vocab_size=len(tokenizer), hidden_size=32, layers=2, max_length=32, **ids)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Assets(str(folder), str(folder), Hardware("cpu", torch.float32))
-
-
-def some_requests(count: int) -> list[Request]:
-    return [Request(i // 4, i, (3, 4, 5), seed=i, columns={"prompt": "1+1=", "answer": "2"}) for i in range(count)]
-
-
-def test_old_batches_are_freed(tiny_config, assets):
+def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp_path, monkeypatch):
     references = ray._private.worker.global_worker.core_worker.get_all_reference_counts
-    config = tiny_config("executor=ray", "generator.count=2", "algorithm.kl_coef=0.01")
-    with open_roles(config, assets) as roles:
-        counts = []
-        for step in range(6):
-            roles.learner.push_weights(step)
-            batch = roles.generator.generate(some_requests(24), Sampling(6))
-            assert roles.generator.version == step and set(batch.rows.weight_version) == {step}
-            scores = roles.reward.score(batch, texts=2)
-            assert len(scores.score) == 24 and scores.texts[0][0] == "1+1="
-            batch = batch.replace(score=scores.score, logp_ref=roles.reference.logprobs(batch))
-            batch = batch.replace(**roles.advantages.estimate(batch, 0.01).columns)
-            roles.learner.update(batch, step, 0.01)
-            gc.collect()
-            counts.append(len(references()))
-        # A pulse of each worker is always under way: everything else is of the last step.
-        assert max(counts[2:]) <= counts[1] + 8, counts
+    log, counts = Recorder.log, []
+
+    def counted(run: Recorder, *args) -> None:
+        log(run, *args)
+        gc.collect()
+        counts.append(len(references()))
+
+    monkeypatch.setattr(Recorder, "log", counted)
+    overlap = ("rollout.max_staleness=1", "algorithm.correction=truncate", "algorithm.kl_coef=0.01")
+    run_rl(tiny_config("executor=ray", "steps=12", *overlap), tmp_path / "run")
+    steps = metrics_of(tmp_path / "run")
+    assert len(steps) == 12 and steps[0]["staleness/max"] == 0 and all(m["staleness/max"] <= 1 for m in steps)
+    assert all(m["sync/canary_absdiff"] < 1e-5 for m in steps)
+    # A step's batch and the next one's are there, and each worker's pulse: what is older is gone.
+    assert max(counts[4:]) <= max(counts[1:4]) + 4, counts

@@ -105,6 +105,17 @@ def test_a_folder_that_exists_is_whole(tmp_path):
     assert (folder / "weights").read_text() == "new"
 
 
+def test_a_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The name survives a power cut at once, bytes that nobody forced to disk do not."""
+    on_disk = []
+    monkeypatch.setattr(storage, "fsync", lambda path: on_disk.append((path.name, (tmp_path / "model").exists())))
+    with written_whole("a model", tmp_path / "model") as unfinished:
+        (unfinished / "part").mkdir()
+        (unfinished / "part" / "weights").write_text("some")
+    named = (tmp_path.name, True)
+    assert on_disk == [("part", False), ("weights", False), ("model.unfinished", False), named]
+
+
 def test_torch_hides_a_full_disk_so_the_disk_is_asked(tmp_path, monkeypatch):
     usage = storage.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=0))
