@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, WorkerError
-from rlhf_ray.models.engine import (
+from rlhf_ray.models.pretrained import plain_state, write_pretrained
+from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
     clip_scale,
     enable_gradient_checkpointing,
-    plain_state,
     switch_dropout_off,
-    write_pretrained,
 )
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import ConfigError, ModelError
-from rlhf_ray.models.engine import is_packed
+from rlhf_ray.models.trainable import is_packed
 
 _BASE = ".base_layer."
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]

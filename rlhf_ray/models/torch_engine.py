@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError
-from rlhf_ray.models.engine import (
+from rlhf_ray.models.pretrained import plain_state, write_pretrained
+from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
     clip_scale,
     enable_gradient_checkpointing,
     is_packed,
-    plain_state,
     switch_dropout_off,
-    write_pretrained,
 )
 
 if TYPE_CHECKING:

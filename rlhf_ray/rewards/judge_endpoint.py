@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import (
+from rlhf_ray.rewards.judge_questions import (
     SCORE_REMINDER,
     VERDICT_REMINDER,
     Message,

@@ -20,7 +20,7 @@ from rlhf_ray.errors import ModelError, RewardError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import Message, Opinion, pair_messages, score_messages
+from rlhf_ray.rewards.judge_questions import Message, Opinion, pair_messages, score_messages
 
 Tokens = tuple[int, ...]
 

@@ -11,7 +11,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.evaluation.compare import compare
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import Opinion
+from rlhf_ray.rewards.judge_questions import Opinion
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ import math
 import pytest
 
 from rlhf_ray.feedback.labelling import Label, agreement, candidates_of, label_by_score, order_bias
-from rlhf_ray.rewards.judge import Opinion, verdict_of
+from rlhf_ray.rewards.judge import verdict_of
+from rlhf_ray.rewards.judge_questions import Opinion
 
 
 def rows(*args):

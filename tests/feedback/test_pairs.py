@@ -15,7 +15,7 @@ from rlhf_ray.data.types import PreferenceRow, detect, parse
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.feedback.pairs import describe, make_pairs, run_pairs
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import Opinion
+from rlhf_ray.rewards.judge_questions import Opinion
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError
 from rlhf_ray.models import lora
-from rlhf_ray.models.engine import switch_dropout_off
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.lora import apply_lora, merged_state, quantization
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.models.trainable import switch_dropout_off
 
 pytestmark = pytest.mark.slow  # peft alone takes seconds to import
 

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError
-from rlhf_ray.models.engine import adam_groups, build_engine, clip_scale
+from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.models.trainable import adam_groups, clip_scale
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_cases import EPS, equal, snapshot, tiny, tiny_lora, train

@@ -6,17 +6,15 @@ from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.compose import RewardSet, load_reward
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import (
+from rlhf_ray.rewards.judge import Verdict, compare_both_orders, verdict_of
+from rlhf_ray.rewards.judge_questions import (
     Opinion,
     UnreadableReply,
-    Verdict,
-    compare_both_orders,
     criterion_of,
     pair_messages,
     parse_score,
     parse_verdict,
     score_messages,
-    verdict_of,
 )
 
 CONFIG = JudgeConfig(model="m", scale=(1, 5))

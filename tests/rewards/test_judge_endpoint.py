@@ -12,7 +12,8 @@ import pytest
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import Opinion, compare_both_orders, open_judge
+from rlhf_ray.rewards.judge import compare_both_orders, open_judge
+from rlhf_ray.rewards.judge_questions import Opinion
 
 
 class Server:

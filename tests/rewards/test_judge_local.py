@@ -12,8 +12,9 @@ from rlhf_ray.errors import RewardError
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.rewards.failures import Failure
-from rlhf_ray.rewards.judge import compare_both_orders, open_judge, pair_messages, score_messages
+from rlhf_ray.rewards.judge import compare_both_orders, open_judge
 from rlhf_ray.rewards.judge_local import LocalJudge
+from rlhf_ray.rewards.judge_questions import pair_messages, score_messages
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[judge]"
 

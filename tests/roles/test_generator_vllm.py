@@ -12,8 +12,8 @@ import torch
 
 from rlhf_ray.batch import Batch
 from rlhf_ray.errors import ConfigError, DataError, ModelError, SyncError
-from rlhf_ray.models.engine import plain_state
 from rlhf_ray.models.lora import apply_lora
+from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.roles import generator_vllm
 from rlhf_ray.roles.generator_vllm import VLLMGenerator

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, SyncError
-from rlhf_ray.models.engine import plain_state
+from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.sync import cuda_sender
 from rlhf_ray.sync.factory import make_sender
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_ray.errors import SyncError
-from rlhf_ray.models.engine import plain_state
+from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.sync.factory import make_sender
 from rlhf_ray.sync.hf_receiver import HFReceiver
 from rlhf_ray.sync.segment import GRACE_SECONDS, PREFIX, AttachedSegments, Segment, attach, remove_leftovers

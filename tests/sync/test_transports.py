@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, SyncError, WorkerError
-from rlhf_ray.models.engine import plain_state
+from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.sync.cuda_sender import shift_ranks
 from rlhf_ray.sync.factory import make_sender
 from rlhf_ray.sync.hf_receiver import HFReceiver

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from rlhf_ray.models.engine import plain_state
+from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.sync.export import describe
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux only")]

@@ -1,0 +1,100 @@
+"""A network in training as the plain Hugging Face model that leaves it: names, tensors, a folder; LoRA merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from rlhf_ray.errors import ModelError
+from rlhf_ray.models.lora import Gather, merged_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether `module` is a PEFT model (asked without importing peft)."""
+    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+
+
+def plain_model(module: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a LoRA model, or `module` itself."""
+    return module.get_base_model() if is_lora(module) else module
+
+
+def plain_state(module: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) with LoRA merged; nothing copied.
+
+    `gather` is a context manager that makes sharded parameters whole while a pair is out.
+    """
+    gather = gather or (lambda tensors: nullcontext())
+    if is_lora(module):
+        yield from merged_state(module, gather)
+        return
+    # state_dict, unlike named_parameters, lists a tied weight under each of its names.
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with gather([tensor]):
+            yield name, tensor.detach()
+
+
+def write_pretrained(
+    module: nn.Module,
+    state: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Write `state` with the config of `module` as a folder that `from_pretrained` reads.
+
+    Raises ModelError for weights that are not finite: such a folder loads without a word, and answers nonsense.
+    """
+    weights = {name: tensor.detach().to("cpu") for name, tensor in state}
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(
+            f"{len(broken)} of {len(weights)} weights are not finite (the first is {broken[0]}), so no model was "
+            f"written to {folder}: the training has diverged; go on from an earlier checkpoint (write its name, like "
+            "step_100, into checkpoints/latest) with a lower learning rate"
+        )
+    model = plain_model(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _no_progress_bar(), _described_as_exported(model):
+        model.save_pretrained(folder, state_dict=weights)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _described_as_exported(model: Any) -> Iterator[None]:
+    """The model's config as it is without what only training needs."""
+    kept, quantizer = copy.deepcopy(model.config), getattr(model, "hf_quantizer", None)
+    try:
+        if getattr(model.config, "use_cache", None) is False:
+            # Off only because of gradient checkpointing; whoever generates with this folder wants the cache.
+            model.config.use_cache = True
+        if quantizer is not None:  # what leaves is not packed
+            del model.config.quantization_config
+            model.hf_quantizer = None
+        yield
+    finally:
+        model.config.__dict__.update(kept.__dict__)
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Saving is short; a bar of its own would tear the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,87 @@
+"""A network made ready for training, by either engine: dtype, optimiser groups, dropout, gradient checkpointing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_ray.errors import ModelError
+
+
+def check_train_dtype(dtype: torch.dtype) -> None:
+    """Raises ModelError for a dtype that no engine trains in."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ModelError(
+            f"dtype {dtype} cannot be trained here: float16 gradients underflow without loss scaling; "
+            "use bfloat16, or float32 where the device has no bfloat16"
+        )
+
+
+def adam_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW parameter groups of the trainable parameters: matrices decay, biases and norm weights do not.
+
+    Raises ModelError if nothing is trainable.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError("the model has no trainable parameter; unfreeze some, or give it a LoRA adapter")
+    matrices = [p for p in trainable if p.ndim >= 2]
+    vectors = [p for p in trainable if p.ndim < 2]
+    if weight_decay == 0.0 or not matrices or not vectors:
+        # One group means one flat buffer in ZeRO, hence fewer collectives.
+        return [{"params": trainable, "weight_decay": weight_decay if matrices else 0.0}]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Recompute activations in the backward pass. Raises ModelError where the model cannot."""
+    enable = getattr(module, "gradient_checkpointing_enable", None)
+    supported = getattr(module, "supports_gradient_checkpointing", enable is not None)
+    if enable is None or not supported:
+        raise ModelError(
+            f"{type(module).__name__} cannot do gradient checkpointing; set learner.gradient_checkpointing=false"
+        )
+    # The reentrant kind needs inputs that require grad, which a LoRA model's frozen embeddings do not give.
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in module.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            # Layers recompute only while "training"; their children stay as they are, so dropout stays off.
+            layer.training = True
+    if hasattr(module, "config"):
+        module.config.use_cache = False
+
+
+def switch_dropout_off(module: nn.Module) -> None:
+    """Evaluation mode, but for the layers that cannot learn in it.
+
+    An importance ratio of exactly 1 on the first step, and equal numbers on any number of ranks, need a
+    forward pass that depends on weights and tokens only.
+    """
+    module.eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase):
+            # cuDNN refuses the backward pass of a recurrent layer in evaluation mode.
+            layer.dropout = 0.0
+            layer.training = True
+        elif is_packed(layer):
+            # bitsandbytes would pack the weights anew for inference on a CPU, and round their scales.
+            layer.training = True
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether its weight is bytes that stand for numbers (QLoRA)."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
+
+
+def clip_scale(norm: float, max_grad_norm: float) -> float:
+    """Factor for the gradients; 0 or inf as `max_grad_norm` switches clipping off."""
+    if max_grad_norm <= 0.0 or math.isinf(max_grad_norm):
+        return 1.0
+    return min(1.0, max_grad_norm / (norm + 1e-6))
