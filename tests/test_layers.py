@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,16 @@ def test_imports_point_down():
                 elif imported:
                     wrong.append(f"{name_of(path)}:{line} {module}: no such room")
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_import_each_other_in_no_circle():
+    """Inside a room, too: who reads a file need not have read the ones that use it."""
+    files = {name_of(path).removesuffix(".py").replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+    imported = {name: {module for _, module in imports_of(path)} & files.keys() for name, path in files.items()}
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_heavy_libraries_are_named_only_by_their_owners():
