@@ -39,6 +39,7 @@ def _as_function(config: RewardModelConfig, device: str) -> RewardFunction:
     model = RewardModel(network, tokenizer, config)
 
     def reward_model(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        return model.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return model.score(texts).values
 
     return RewardFunction("reward_model", reward_model, config.weight)

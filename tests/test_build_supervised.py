@@ -110,7 +110,7 @@ def test_a_reward_model_comes_from_the_sft_model_and_judges_text(config, tmp_pat
     model, tokenizer = load_reward_model(folder)
     assert model.config.num_labels == 1
     judge = RewardModel(model, tokenizer, RewardModelConfig(path=folder))
-    scores = [judge.score([f"{row['prompt']}{row[answer]}" for row in PAIRS]) for answer in ("chosen", "rejected")]
+    scores = [judge.score([f"{row['prompt']}{row[side]}" for row in PAIRS]).values for side in ("chosen", "rejected")]
     right = sum(good > bad for good, bad in zip(*scores, strict=True)) / len(PAIRS)
     assert right > 0.8
     inside = weights_of(tmp_path / "sft")["model.embed_tokens.weight"]
@@ -160,7 +160,7 @@ def test_a_classifier_is_a_reward_model_and_keeps_its_frozen_layers(config, tmp_
     model, tokenizer = load_reward_model(tmp_path / "second" / "model")
     assert model.config.id2label == {0: "low", 1: "high"}
     judge = RewardModel(model, tokenizer, RewardModelConfig(path="x", output="prob"))
-    low, high = judge.score(["010", "919"])
+    low, high = judge.score(["010", "919"]).values
     assert 0 <= low < high <= 1
 
 

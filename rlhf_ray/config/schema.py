@@ -105,7 +105,9 @@ class RewardModelConfig(Section):
     path: str
     weight: float = 1.0
     output: Literal["logit", "logprob", "prob"] = Field("logit", description="of the positive (last) label")
-    max_length: int = Field(512, gt=0)
+    max_length: int | None = Field(
+        None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
+    )
     batch_size: int = Field(64, gt=0)
 
 
@@ -116,7 +118,9 @@ class SafetyConfig(Section):
     weight: float = Field(0.5, ge=0, le=1)
     safe_label: str | None = Field(None, description="the label that means safe; empty, without unsafe_label: the last")
     unsafe_label: str | None = Field(None, description="or the one that means unsafe: P(safe) = 1 - P(unsafe)")
-    max_length: int = Field(512, gt=0)
+    max_length: int | None = Field(
+        None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
+    )
     batch_size: int = Field(64, gt=0)
 
 

@@ -51,8 +51,12 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in module.modules():
         if getattr(layer, "gradient_checkpointing", False):
-            # Layers recompute only while "training"; their children stay as they are, so dropout stays off.
+            # Layers recompute only while "training"; their children stay as they are, so dropout stays off. Some
+            # (OPT, Falcon) keep rates of their own, which would now be in force.
             layer.training = True
+            for name, value in list(vars(layer).items()):
+                if "drop" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
     if hasattr(module, "config"):
         module.config.use_cache = False
 

@@ -1,18 +1,27 @@
-"""A Hugging Face sequence classifier as a reward: sentiment, safety, style."""
+"""Sequence classifiers as judges of texts: the reward function `classifier`, the reward model, the safety share."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import SafetyConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_reward_model
+
+Output = Literal["prob", "logprob", "logit"]
+
+
+class TextScores(NamedTuple):
+    values: list[float]
+    cut: int  # texts that were too long, so that their beginning was not read
 
 
 def classifier(
@@ -21,9 +30,9 @@ def classifier(
     *,
     path: str,
     label: str | None = None,
-    output: Literal["prob", "logprob", "logit"] = "prob",
+    output: Output = "prob",
     whole: bool = False,
-    max_length: int = 512,
+    max_length: int | None = None,
     batch_size: int = 64,
     device: str = "cpu",
     **_: Any,
@@ -32,28 +41,34 @@ def classifier(
 
     Args:
         whole: judge prompt and completion together, not the completion alone.
-        output: a probability, its logarithm, or the label's raw output.
+        output: a probability p, its logarithm, or its logit log(p / (1 - p)).
+        max_length: in tokens; of a longer text the end is judged. Empty: as much as the model reads.
     """
     if output not in ("prob", "logprob", "logit"):
         raise ConfigError(f"reward classifier: output={output!r}; it is prob, logprob or logit")
     model = load_classifier(path, device)
     texts = [a + b for a, b in zip(prompts, completions, strict=True)] if whole else list(completions)
-    index = model.index_of(label)
-    parts = [
-        model.scores(texts[start : start + batch_size], index, output, max_length)
-        for start in range(0, len(texts), batch_size)
-    ]
-    return [score for part in parts for score in part]
+    return model.score(texts, model.index_of(label), output, max_length, batch_size).values
 
 
-@dataclass(frozen=True)
 class Classifier:
-    network: Any
-    tokenizer: Any
-    path: str
+    """Scores whole texts, as many at a time as a batch holds, whatever their neighbours."""
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.path = path
+        # A decoder's tokenizer pads on the left for generation; there, absolute positions (GPT-2) would shift with
+        # the padding and a text's score with its neighbours.
+        tokenizer.padding_side = "right"
+        # The answer stands at the end: of a text that is too long, that is the part to judge.
+        tokenizer.truncation_side = "left"
+        bos = tokenizer.bos_token_id
+        begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._bos = tokenizer.bos_token if begins else ""
 
     def index_of(self, label: str | None) -> int:
-        """Raises ConfigError, naming the labels there are."""
+        """Of a label, or of the last one. Raises ConfigError, naming the labels there are."""
         labels = {str(name).lower(): int(index) for name, index in self.network.config.label2id.items()}
         if label is None:
             return self.network.config.num_labels - 1
@@ -62,17 +77,32 @@ class Classifier:
         return labels[label.lower()]
 
     @torch.no_grad()
-    def scores(self, texts: Sequence[str], index: int, output: str, max_length: int) -> list[float]:
-        """Of the label at `index`. Labels exclude each other, unless the model says that they do not."""
-        limit = min(max_length, self.tokenizer.model_max_length, _longest(self.network))
-        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        inputs = {name: encoded[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
-        logits_BC = self.network(**inputs).logits.float()
-        if output == "logit":
-            return logits_BC[:, index].tolist()
-        alone = logits_BC.shape[1] == 1 or self.network.config.problem_type == "multi_label_classification"
-        logprob_BC = torch.nn.functional.logsigmoid(logits_BC) if alone else logits_BC.log_softmax(-1)
-        return (logprob_BC if output == "logprob" else logprob_BC.exp())[:, index].tolist()
+    def score(
+        self, texts: Sequence[str], index: int, output: Output, max_length: int | None = None, batch_size: int = 64
+    ) -> TextScores:
+        """Of the label at `index`, for each text; `max_length` in tokens, or less if the model reads less."""
+        limit = min(max_length or sys.maxsize, self.tokenizer.model_max_length, _positions(self.network))
+        values: list[float] = []
+        cut = 0
+        for start in range(0, len(texts), batch_size):
+            # A chat template has written BOS already: the tokenizer would write a second one.
+            part = [text.removeprefix(self._bos) for text in texts[start : start + batch_size]]
+            encoded = self.tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            cut += sum(bool(row.overflowing) for row in encoded.encodings or ())
+            inputs = {name: encoded[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
+            logit_B = self._logits(self.network(**inputs).logits.float(), index)
+            if output == "logit":
+                values += logit_B.tolist()
+            else:
+                values += (logsigmoid(logit_B) if output == "logprob" else logit_B.sigmoid()).tolist()
+        return TextScores(values, cut)
+
+    def _logits(self, raw_BC: Tensor, index: int) -> Tensor:
+        """log(p / (1 - p)) of one label. Labels exclude each other, unless the model says that they do not."""
+        if raw_BC.shape[1] == 1 or self.network.config.problem_type == "multi_label_classification":
+            return raw_BC[:, index]
+        others = [label for label in range(raw_BC.shape[1]) if label != index]
+        return raw_BC[:, index] - raw_BC[:, others].logsumexp(-1)
 
 
 class Safety:
@@ -84,23 +114,18 @@ class Safety:
         self.model = load_classifier(config.path, device)
         self.index = self.model.index_of(config.safe_label or config.unsafe_label)
 
-    def score(self, texts: Sequence[str]) -> list[float]:
+    def score(self, texts: Sequence[str]) -> TextScores:
         """Probability that each text is safe."""
-        size, scores = self.config.batch_size, []
-        for start in range(0, len(texts), size):
-            scores += self.model.scores(texts[start : start + size], self.index, "prob", self.config.max_length)
-        return [1.0 - score for score in scores] if self.config.unsafe_label else scores
+        values, cut = self.model.score(texts, self.index, "prob", self.config.max_length, self.config.batch_size)
+        return TextScores([1.0 - value for value in values] if self.config.unsafe_label else values, cut)
 
 
 @functools.lru_cache(maxsize=4)
 def load_classifier(path: str, device: str = "cpu") -> Classifier:
     """Raises ModelError if there is none."""
-    network, tokenizer = load_reward_model(path, device=device)
-    # Padding on the left would shift absolute positions; of a text that is too long the end is what counts.
-    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
-    return Classifier(network.requires_grad_(False), tokenizer, path)
+    return Classifier(*load_reward_model(path, device=device), path)
 
 
-def _longest(network: Any) -> int:
-    """Positions that the model has; without a table of positions there is no bound."""
+def _positions(network: PreTrainedModel) -> int:
+    """That the model has; without a table of positions there is no bound."""
     return getattr(network.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

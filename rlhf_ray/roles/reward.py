@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.errors import RewardError
-from rlhf_ray.rewards.classifier import Safety
+from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.roles.protocols import Scores
 
@@ -22,41 +21,17 @@ class RewardModel:
     """A sequence classifier that scores decoded text: its tokenizer may differ from the policy's."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        # A decoder's tokenizer pads on the left for generation; there, absolute positions (GPT-2) would shift with
-        # the padding and a text's score with its neighbours.
-        self.tokenizer.padding_side = "right"
-        # The answer stands at the end: of a text that is too long, that is the part to judge.
-        self.tokenizer.truncation_side = "left"
         self.config = config
-        self.max_length = min(config.max_length, tokenizer.model_max_length, _longest(model))
+        self.classifier = Classifier(model, tokenizer, config.path)
 
-    @torch.no_grad()
-    def score(self, texts: list[str]) -> list[float]:
+    def score(self, texts: Sequence[str]) -> TextScores:
         """One number a text; of the only label, or of the last one; `config.output` says which.
 
         A text longer than the limit (`config.max_length`, or less if the model reads less) loses its beginning.
         """
-        scores: list[float] = []
-        for start in range(0, len(texts), self.config.batch_size):
-            encoded = self.tokenizer(
-                texts[start : start + self.config.batch_size],
-                padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
-            )  # fmt: skip
-            inputs = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-            scores += self._outputs(self.model(**inputs).logits).tolist()
-        return scores
-
-    def _outputs(self, logits_BC: torch.Tensor) -> torch.Tensor:
-        logits_BC = logits_BC.float()
-        logit_B = logits_BC[:, -1]
-        if logits_BC.shape[1] > 1:  # log-odds of the last label against all others
-            logit_B = logit_B - logits_BC[:, :-1].logsumexp(-1)
-        if self.config.output == "logit":
-            return logit_B
-        logprob_B = torch.nn.functional.logsigmoid(logit_B)
-        return logprob_B if self.config.output == "logprob" else logprob_B.exp()
+        config = self.config
+        last = self.classifier.index_of(None)
+        return self.classifier.score(texts, last, config.output, config.max_length, config.batch_size)
 
 
 class Reward:
@@ -101,16 +76,17 @@ class Reward:
         rewards = self.functions.score(prompts, completions, completion_ids, columns, groups)
         score_B = torch.tensor(rewards.total, dtype=torch.float32)
         named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
+        stats = dict(rewards.stats)
         if self.model is not None:
-            named["reward_model"] = _finite("reward_model", self.model.score(list(wholes)), self.model.config.path)
+            named["reward_model"] = _judged("reward_model", self.model, wholes, stats)
             score_B = score_B + self.model.config.weight * named["reward_model"]
         if self.safety is not None:
-            named["safety"] = _finite("safety", self.safety.score(wholes), self.safety.config.path)
+            named["safety"] = _judged("safety", self.safety, wholes, stats)
             weight = self.safety.config.weight
             score_B = (1 - weight) * score_B + weight * named["safety"]
         keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
         texts = tuple(zip(prompts, completions, strict=True))
-        return Scores(score_B, named, texts, keep_B, rewards.stats, tuple(rewards.events))
+        return Scores(score_B, named, texts, keep_B, stats, tuple(rewards.events))
 
     def _whole_texts(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
         """Each prompt with its completion, joined as the tokenizer joins them.
@@ -129,14 +105,12 @@ class Reward:
         ]
 
 
-def _finite(name: str, scores: Sequence[float], path: str) -> torch.Tensor:
-    score_B = torch.tensor(scores)
+def _judged(name: str, judge: RewardModel | Safety, texts: Sequence[str], stats: dict[str, float]) -> torch.Tensor:
+    """Its scores, all finite; `stats` learns how many texts were too long for it."""
+    values, cut = judge.score(texts)
+    score_B = torch.tensor(values)
     if not score_B.isfinite().all():
         row = int((~score_B.isfinite()).nonzero()[0])
-        raise RewardError(f"{name}: row {row} scored {score_B[row]}; check the folder {path}")
+        raise RewardError(f"{name}: row {row} scored {score_B[row]}; check the folder {judge.config.path}")
+    stats[f"reward/{name}_cut"] = float(cut)
     return score_B
-
-
-def _longest(model: PreTrainedModel) -> int:
-    """Positions that the model has; without a table of positions there is no bound."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

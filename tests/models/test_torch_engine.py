@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError
 from rlhf_ray.models.engine import build_engine
@@ -117,11 +117,22 @@ def test_bfloat16_leaves_rotary_frequencies_alone() -> None:
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
 
 
-def test_dropout_is_off_so_that_a_forward_pass_depends_on_weights_and_tokens_only() -> None:
+def with_dropout_in_attention() -> nn.Module:
     model = tiny()
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
+    return model
+
+
+def with_dropout_of_the_layers_own() -> nn.Module:
+    sizes = {"vocab_size": 48, "hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, dropout=0.5, layerdrop=0.5))
+
+
+@pytest.mark.parametrize("make", [with_dropout_in_attention, with_dropout_of_the_layers_own])
+def test_dropout_is_off_so_that_a_forward_pass_depends_on_weights_and_tokens_only(make) -> None:
+    model = make()
     for checkpointing in (False, True):
         engine = TorchEngine(model, gradient_checkpointing=checkpointing)
         ids = torch.arange(12)[None]

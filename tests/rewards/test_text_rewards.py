@@ -82,10 +82,11 @@ def test_a_classifier_is_a_reward(folder):
         assert score == pytest.approx(b / (a + b + c), abs=1e-5)
     assert classifier([""], CORPUS[:1], path=path) == pytest.approx(
         classifier([""], CORPUS[:1], path=path, label="positive")), "the last label is the good one"  # fmt: skip
-    (logit,) = classifier([""], CORPUS[:1], path=path, output="logit")
-    assert logit == pytest.approx(logits(path, CORPUS[0])[2], abs=1e-5)
-    whole = classifier(["the film was"], [" good"], path=path, output="logit", whole=True)
-    assert whole == pytest.approx([logits(path, "the film was good")[2]], abs=1e-5)
+    for label in ("negative", "positive"):
+        ((p,), (logit,)) = (classifier([""], CORPUS[:1], path=path, label=label, output=o) for o in ("prob", "logit"))
+        assert logit == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
+    whole = classifier(["the film was"], [" good"], path=path, whole=True)
+    assert whole == pytest.approx(classifier([""], ["the film was good"], path=path), abs=1e-5)
 
 
 def test_labels_that_do_not_exclude_each_other(folder):
@@ -94,14 +95,19 @@ def test_labels_that_do_not_exclude_each_other(folder):
     assert score == pytest.approx(1 / (1 + math.exp(-logits(path, CORPUS[0])[0])), abs=1e-5)
     (log,) = classifier([""], CORPUS[:1], path=path, label="toxic", output="logprob")
     assert log == pytest.approx(math.log(score), abs=1e-5)
+    (logit,) = classifier([""], CORPUS[:1], path=path, label="toxic", output="logit")
+    assert logit == pytest.approx(logits(path, CORPUS[0])[0], abs=1e-5)
 
 
 def test_safety_by_either_label(folder):
+    def scores(config: SafetyConfig) -> list[float]:
+        return Safety(config).score(CORPUS).values
+
     path = folder("safe", "unsafe")
-    safe = Safety(SafetyConfig(path=path, safe_label="safe")).score(CORPUS)
+    safe = scores(SafetyConfig(path=path, safe_label="safe"))
     other_way = SafetyConfig(path=path, unsafe_label="unsafe", batch_size=1)
-    assert Safety(other_way).score(CORPUS) == pytest.approx(safe, abs=1e-5)
-    assert Safety(SafetyConfig(path=path)).score(CORPUS) == pytest.approx([1 - p for p in safe], abs=1e-5), "the last"
+    assert scores(other_way) == pytest.approx(safe, abs=1e-5)
+    assert scores(SafetyConfig(path=path)) == pytest.approx([1 - p for p in safe], abs=1e-5), "the last"
     assert max(safe) - min(safe) > 1e-3
 
 

@@ -1,9 +1,11 @@
 """The judge: decoding, weights, and reward models of several shapes in any padding."""
 
+import copy
 import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,6 +23,7 @@ from rlhf_ray.errors import RewardError
 from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.rewards.calling import RewardFunction
+from rlhf_ray.rewards.classifier import Classifier, TextScores, classifier
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.rewards.failures import FailurePolicy
 from rlhf_ray.roles.protocols import Request
@@ -82,7 +85,7 @@ class Judge:
 
     def score(self, texts):
         self.texts += texts
-        return self.scores
+        return TextScores(self.scores, cut=0)
 
 
 def test_the_model_adds_its_weighted_score_and_reads_whole_texts(words, batch):
@@ -165,9 +168,10 @@ MODELS = {
 def judge(words, tmp_path):
     """A reward model through a folder, as a run loads it; `words` pads on the left, as policies do."""
 
-    def make(kind: str, labels: int = 1, **settings) -> RewardModel:
+    def make(kind: str, labels: int = 1, problem_type: str | None = None, **settings) -> RewardModel:
         torch.manual_seed(0)
         model = MODELS[kind](labels)
+        model.config.problem_type = problem_type
         with torch.no_grad():  # untrained heads hardly tell texts apart
             for p in model.parameters():
                 p.mul_(3.0)
@@ -181,16 +185,17 @@ def judge(words, tmp_path):
 
 def logits_alone(judge: RewardModel, text: str) -> list[float]:
     """By the plain model, one text at a time: no padding."""
-    return judge.model(**judge.tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0].tolist()
+    network, tokenizer = judge.classifier.network, judge.classifier.tokenizer
+    return network(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0].tolist()
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_one_label_is_the_score_whatever_the_padding(judge, kind):
     model = judge(kind)
     expected = [logits_alone(model, text)[0] for text in CORPUS]
-    assert model.score(CORPUS) == pytest.approx(expected, abs=1e-5)
+    assert model.score(CORPUS).values == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 1e-3
-    in_pairs = judge(kind, batch_size=2).score(CORPUS[::-1])[::-1]
+    in_pairs = judge(kind, batch_size=2).score(CORPUS[::-1]).values[::-1]
     assert in_pairs == pytest.approx(expected, abs=1e-5), "neither do neighbours matter"
 
 
@@ -198,34 +203,60 @@ def test_one_label_is_the_score_whatever_the_padding(judge, kind):
 def test_two_labels(judge, kind):
     pairs = [logits_alone(judge(kind, labels=2), text) for text in CORPUS]
     odds = [good - bad for bad, good in pairs]
-    assert judge(kind, labels=2).score(CORPUS) == pytest.approx(odds, abs=1e-5)
+    assert judge(kind, labels=2).score(CORPUS).values == pytest.approx(odds, abs=1e-5)
     probability = [math.exp(good) / (math.exp(good) + math.exp(bad)) for bad, good in pairs]
-    assert judge(kind, labels=2, output="prob").score(CORPUS) == pytest.approx(probability, abs=1e-5)
+    assert judge(kind, labels=2, output="prob").score(CORPUS).values == pytest.approx(probability, abs=1e-5)
     logs = [math.log(p) for p in probability]
-    assert judge(kind, labels=2, output="logprob").score(CORPUS) == pytest.approx(logs, abs=1e-5)
+    assert judge(kind, labels=2, output="logprob").score(CORPUS).values == pytest.approx(logs, abs=1e-5)
 
 
 def test_three_labels_the_last_is_the_good_one(judge):
     a, b, c = logits_alone(judge("bert", labels=3), CORPUS[0])
     expected = math.exp(c) / (math.exp(a) + math.exp(b) + math.exp(c))
-    assert judge("bert", labels=3, output="prob").score(CORPUS[:1]) == pytest.approx([expected], abs=1e-6)
+    assert judge("bert", labels=3, output="prob").score(CORPUS[:1]).values == pytest.approx([expected], abs=1e-6)
 
 
 def test_one_label_as_a_probability(judge):
     logit = logits_alone(judge("bert"), CORPUS[0])[0]
-    assert judge("bert", output="prob").score(CORPUS[:1]) == pytest.approx([1 / (1 + math.exp(-logit))], abs=1e-6)
+    probability = judge("bert", output="prob").score(CORPUS[:1]).values
+    assert probability == pytest.approx([1 / (1 + math.exp(-logit))], abs=1e-6)
 
 
-def test_a_long_text_loses_its_beginning_not_its_answer(judge):
+def test_labels_that_do_not_exclude_each_other(judge):
+    """The same folder judges alike as reward model and as reward function."""
+    model = judge("bert", labels=2, problem_type="multi_label_classification")
+    logit = logits_alone(model, CORPUS[0])[-1]
+    assert model.score(CORPUS[:1]).values == pytest.approx([logit], abs=1e-5)
+    probability = classifier([""], CORPUS[:1], path=model.config.path)
+    assert probability == pytest.approx([1 / (1 + math.exp(-logit))], abs=1e-5)
+
+
+def test_a_long_text_loses_its_beginning_not_its_answer_and_is_counted(judge, words, batch):
     model = judge("bert", max_length=4)
-    assert model.score(["the film was a very long story"]) == pytest.approx(
-        [logits_alone(model, "a very long story")[0]], abs=1e-5
-    )
+    story = "a very long story"
+    texts = [f"the film was {story}", story]
+    assert model.score(texts) == (pytest.approx([logits_alone(model, story)[0]] * 2, abs=1e-5), 1)
+    stats = Reward(RewardSet([]), words, model=model).score(batch).stats
+    assert stats["reward/reward_model_cut"] == 1, "of the film was good, and the film was bad, really bad"
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_a_text_longer_than_the_models_positions(judge, kind):
-    model = judge(kind, max_length=512)
-    assert model.score([" ".join(["good"] * 100)]) == pytest.approx(
-        [logits_alone(model, " ".join(["good"] * 32))[0]], abs=1e-5
-    )
+@pytest.mark.parametrize("limit", [{"max_length": 512}, {}])
+def test_a_text_longer_than_the_models_positions(judge, kind, limit):
+    model = judge(kind, **limit)
+    expected = logits_alone(model, " ".join(["good"] * 32))[0]
+    assert model.score([" ".join(["good"] * 100)]) == (pytest.approx([expected], abs=1e-5), 1)
+
+
+def test_one_bos_where_the_chat_template_has_written_it(judge, words):
+    """As in training, where a conversation gets no special tokens but those of its template."""
+    tokenizer = copy.deepcopy(words)
+    tokenizer.bos_token = tokenizer.unk_token
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+    plain = judge("qwen2").classifier
+    model = Classifier(plain.network, tokenizer, "x")
+    assert tokenizer("good")["input_ids"] == [bos_id, *words("good")["input_ids"]]
+    with_bos = plain.score([f"{bos} the film was good"], 0, "logit").values
+    for text in ("the film was good", f"{bos}the film was good"):
+        assert model.score([text], 0, "logit").values == pytest.approx(with_bos, abs=1e-6)
