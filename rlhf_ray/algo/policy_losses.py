@@ -113,23 +113,33 @@ def ratio_stats(
     clip_high: float,
     adv_BT: Tensor,
     *,
-    sequence: bool = False,
+    loss: str = "clipped",
+    dual_clip: float | None = None,
 ) -> dict[str, Tensor]:
     """Sums and maxima over tokens that combine exactly over micro-batches and ranks (`combine_stats`).
 
-    count; ratio_sum, ratio_max; clipped_sum (tokens whose gradient the clip removed); approx_kl_sum of
-    KL(old || new) by k3, rho - 1 - log rho. `sequence=True` takes GSPO's ratio in place of the token's.
+    count; ratio_sum, ratio_max; clipped_sum (tokens whose gradient the clip removed, or with `cispo` weighs down);
+    approx_kl_sum of KL(old || new) by k3, rho - 1 - log rho. `loss` as in `registry.POLICY_LOSSES`: with `gspo` the
+    ratio is the sequence's.
     """
     d_BT = log_ratio(logp_BT, old_BT, mask_BT)
-    if sequence:
+    if loss == "gspo":
         d_BT = masked_mean(d_BT, mask_BT, dim=1)[:, None].expand_as(d_BT).masked_fill(~mask_BT.bool(), 0.0)
     ratio_BT = d_BT.exp()
-    outside_BT = torch.where(adv_BT >= 0, ratio_BT > 1.0 + clip_high, ratio_BT < 1.0 - clip_low) & (adv_BT != 0)
+    above_BT, below_BT = ratio_BT > 1.0 + clip_high, ratio_BT < 1.0 - clip_low
+    if loss == "policy_gradient":
+        clipped_BT = torch.zeros_like(above_BT)
+    elif loss == "cispo":
+        clipped_BT = above_BT | below_BT
+    else:
+        clipped_BT = torch.where(adv_BT >= 0, above_BT, below_BT)
+        if dual_clip is not None:
+            clipped_BT = clipped_BT | ((adv_BT < 0) & (ratio_BT > dual_clip))
     return {
         "count": mask_BT.bool().sum().to(ratio_BT.dtype),
         "ratio_sum": masked_sum(ratio_BT, mask_BT),
         "ratio_max": ratio_BT.masked_fill(~mask_BT.bool(), 0.0).max(),
-        "clipped_sum": masked_sum(outside_BT.to(ratio_BT.dtype), mask_BT),
+        "clipped_sum": masked_sum((clipped_BT & (adv_BT != 0)).to(ratio_BT.dtype), mask_BT),
         "approx_kl_sum": masked_sum(torch.expm1(d_BT) - d_BT, mask_BT),
     }
 

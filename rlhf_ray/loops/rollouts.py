@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -276,8 +276,14 @@ class OverlappedRollouts(Rollouts):
         return replace(scored, metrics={**scored.metrics, **staleness(scored.batch.rows, step)})
 
     # One lock for both: new weights wait for the sequences that are being written, but not for their rewards.
-    def paused(self) -> AbstractContextManager[Any]:
-        return self._generator_lock
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with self.timer("wait"):
+            self._generator_lock.acquire()
+        try:
+            yield
+        finally:
+            self._generator_lock.release()
 
     def _generating(self) -> AbstractContextManager[Any]:
         return self._generator_lock

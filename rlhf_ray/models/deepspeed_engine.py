@@ -310,7 +310,9 @@ def _deepspeed_config(
     }
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # Micro-batches and ranks: DeepSpeed's own way is to send bfloat16.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return config
 
 

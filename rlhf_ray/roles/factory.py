@@ -108,7 +108,7 @@ def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank =
         device=assets.hardware.device,
     )
     return Learner(
-        train_engine(config.learner, model, assets.hardware, rank),
+        train_engine(config.learner, model, assets.hardware, rank, config.ray.call_deadline_s),
         config.learner,
         config.algorithm,
         tokenizer=_tokenizer(config, assets),
@@ -117,6 +117,7 @@ def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank =
         sender=sender,
         seed=config.seed,
         total_steps=config.steps,
+        first_step=config.critic.warmup_steps if config.uses_critic else 0,
     )
 
 
@@ -124,7 +125,7 @@ def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Criti
     model = ValueModel.from_pretrained(
         config.critic.path or assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
-    engine = train_engine(config.critic, model, assets.hardware, rank)
+    engine = train_engine(config.critic, model, assets.hardware, rank, config.ray.call_deadline_s)
     return Critic(engine, config.critic, seed=config.seed, total_steps=config.steps)
 
 
@@ -139,7 +140,10 @@ def _policy(config: RunConfig, assets: Assets):
     )
 
 
-def train_engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank) -> TrainEngine:
+def train_engine(
+    settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank, deadline_s: float
+) -> TrainEngine:
+    """`deadline_s`: of each collective of N ranks. One of them may write a large model while the others wait."""
     sharding = {}
     if settings.engine == "deepspeed":
         sharding = {
@@ -149,6 +153,7 @@ def train_engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: 
             "world_size": rank.world_size,
             "master_address": rank.address,
             "master_port": rank.port or None,
+            "timeout_s": deadline_s,
         }
     return build_engine(
         settings.engine,

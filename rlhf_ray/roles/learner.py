@@ -50,9 +50,10 @@ class Learner(Trainer):
         sender: WeightSender,
         seed: int,
         total_steps: int,
+        first_step: int = 0,
     ) -> None:
         sharing = PromptSharing.of(engine.module) if config.share_prompts else None
-        super().__init__(engine, config, seed=seed, total_steps=total_steps, sharing=sharing)
+        super().__init__(engine, config, seed=seed, total_steps=total_steps, first_step=first_step, sharing=sharing)
         self.algorithm = algorithm
         self.policy_loss = POLICY_LOSSES[algorithm.policy_loss]
         self.policy_loss_options = algorithm.options_of(self.policy_loss)
@@ -99,7 +100,8 @@ class Learner(Trainer):
         logp_BT = predictions.logprobs()
         old_BT = logp_BT.detach() if micro.logp_old is None else micro.logp_old.to(device)
         # What wrote a given answer is unknown: it counts as this policy's own, and its ratio starts at 1.
-        gen_BT = torch.where(micro.weight_version.to(device) < 0, old_BT, micro.logp_gen.to(device))
+        given_BT = micro.weight_version.to(device) < 0
+        gen_BT = torch.where(given_BT, old_BT, micro.logp_gen.to(device))
         advantage_BT = micro.advantages.to(device)
         with torch.set_grad_enabled(algorithm.entropy_coef > 0):
             entropy_BT = predictions.entropies()
@@ -126,14 +128,15 @@ class Learner(Trainer):
         stats["entropy_sum"] = entropy_BT.detach().sum()
         stats |= ratio_stats(
             logp_BT.detach(), old_BT, mask_BT, algorithm.clip_low, algorithm.clip_high, advantage_BT,
-            sequence=algorithm.policy_loss == "gspo",
+            loss=algorithm.policy_loss, dual_clip=algorithm.dual_clip,
         )  # fmt: skip
         if first_epoch:  # these compare policies that the inner epochs do not change
-            mismatch = mismatch_stats(old_BT, gen_BT, mask_BT)
+            own_BT = mask_BT & ~given_BT
+            mismatch = mismatch_stats(old_BT, gen_BT, own_BT)
             stats |= {f"mismatch/{name}": value for name, value in mismatch.items()}
             if micro.logp_ref is not None:
-                stats["kl_ref_sum"] = ((old_BT - micro.logp_ref.to(device)) * mask_BT).sum()
-                stats["sequences"] = mask_BT.any(1).sum()
+                stats["kl_ref_sum"] = ((old_BT - micro.logp_ref.to(device)) * own_BT).sum()
+                stats["sequences"] = own_BT.any(1).sum()
         return loss, stats
 
     def _kl(self, logp_BT: Tensor, old_BT: Tensor, micro: Batch) -> Tensor:
@@ -174,7 +177,7 @@ class Learner(Trainer):
             **self.usage(totals),
         }
         if "kl_ref_sum" in totals:
-            metrics["kl_ref"] = totals["kl_ref_sum"] / totals["sequences"]
+            metrics["kl_ref"] = totals["kl_ref_sum"] / max(1.0, totals["sequences"])
         return metrics
 
     def connect(self, generators: WeightReceiver) -> None:

@@ -34,7 +34,7 @@ def make_trainer(
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
     model = _network(config, assets, tokenizer, labels)
     return SupervisedTrainer(
-        train_engine(config.learner, model, assets.hardware, rank or Rank()),
+        train_engine(config.learner, model, assets.hardware, rank or Rank(), config.ray.call_deadline_s),
         make_objective(config, tokenizer, labels),
         dict(splits),
         tokens_per_microbatch=config.learner.tokens_per_microbatch,

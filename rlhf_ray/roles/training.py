@@ -70,12 +70,15 @@ class Trainer:
         *,
         seed: int,
         total_steps: int,
+        first_step: int = 0,
         sharing: PromptSharing | None = None,
     ) -> None:
+        """`first_step`: where the learning rate's schedule begins, for a policy that waits for its critic."""
         self.engine = engine
         self.config = config
         self.seed = seed
         self.total_steps = total_steps
+        self.first_step = first_step
         self.sharing = sharing
         # Without gradients a recurrent layer takes another kernel, whose sums end differently in the last bit.
         self._needs_grad_kernels = any(isinstance(layer, torch.nn.RNNBase) for layer in engine.module.modules())
@@ -135,7 +138,7 @@ class Trainer:
         }
 
     def learning_rate(self, step: int) -> float:
-        return scheduled_rate(self.config, step, self.total_steps)
+        return scheduled_rate(self.config, step - self.first_step, self.total_steps - self.first_step)
 
 
 def scheduled_rate(config: TrainEngineConfig, step: int, total_steps: int) -> float:

@@ -13,6 +13,7 @@ from rlhf_ray.algo.policy_losses import (
     policy_gradient_loss,
     ratio_stats,
 )
+from rlhf_ray.algo.registry import POLICY_LOSSES
 
 LN2 = math.log(2.0)
 ON = torch.ones(1, 1, dtype=torch.bool)
@@ -126,5 +127,29 @@ def test_ratio_stats_by_hand_and_in_parts():
 def test_sequence_ratio_stats_see_what_gspo_clips():
     logp = torch.tensor([[LN2, -LN2]])  # each token is far, the sequence is not
     stats = ratio_stats(logp, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 0.1, 0.1,
-                        torch.ones(1, 2), sequence=True)  # fmt: skip
+                        torch.ones(1, 2), loss="gspo")  # fmt: skip
     assert stats["ratio_max"] == 1.0 and stats["clipped_sum"] == 0.0
+
+
+@pytest.mark.parametrize(("options", "clipped"), [
+    ({}, [True, False, False, False, True]),
+    ({"dual_clip": 3.0}, [True, False, False, True, True]),
+    ({"loss": "cispo"}, [True, False, False, True, True]),
+    ({"loss": "policy_gradient"}, [False] * 5),
+])  # fmt: skip
+def test_clipped_tokens_are_those_of_the_loss(options, clipped):
+    """Checked against the losses themselves: a clipped token has no gradient, or (CISPO) not its ratio as weight."""
+    ratio = torch.tensor([[2.0, 1.1, 2.0, 6.0, 0.5]])
+    adv = torch.tensor([[1.0, 1.0, 0.0, -1.0, -1.0]])
+    mask, old = torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5)
+    logp = ratio.log().requires_grad_()
+    name = options.get("loss", "clipped")
+    clip = {} if name == "policy_gradient" else {"clip_low": 0.2, "clip_high": 0.2}
+    dual = {"dual_clip": options["dual_clip"]} if "dual_clip" in options else {}
+    POLICY_LOSSES[name](logp, old, adv, mask, **clip, **dual).sum().backward()
+    weight = torch.ones(1, 5) if name == "policy_gradient" else ratio
+    off = (logp.grad - -weight * adv).abs() > 1e-5
+    assert off[0].tolist() == clipped
+    for i, one in enumerate(clipped):
+        part = (x[:, i : i + 1] for x in (logp, old, mask))
+        assert ratio_stats(*part, 0.2, 0.2, adv[:, i : i + 1], **options)["clipped_sum"] == one

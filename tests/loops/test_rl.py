@@ -244,10 +244,13 @@ def test_while_the_critic_warms_up_the_policy_rests(tiny_config, tmp_path, read_
             lambda self, batch, step, *rest, real=real, name=role.__name__: (
                 updates.append((name, step)), real(self, batch, step, *rest))[1],
         )  # fmt: skip
-    run_rl(tiny_config("algorithm.name=ppo", "steps=3", "eval.size=2", "critic.warmup_steps=2"), tmp_path / "a")
+    options = ("algorithm.name=ppo", "steps=3", "eval.size=2", "critic.warmup_steps=2", "learner.lr_warmup_steps=2")
+    config = tiny_config(*options)
+    run_rl(config, tmp_path / "a")
     assert updates == [("Critic", 0), ("Critic", 1), ("Critic", 2), ("Learner", 2)]
     rows = read_rows(tmp_path / "a")
     assert ["loss/policy" in row for row in rows] == [False, False, True]
+    assert rows[2]["lr"] == config.learner.lr / 2, "the first of two steps of its warm-up"
     assert all(row["loss/value"] > 0 for row in rows)
     assert [row["staleness/max"] for row in rows] == [0, 0, 0], "unchanged weights are not old ones"
     assert [row["kl_coef"] for row in rows] == [0.05] * 3

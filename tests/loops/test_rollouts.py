@@ -207,6 +207,7 @@ def test_new_weights_wait_for_the_sequences_but_not_for_their_rewards(overlapped
     generator.gate.set()
     pushed.join(5)
     assert not pushed.is_alive()
+    assert ahead.timer.take()["time/wait"] > 0.04, "and it is measured"
     reward.gate.set()
     assert ahead.next(0).batch.rows.weight_version == (0,) * 6
 

@@ -105,6 +105,20 @@ def test_given_answers_count_as_the_policys_own(tiny, learner_of, ragged, with_a
     assert metrics["mismatch/absdiff_max"] < 1e-5 and metrics["ratio/max"] == 1
 
 
+def test_given_answers_measure_nothing_of_the_policy(tiny, learner_of, ragged, with_advantages):
+    """Neither how far the generator is off nor how far the policy is from the reference: a mean over its own tokens."""
+    batch = with_advantages(ragged)
+    logp = learner_of(tiny()).logprobs(batch)
+    mask, given = batch.response_mask, batch.weight_version.clone()
+    given[1] = -1
+    off = torch.where(given < 0, 50.0, 0.1) * mask
+    batch = batch.replace(weight_version=given, logp_gen=logp - 0.1 * mask, logp_ref=logp - off)
+    metrics = learner_of(tiny()).update(batch, 0, 0.0)
+    assert metrics["mismatch/absdiff_mean"] == pytest.approx(0.1, abs=1e-5)
+    own = (mask & (given >= 0)).sum(1)
+    assert metrics["kl_ref"] == pytest.approx(0.1 * float(own.sum() / (own > 0).sum()), abs=1e-4)
+
+
 # ---- one update, derived again --------------------------------------------------------------------------------
 
 
@@ -437,6 +451,12 @@ def test_learning_rates(tiny, learner_of, schedule, expected):
     learner = learner_of(tiny(), lr=1.0, lr_schedule=schedule, lr_warmup_steps=2)
     for step, lr in expected.items():
         assert learner.learning_rate(step) == pytest.approx(lr, abs=1e-12), step
+
+
+def test_a_policy_that_waits_for_its_critic_has_its_whole_schedule(tiny, learner_of):
+    learner = learner_of(tiny(), lr=1.0, lr_schedule="linear", lr_warmup_steps=2)
+    learner.first_step = 6  # of 10
+    assert [learner.learning_rate(step) for step in (6, 7, 8, 9, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
 
 
 def test_the_rate_is_used_and_reported(tiny, learner_of, ragged, with_advantages):
