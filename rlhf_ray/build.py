@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
@@ -94,7 +96,9 @@ def hardware_of(config: RunConfig) -> Hardware:
 
 def own_hardware(roles: Hardware) -> Hardware:
     """What this process computes on itself (the warm start): its best device, unless the run is to stay on the CPU."""
-    return roles if roles.device == "cpu" else choose_hardware()
+    if roles.device == "cpu":
+        return roles
+    return choose_hardware(dtype="float32" if roles.dtype == torch.float32 else "auto")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Setup:
 
     @property
     def device(self) -> str:
-        return "cpu" if self.cpu else "cuda:0"
+        return "cpu" if self.cpu else "cuda"
 
     @property
     def dtype(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.judge import judge_problems
+from rlhf_ray.config.ray_checks import placement_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
 from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, PromptsConfig, RunConfig
@@ -36,8 +37,8 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
         *tokenizer_problems(config.model),
         *_training(config, device),
         *_generation(config, device),
-        *_transport(config, device),
-        *_placement(config, device),
+        *transport_problems(config, device),
+        *placement_problems(config, device),
     ]
 
 
@@ -312,56 +313,3 @@ def _generation(config: RunConfig, device: str) -> list[str]:
 def _may_be_vllm(config: RunConfig, device: str) -> bool:
     follows = config.executor == "ray" and device in ("auto", "cuda")
     return config.generator.engine == "vllm" or (config.generator.engine == "auto" and follows)
-
-
-def _transport(config: RunConfig, device: str) -> list[str]:
-    transport = config.sync.transport
-    if transport == "in_process" and config.executor == "ray":
-        return [
-            "sync.transport=in_process passes tensors by reference, which ends at a process; "
-            "use shared_memory (one host), nccl or cuda_ipc"
-        ]
-    if transport in ("nccl", "cuda_ipc") and device in ("cpu", "mps"):
-        return [f"sync.transport={transport} moves CUDA memory and device={device}; use shared_memory"]
-    if transport in ("nccl", "cuda_ipc") and config.executor == "local":
-        return [f"sync.transport={transport} connects processes and executor=local is one; use in_process"]
-    if transport in ("nccl", "cuda_ipc") and config.generator.engine == "hf":
-        return [
-            f"sync.transport={transport} ends in vLLM, and generator.engine=hf receives by shared_memory only; "
-            "set sync.transport=shared_memory (or auto), or generator.engine=vllm"
-        ]
-    if transport == "cuda_ipc" and not config.ray.colocate:
-        return [
-            "sync.transport=cuda_ipc shares the memory of one GPU, and generator and learner have GPUs of their own; "
-            "set ray.colocate=true, or sync.transport=nccl"
-        ]
-    if transport == "nccl" and config.ray.gpus_per_worker < 1 and not config.ray.colocate:
-        return [
-            f"sync.transport=nccl cannot have two processes on one GPU, which ray.gpus_per_worker="
-            f"{config.ray.gpus_per_worker:g} allows; set it to 1, or sync.transport=shared_memory"
-        ]
-    if transport == "nccl" and config.ray.colocate:
-        return [
-            "sync.transport=nccl cannot have two processes on one GPU, which is what ray.colocate means; "
-            "set sync.transport=cuda_ipc"
-        ]
-    return []
-
-
-def _placement(config: RunConfig, device: str) -> list[str]:
-    """Colocated on CUDA each GPU belongs to a learner rank, and everybody else borrows it."""
-    if config.executor != "ray" or not config.ray.colocate or device != "cuda":
-        return []
-    ranks, each, problems = config.learner.world_size, config.generator.tensor_parallel, []
-    if config.generator.count * each > ranks or ranks % each:
-        problems.append(
-            f"ray.colocate: {config.generator.count} generators of {each} GPUs share the GPUs of learner.world_size="
-            f"{ranks} ranks, which must be at least as many and a multiple of tensor_parallel; raise "
-            "learner.world_size, or lower generator.count or generator.tensor_parallel"
-        )
-    if config.uses_critic and config.critic.world_size > ranks:
-        problems.append(
-            f"ray.colocate: critic.world_size={config.critic.world_size} exceeds learner.world_size={ranks}, so two "
-            "critic ranks would share a GPU; lower it"
-        )
-    return problems

@@ -74,9 +74,12 @@ class GeneratorConfig(Section):
     count: int = Field(1, gt=0, description="generator actors (ray)")
     tensor_parallel: int = Field(1, gt=0)
     batch_size: int = Field(1024, gt=0, description="hf: sequences generated together; does not depend on count")
-    gpu_memory_utilization: float = Field(0.8, gt=0, le=1)
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="vLLM on a GPU: its share of the memory; empty: 0.8, and 0.4 with ray.colocate"
+    )
     kv_cache_gb: float = Field(1.0, gt=0, description="vLLM on CPU: memory of its KV cache")
-    enforce_eager: bool = True
+    enforce_eager: bool = Field(True, description="vLLM: false captures CUDA graphs: faster, later to start, untested")
+    engine_args: dict[str, Any] = Field({}, description="vLLM: further arguments of its engine, like max_num_seqs")
 
 
 class RewardConfig(Section):
@@ -276,6 +279,13 @@ class RunConfig(TrainingRunConfig):
     def judge_paths(self) -> list[str]:
         """Where the networks come from that the reward role holds."""
         return [judge.path for judge in (self.reward_model, self.safety) if judge is not None]
+
+    @property
+    def reward_needs_gpu(self) -> bool:
+        """Whether the reward role computes with a network of its own: a classifier, or a local AI judge."""
+        judges = [reward.args for reward in self.rewards if reward.function == "judge"]
+        local = any(args.get("endpoint") is None and args.get("device", "auto") in ("auto", "cuda") for args in judges)
+        return local or bool(self.judge_paths)
 
     @property
     def uses_critic(self) -> bool:

@@ -107,7 +107,7 @@ class RayConfig(Section):
     address: str | None = Field(None, description="empty: $RAY_ADDRESS, or a cluster started here for the run")
     colocate: bool = Field(False, description="generators and learner take turns on the same accelerators")
     cpus_per_worker: float = Field(0.5, ge=0)
-    gpus_per_worker: float = Field(1.0, ge=0, description="used when device is cuda")
+    gpus_per_worker: float = Field(1.0, gt=0, description="used when device is cuda")
     start_deadline_s: float = Field(300.0, gt=0)
     call_deadline_s: float = Field(1800.0, gt=0, description="generate, update, score, log-probs")
 

@@ -18,6 +18,7 @@ from rlhf_ray.config.checks import (
     tokenizer_problems,
 )
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.ray_checks import shared_gpu_problems
 from rlhf_ray.config.sections import ModelConfig, Section, TrainEngineConfig, TrainingRunConfig
 
 
@@ -56,11 +57,16 @@ class SupervisedConfig(TrainingRunConfig):
             *tokenizer_problems(self.model),
             *engine_problems("learner", self.learner, self.executor, device or self.device),
             *quantize_problems(self.model.lora, self.learner.engine, device or self.device),
+            *self._shared_gpus(device or self.device),
             *_learner_problems(self.learner, self.model),
             *template_problems(self.data),
             *_length_problems("data", self.data, self.model),
             *_validation_problems(self.data, self.eval),
         ]
+
+    def _shared_gpus(self, device: str) -> list[str]:
+        ranks = {"learner.world_size": self.learner.world_size}
+        return shared_gpu_problems(self.ray, ranks) if self.executor == "ray" and device == "cuda" else []
 
 
 def _learner_problems(learner: SupervisedLearnerConfig, model: ModelConfig) -> list[str]:

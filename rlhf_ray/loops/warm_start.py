@@ -14,7 +14,7 @@ from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops.supervised import Batches, warm_up
-from rlhf_ray.models.devices import Hardware
+from rlhf_ray.models.devices import Hardware, release_memory
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch
@@ -44,6 +44,7 @@ def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report:
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
             model = warm_start(config, model, tokenizer, hardware, report)
+            release_memory()  # its workers may need this GPU
         with written_whole("the policy to start from", folder) as unfinished:
             if made:
                 model.save_pretrained(unfinished)

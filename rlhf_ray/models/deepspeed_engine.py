@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, WorkerError
+from rlhf_ray.models.devices import with_index
 from rlhf_ray.models.pretrained import plain_state, write_pretrained
 from rlhf_ray.models.trainable import (
     adam_groups,
@@ -73,7 +74,7 @@ class DeepSpeedEngine:
         timeout_s: float = 600.0,
     ) -> None:
         check_train_dtype(dtype)
-        self.device = torch.device(device)
+        self.device = with_index(torch.device(device))
         _check_options(self.device, zero_stage, offload)
         self.zero_stage = zero_stage
         self.max_grad_norm = max_grad_norm

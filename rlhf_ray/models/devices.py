@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from dataclasses import dataclass
@@ -47,6 +48,20 @@ def choose_hardware(
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     return Hardware(device, getattr(torch, dtype))
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`cuda` as the very GPU that it stands for: `torch.cuda.set_device` takes no other."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def release_memory() -> None:
+    """Give back what is cached and not in use, for other processes on the same GPU."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -18,6 +18,7 @@ from rlhf_ray.remote.batcher import BatchHost
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, TrainerHost
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.protocols import Request, Sampling, Scores
@@ -53,19 +54,21 @@ class RemoteGenerators(GeneratorsClient):
     """All generators together as one `Generator`; the four weight calls are `GeneratorsClient`'s.
 
     Args:
-        split: cuts a step's requests into pieces; an idle generator takes the next one.
+        split: cuts a step's requests into pieces; where there are more than generators, an idle one takes the next.
         batcher: the worker that puts the pieces together.
+        neighbours: who holds memory on the generators' GPUs (ray.colocate).
     """
 
     def __init__(
         self, crew: Crew, generators: Sequence[Worker], split: Split, batcher: Worker, *,
-        workers_each: int, sync_deadline: Deadline, deadline: Deadline,
+        workers_each: int, sync_deadline: Deadline, deadline: Deadline, neighbours: Sequence[Worker] = (),
     ) -> None:  # fmt: skip
         super().__init__(generators, workers_each=workers_each, deadline=sync_deadline)
         self.group = Group(crew, generators, deadline)
         self.replicas = tuple(RemoteGenerator(crew, worker, deadline) for worker in generators)
         self.split = split
         self.batcher = batcher
+        self.neighbours = list(neighbours)
 
     @property
     def version(self) -> int:
@@ -105,6 +108,9 @@ class RemoteGenerators(GeneratorsClient):
         self.group.call(GeneratorHost.sleep)
 
     def wake(self) -> None:
+        # What another process has only cached is not free for this one.
+        deadline = self.group.deadline
+        self.group.crew.results([w.start(Host.release_memory, deadline=deadline) for w in self.neighbours])
         self.group.call(GeneratorHost.wake)
 
     def close(self) -> None:

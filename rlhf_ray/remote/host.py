@@ -55,5 +55,12 @@ class Host:
         """Share another actor's accelerators (ray.colocate). CUDA reads this once, at its first use."""
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
+    @reported
+    def release_memory(self) -> None:
+        """Give unused memory back to the GPU, for the worker that shares it and is about to wake."""
+        from rlhf_ray.models.devices import release_memory
+
+        release_memory()
+
     def shut_down(self) -> None:
         """Free what outlives a killed process (shared memory, child processes)."""

@@ -52,6 +52,11 @@ class Plan:
                 bundle["GPU"] = round(bundle.get("GPU", 0.0) + seat.gpus, 6)
         return totals
 
+    @property
+    def shared(self) -> bool:
+        """Whether workers take turns on the same accelerators."""
+        return any(seat.borrows for seat in self.seats)
+
     def total(self, resource: str) -> float:
         return round(sum(bundle.get(resource, 0.0) for bundle in self.bundles), 6)
 
@@ -105,7 +110,7 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
         roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
     if config.uses_reference:
         roster.append(("reference", 1))
-    return [*roster, ("reward", 1 if config.judge_paths else 0), ("batches", 0)]
+    return [*roster, ("reward", int(config.reward_needs_gpu)), ("batches", 0)]
 
 
 def _colocated(config: RunConfig) -> Plan:
@@ -170,9 +175,13 @@ def placed(plan: Plan, seconds: float, colocated: bool) -> Iterator[PlacementGro
 
 def options_of(seat: Seat, group: PlacementGroup, environment: Mapping[str, str]) -> dict[str, Any]:
     """Ray's options of the actor that takes this seat."""
+    environment = dict(environment)
+    if not seat.gpus and not seat.borrows:
+        # Ray does not hide GPUs from an actor that has asked for none, and an AI judge would take the first.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return {
         "num_cpus": seat.cpus,
         "num_gpus": seat.gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
-        "runtime_env": {"env_vars": dict(environment)},
+        "runtime_env": {"env_vars": environment},
     }

@@ -68,7 +68,7 @@ def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
             _build(crew, plan, config, everywhere(assets), transport)
             crew.built()
-            yield dataclasses.replace(_handles(crew, config), **_devices(crew, plan, device))
+            yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
             crew.dismiss(farewell)
@@ -83,7 +83,7 @@ def everywhere(assets: Assets) -> Assets:
 
 
 def _build(crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str) -> None:
-    """Load every model, all at the same time."""
+    """Load every model, all at the same time; on shared GPUs the generators first."""
     until = time.monotonic() + config.ray.start_deadline_s
 
     def left() -> Deadline:
@@ -94,6 +94,11 @@ def _build(crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport:
     calls = []
     for worker in crew.named("generator"):
         calls.append(worker.start(GeneratorHost.build, config, assets, transport, deadline=left()))
+    if plan.shared:
+        # vLLM measures what is free and takes its share of it, so it must be alone; then it lies down until the sync.
+        crew.results(calls)
+        calls = [worker.start(GeneratorHost.sleep, deadline=left()) for worker in crew.named("generator")]
+        crew.results(calls)
     for role, host, extra in (("learner", LearnerHost, (transport,)), ("critic", CriticHost, ())):
         ranks = crew.named(role)
         for number, worker in enumerate(ranks):
@@ -130,7 +135,7 @@ def _sync_deadline(config: RunConfig) -> Deadline:
     return Deadline(config.sync.deadline_s, "sync.deadline_s")
 
 
-def _handles(crew: Crew, config: RunConfig) -> Roles:
+def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
     (batcher,), (reward,) = crew.named("batches"), crew.named("reward")
     generator = config.generator
@@ -140,6 +145,7 @@ def _handles(crew: Crew, config: RunConfig) -> Roles:
     generators = RemoteGenerators(
         crew, crew.named("generator"), split, batcher, workers_each=generator.tensor_parallel,
         sync_deadline=_sync_deadline(config), deadline=deadline,
+        neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
     )  # fmt: skip
 
     def group(role: str) -> Group:

@@ -62,10 +62,11 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
             transport=transport,
             tensor_parallel_size=generator.tensor_parallel,
             max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-            gpu_memory_utilization=generator.gpu_memory_utilization,
+            gpu_memory_utilization=generator.gpu_memory_utilization or (0.4 if config.ray.colocate else 0.8),
             kv_cache_gb=generator.kv_cache_gb,
             enforce_eager=generator.enforce_eager,
             sleep_mode=config.ray.colocate,
+            engine_args=generator.engine_args,
             trust_remote_code=config.model.trust_remote_code,
         )
     tokenizer = _tokenizer(config, assets)

@@ -37,7 +37,7 @@ class VLLMGenerator:
         gpu_memory_utilization: share of the GPU's memory that vLLM takes, weights and KV cache together.
         kv_cache_gb: size of the KV cache in GiB, on CPU; a GPU uses what gpu_memory_utilization leaves.
         sleep_mode: make `sleep` free GPU memory (colocated with a learner); nothing on CPU.
-        engine_args: further vLLM engine arguments, e.g. {"attention_backend": "FLASH_ATTN"}.
+        engine_args: further vLLM engine arguments, e.g. {"attention_backend": "FLASH_ATTN"}, or max_num_seqs.
     Raises ConfigError if vLLM is not installed or cannot do it, ModelError if it cannot serve the model.
     """
 
@@ -87,8 +87,8 @@ class VLLMGenerator:
             "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
             "worker_extension_cls": EXTENSION,
             **_device_settings(gpu_memory_utilization, kv_cache_gb, sleep_mode, max_model_len),
-            **(engine_args or {}),
         }
+        settings |= _further(engine_args or {}, settings)
         self._sleeps = bool(settings.get("enable_sleep_mode"))
         self._llm = _start(settings, transport)
         try:
@@ -266,6 +266,7 @@ def prepare_environment(*, eager: bool = True) -> None:
         # The engine in this process: starts in seconds, and tensors can be passed by reference.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor parallel workers: CUDA does not survive a fork
         "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what is chosen here on purpose
     }
     if importlib.util.find_spec("flashinfer") is None:
@@ -305,6 +306,17 @@ def _device_settings(
     }
 
 
+def _further(engine_args: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`engine_args`, if they undo nothing that the run's promises rest on. Raises ConfigError."""
+    taken = settings.keys() & engine_args.keys() - {"max_num_seqs"}
+    if taken:
+        raise ConfigError(
+            f"generator.engine_args: {', '.join(sorted(taken))} is set by the run itself; drop it, or change the "
+            "setting of the run that decides it"
+        )
+    return engine_args
+
+
 def _start(settings: dict[str, Any], transport: str) -> Any:
     """The vLLM engine. This process's random states and thread setting are left as they were."""
     from vllm import LLM
@@ -317,7 +329,7 @@ def _start(settings: dict[str, Any], transport: str) -> Any:
     with _process_state_kept():
         try:
             return LLM(**settings, weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]))
-        except (ValueError, NotImplementedError, OSError) as error:
+        except (TypeError, ValueError, NotImplementedError, OSError) as error:
             reason = " ".join(str(error).split())[:300]  # vLLM lists every architecture it knows
             raise ModelError(
                 f"vLLM cannot serve {settings['model']}: {reason}; set generator.engine=hf, or change the model or "

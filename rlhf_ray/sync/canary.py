@@ -16,10 +16,8 @@ from rlhf_ray.errors import ConfigError
 
 LogProbs = Sequence[Sequence[float]]
 
-# Largest difference to expect between two correct implementations, in nats. float32: measured 1e-6 on CPU,
-# with
-# room for GPU reductions; bfloat16 carries 8 bits, so 0.01 to 0.1 on ordinary tokens and more on unlikely
-# ones.
+# Largest difference to expect between two correct implementations, in nats. float32: measured 1e-6 on CPU, with
+# room for GPU reductions; bfloat16 carries 8 bits, so 0.01 to 0.1 on ordinary tokens and more on unlikely ones.
 DEFAULT_BOUND = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.1}
 # Above the bound, but below this many times it, rounding in other kernels is the likelier cause.
 KERNEL_FACTOR = 10.0
@@ -100,14 +98,14 @@ def judge(
     if diff <= bound:
         return CanaryVerdict(diff, True)
     before = math.inf if previous is None else absdiff_max(generator, previous)
-    if before <= bound:
+    moved = 0.0 if previous is None else absdiff_max(learner, previous)
+    if before <= bound < moved:  # else old weights and new ones cannot be told apart
         return CanaryVerdict(
             diff,
             False,
             "stale version",
             f"the generator says version {held} but answers as before that sync (difference {before:.2g} nats to "
-            "the "
-            "old weights): weights were not applied, or its prefix cache was not reset; replace it",
+            "the old weights): weights were not applied, or its prefix cache was not reset; replace it",
         )
     if diff <= KERNEL_FACTOR * bound:
         return CanaryVerdict(
@@ -123,8 +121,7 @@ def judge(
         False,
         "wrong weights",
         f"log-probabilities differ by {diff:.2g} nats where {bound:.2g} is the bound: a tensor is missing or in the "
-        "wrong "
-        "place, or the model folders differ; replace the generator and compare both configurations",
+        "wrong place, or the model folders differ; replace the generator and compare both configurations",
     )
 
 

@@ -5,6 +5,7 @@ Not run on hardware by this project's tests, which replace `open_channel`; see b
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,9 @@ class CudaSender:
     def send(self, source: Source, client: WeightClient, version: int) -> SyncStats:
         started = time.perf_counter()
         self._source = source
+        if self.device.type == "cuda":
+            # vLLM's senders read on streams of their own, which do not wait for the optimiser's.
+            torch.cuda.synchronize(self.device)
         try:
             if self._metadata is None:
                 # One extra pass on the first sync: NCCL receivers size their buffers before the first byte.
@@ -94,7 +98,8 @@ class CudaSender:
             buffer_bytes=max(self.capacity, *(_nbytes(m) for m in self._metadata or [])),
             rendezvous=meeting,
         )
-        self._channel = vllm.open_channel(plan)
+        with _stream_kept(self.device):
+            self._channel = vllm.open_channel(plan)
 
     def _stream(self) -> Iterator[Pair]:
         assert self._source is not None
@@ -131,6 +136,19 @@ class VersionedClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.client.finish_weight_update(str(self.version) if weight_version is None else weight_version)
+
+
+@contextlib.contextmanager
+def _stream_kept(device: torch.device) -> Iterator[None]:
+    """vLLM moves its thread to a stream of its own for good; DeepSpeed, which comes next, assumes the default one."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.current_stream(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
 
 
 def _vllm_side() -> Any:

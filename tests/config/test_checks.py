@@ -114,6 +114,14 @@ CASES = {
     "nccl on a shared gpu": ([*VLLM, "sync.transport=nccl", "ray.gpus_per_worker=0.5"],
                              "sync.transport=nccl cannot have two processes on one GPU", "set it to 1",
                              [*VLLM, "sync.transport=nccl", "ray.gpus_per_worker=2"]),
+    "ranks on a shared gpu": (
+        [*VLLM, "learner.engine=deepspeed", "learner.world_size=2", "ray.gpus_per_worker=0.5", "device=cuda"],
+        "learner.world_size=2 is a group that needs whole GPUs", "set it to 1",
+        [*VLLM, "learner.engine=deepspeed", "learner.world_size=2", "device=cuda"]),
+    "tensor parallel on a shared gpu": (
+        [*VLLM, "generator.tensor_parallel=2", "ray.gpus_per_worker=0.5", "device=cuda"],
+        "generator.tensor_parallel=2 is a group that needs whole GPUs", "or generator.tensor_parallel=1",
+        [*VLLM, "ray.gpus_per_worker=0.5", "device=cuda"]),
     "nccl on one gpu": ([*VLLM, "sync.transport=nccl", "ray.colocate=true"],
                         "sync.transport=nccl cannot have two processes on one GPU", "set sync.transport=cuda_ipc",
                         [*VLLM, "sync.transport=nccl"]),

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.devices import Hardware, choose_hardware
+from rlhf_ray.models import deepspeed_engine
+from rlhf_ray.models.deepspeed_engine import DeepSpeedEngine
+from rlhf_ray.models.devices import Hardware, choose_hardware, release_memory, with_index
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,38 @@ def test_torch_is_asked_where_nobody_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_hardware().device == "mps"
+
+
+def test_cuda_without_an_index_is_the_current_gpu(monkeypatch):
+    """Roles are told `cuda`; who sets the device must say which."""
+    with pytest.raises(ValueError, match="specified index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert with_index(torch.device("cuda")) == torch.device("cuda:3")
+    assert with_index(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert with_index(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_memory_is_given_back_where_there_is_some(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    release_memory()
+    assert not emptied, "a process that has not touched CUDA does not begin to"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    release_memory()
+    assert emptied == [1]
+
+
+def test_the_deepspeed_engine_says_which_gpu(monkeypatch):
+    """On CUDA the first thing it does is to enter the group, with this device: as far as a CPU can follow it."""
+
+    class Entered(Exception):
+        pass
+
+    def join(device, *rest):
+        raise Entered(device)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(deepspeed_engine, "_join", join)
+    with pytest.raises(Entered, match="cuda:0|index=0"):
+        DeepSpeedEngine(torch.nn.Linear(2, 2), device="cuda")

@@ -135,6 +135,7 @@ def test_the_device_is_what_the_cluster_has_not_the_driver(two_gpu_machines, tin
     hardware = hardware_of(tiny_config("executor=ray", "device=auto"))
     assert (hardware.device, hardware.dtype) == ("cuda", torch.bfloat16)
     assert own_hardware(hardware) == choose_hardware()
+    assert own_hardware(Hardware("cuda", torch.float32)).dtype == torch.float32
     assert hardware_of(tiny_config("executor=ray", "device=cpu")).device == "cpu"
     assert hardware_of(tiny_config("device=auto")) == choose_hardware()
 

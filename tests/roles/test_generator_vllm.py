@@ -322,6 +322,8 @@ def test_model_that_vllm_does_not_know(tmp_path):
 def test_settings_that_cannot_work(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="generator.tensor_parallel=2.*sync.transport=nccl"):
         VLLMGenerator(str(tmp_path), transport="in_process", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="generator.engine_args: dtype, seed is set by the run itself"):
+        VLLMGenerator(str(tmp_path), engine_args={"seed": 1, "dtype": "float16", "max_num_seqs": 8})
     monkeypatch.setattr(generator_vllm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed; install rlhf-ray\[vllm\].*generator.engine=hf"):
         VLLMGenerator(str(tmp_path))

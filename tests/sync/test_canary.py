@@ -41,6 +41,8 @@ def test_four_ways_to_be_wrong():
 
 def test_a_step_smaller_than_the_bound_cannot_be_called_stale():
     assert judge([[0.0, -1.001]], [[0.0, -1.0]], [[0.0, -1.001]], held=3, expected=3, bound=0.01).ok
+    near_both = judge([[0.0, -1.02]], [[0.0, -1.0]], [[0.0, -1.012]], held=3, expected=3, bound=0.015)
+    assert near_both.cause == "kernels", "nothing says that it is the old weights"
 
 
 def test_not_comparable_is_wrong_not_fine():

@@ -71,6 +71,26 @@ def test_nccl_group_counts_learner_and_all_workers(fake, make_tied, recorder):
     assert stats.buckets == 2 and stats.gigabytes == pytest.approx(88e-9)  # 22 floats
 
 
+def test_on_a_gpu_the_optimiser_is_waited_for_and_the_thread_keeps_its_stream(fake, recorder, monkeypatch):
+    """vLLM's senders read on streams of their own, and opening their channel would move this thread to one."""
+    log: list[str] = []
+    fake_cuda = {
+        "synchronize": lambda device: log.append("synchronize"),
+        "current_stream": lambda device: log.append("stream?") or "default",
+        "set_stream": lambda stream: log.append(f"stream={stream}"),
+    }
+    for name, function in fake_cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    opened = fake.open_channel
+    monkeypatch.setattr(fake, "open_channel", lambda plan: log.append("open") or opened(plan))
+    monkeypatch.setattr(cuda_sender._vllm_side(), "open_channel", fake.open_channel)
+    sender = make_sender("cuda_ipc", bucket_mb=1, device="cuda")
+    for version in (1, 2):
+        sender.send(lambda: plain_state(torch.nn.Linear(2, 2)), recorder, version)
+    assert log == ["synchronize", "stream?", "open", "stream=default", "synchronize"]
+
+
 def test_ipc_has_no_rendezvous_and_a_buffer_that_holds_the_largest_tensor(fake, recorder):
     sender = make_sender("cuda_ipc", bucket_mb=0.001, device="cpu")
     sender.send(lambda: plain_state(torch.nn.Linear(100, 100)), recorder, 1)
