@@ -51,8 +51,7 @@ def importance_weights(
 
 @torch.no_grad()
 def mismatch_stats(logp_BT: Tensor, gen_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
-    """Additive sums (and one maximum) that compare the learner's log-probs with the generator's on its own
-    tokens.
+    """Additive sums (and one maximum) that compare the learner's log-probs with the generator's on its own tokens.
 
     count; kl_sum of KL(generator || learner) by k3; absdiff_sum, absdiff_max in nats; weight_sum,
     weight_sq_sum of rho for the effective sample size. Join with `policy_losses.combine_stats`, then
@@ -72,9 +71,7 @@ def mismatch_stats(logp_BT: Tensor, gen_BT: Tensor, mask_BT: Tensor) -> dict[str
 
 
 def mismatch_summary(stats: dict[str, Tensor]) -> dict[str, float]:
-    """kl, absdiff_mean, absdiff_max, and ess = (sum w)^2 / (n sum w^2), the share of tokens that effectively
-    count.
-    """
+    """kl, absdiff_mean, absdiff_max, and ess = (sum w)^2 / (n sum w^2), the share of tokens that effectively count."""
     count = float(stats["count"])
     if count == 0:
         return {"kl": 0.0, "absdiff_mean": 0.0, "absdiff_max": 0.0, "ess": 1.0}

@@ -1,5 +1,4 @@
-"""Policy losses. Each returns a loss per token, loss_BT, 0 outside the mask; `aggregation.loss_weights` does
-the mean.
+"""Policy losses. Each returns a loss per token, loss_BT, 0 outside the mask; `aggregation.loss_weights` does the mean.
 
 `logp_BT` carries the gradient; `old_BT` (the policy before the update) and `adv_BT` never do.
 """
@@ -20,8 +19,7 @@ Number = TypeVar("Number", Tensor, float)
 
 def log_ratio(logp_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """logp - old on the mask, 0 outside it, clamped so that exp stays finite."""
-    # Outside the mask the two may be anything, -inf too: fill before exp, or inf * 0 = NaN reaches the
-    # gradient.
+    # Outside the mask the two may be anything, -inf too: fill before exp, or inf * 0 = NaN reaches the gradient.
     d_BT = (logp_BT - old_BT.detach()).masked_fill(~mask_BT.bool(), 0.0)
     return d_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -38,9 +36,8 @@ def clipped_loss(
 ) -> Tensor:
     """-min(rho A, clip(rho, 1-low, 1+high) A) (Schulman et al. 2017, PPO, eq. 7).
 
-    clip_high > clip_low is DAPO's "clip-higher" (Yu et al. 2025, eq. 10). `dual_clip` c > 1 bounds the
-    loss at -c A where A < 0 (Ye et al. 2020, eq. 5): else one ratio of 100 with a negative advantage dominates the
-    step.
+    clip_high > clip_low is DAPO's "clip-higher" (Yu et al. 2025, eq. 10). `dual_clip` c > 1 bounds the loss at
+    -c A where A < 0 (Ye et al. 2020, eq. 5): else one ratio of 100 with a negative advantage dominates the step.
     """
     ratio_BT = log_ratio(logp_BT, old_BT, mask_BT).exp()
     loss_BT = _pessimistic(ratio_BT, adv_BT.detach(), clip_low, clip_high)
@@ -59,8 +56,8 @@ def gspo_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """The clipped loss with the sequence's ratio s = exp(mean_t log rho_t) (Zheng et al. 2025, GSPO, eq. 5,
-    7).
+    """The clipped loss with the sequence's ratio s = exp(mean_t log rho_t) (Zheng et al. 2025, GSPO,
+    eq. 5, 7).
 
     This is the paper's GSPO-token form (eq. 13), s_t = sg[s] * pi/sg[pi]: the same value and gradient as GSPO when all
     tokens of a completion share an advantage, and defined when they do not. Aggregate with `seq_mean`. The

@@ -96,7 +96,7 @@ def require_reachable(address: str) -> None:
     if address.startswith("ray://"):
         raise ConfigError(
             f"ray.address={address}: the run must be inside the cluster, not behind Ray Client; "
-            "submit it (`rlhf-ray submit`, `ray job submit`), or give the head's host:port"
+            "submit it with `ray job submit`, or give the head's host:port"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

@@ -1,6 +1,6 @@
 """The run directory: one folder that holds everything a run leaves behind.
 
-    config.yaml  metrics.jsonl  events.jsonl  summary.json  report.html
+    config.yaml  metrics.jsonl  events.jsonl  summary.json  before.json
     rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/
 """
 
@@ -19,7 +19,7 @@ from rlhf_ray.errors import ConfigError, StorageError
 from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines, to_json, write_atomically
 
 CONTENTS = (
-    "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "report.html", "before.json", "reference.json",
+    "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "rollouts", "checkpoints", "tensorboard",
     *(f"{folder}{state}" for folder in ("start", "model") for state in ("", ".unfinished", ".old")),
 )  # fmt: skip

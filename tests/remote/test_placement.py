@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import ray
 
+from rlhf_ray.config.load import load_config, on_device
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.remote.calls import Worker
 from rlhf_ray.remote.crew import Crew
@@ -43,6 +45,18 @@ def test_gpus_of_a_whole_ppo_run(tiny_config):
     assert plan.by_role("GPU") == {"learner": 4, "generator": 4, "critic": 2, "reference": 1, "reward": 1}
     assert seats_of(plan)["generator 1"][1] == 2, "the GPUs of a tensor-parallel generator are one actor's"
     assert all(len([s for s in plan.seats if s.bundle == i]) == 1 for i in range(len(plan.bundles)))
+
+
+@pytest.mark.parametrize(("overrides", "gpus"), [
+    ([], 8), (["ray.colocate=true"], 4), (["learner.world_size=1", "generator.count=1"], 2),
+])  # fmt: skip
+def test_the_config_for_eight_gpus(repo_root, overrides, gpus):
+    """And what its first lines say of fewer."""
+    config = load_config(repo_root / "configs" / "grpo_gsm8k_8gpu.yaml", overrides, RunConfig)
+    config = on_device(config, "cuda")
+    plan = plan_seats(config, "cuda", choose_transport(config, "cuda"))
+    assert plan.total("GPU") == gpus
+    assert max(bundle.get("GPU", 0) for bundle in plan.bundles) == 1
 
 
 def test_reward_functions_need_no_gpu_and_no_reference_no_seat(tiny_config):
