@@ -47,6 +47,10 @@ class DeadlineError(RlhfRayError, TimeoutError):
     """A remote call did not return in time; the message names the worker and the call."""
 
 
+class DivergenceError(RlhfRayError, ArithmeticError):
+    """Training no longer has finite gradients, step after step."""
+
+
 class StageError(RlhfRayError, RuntimeError):
     """A stage of a pipeline failed; the message names it and its exit status."""
 

@@ -99,6 +99,7 @@ class TrainEngineConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
+    max_skipped_steps: int = Field(20, gt=0, description="steps in a row without a finite gradient that end the run")
     tokens_per_microbatch: int = Field(16_384, gt=0, description="padded tokens of one forward and backward pass")
     gradient_checkpointing: bool = False
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ray.errors import ModelError
+from rlhf_ray.errors import DivergenceError, ModelError
 
 
 def check_train_dtype(dtype: torch.dtype) -> None:
@@ -82,6 +82,24 @@ def is_packed(layer: nn.Module) -> bool:
     """Whether its weight is bytes that stand for numbers (QLoRA)."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
+
+
+class SkippedSteps:
+    """Ends a training whose gradients stay infinite or NaN; each such step was skipped, so the weights are sound."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+
+    def count(self, grad_norm: float) -> None:
+        """Raises DivergenceError on reaching the limit; on every rank, for all of them have the same norm."""
+        self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
+        if self.in_a_row >= self.limit:
+            raise DivergenceError(
+                f"the last {self.in_a_row} optimiser steps had no finite gradient and were skipped (max_skipped_steps="
+                f"{self.limit}), so nothing is learned any more; lower the learning rate, look for rewards or rows "
+                "that no model can follow, and go on with --resume auto"
+            )
 
 
 def clip_scale(norm: float, max_grad_norm: float) -> float:

@@ -18,6 +18,7 @@ import torch
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
+from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.microbatch import split_microbatches, split_ranks
 from rlhf_ray.roles.objectives import DPO, Measured, Objective, ReferencedPair
 
@@ -59,17 +60,20 @@ class SupervisedTrainer:
         *,
         tokens_per_microbatch: int,
         tokenizer: PreTrainedTokenizerBase,
+        max_skipped_steps: int = 20,
     ) -> None:
         self.engine = engine
         self.objective = objective
         self.splits = dict(splits)
         self.tokens_per_microbatch = tokens_per_microbatch
         self.tokenizer = tokenizer
+        self._skipped = SkippedSteps(max_skipped_steps)
 
     def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
         """One optimiser step on these rows of `train`; metrics by their final names.
 
-        A step whose gradient is not finite is skipped and counted in `skipped_steps`.
+        A step whose gradient is not finite is skipped and counted in `skipped_steps`; too many in a row raise
+        DivergenceError.
         """
         items = [self.splits["train"][row] for row in rows]
         total, plan = sum(map(self.objective.weight, items)), self._plan(items)
@@ -80,6 +84,7 @@ class SupervisedTrainer:
             self.engine.backward(found["loss"].sum() * (real / max(total, 1)), last=index == len(plan.parts) - 1)
             measured.append(found)
         norm = self.engine.step(lr)
+        self._skipped.count(norm)
         metrics = self.objective.metrics(self._gathered(len(items), plan, measured))
         return {
             **metrics,

@@ -39,6 +39,7 @@ def make_trainer(
         dict(splits),
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
         tokenizer=tokenizer,
+        max_skipped_steps=config.learner.max_skipped_steps,
     )
 
 

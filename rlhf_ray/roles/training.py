@@ -16,6 +16,7 @@ from rlhf_ray.config.schema import CriticConfig, LearnerConfig
 from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.forward import over_microbatches
 from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
 from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines
@@ -80,6 +81,7 @@ class Trainer:
         self.total_steps = total_steps
         self.first_step = first_step
         self.sharing = sharing
+        self._skipped = SkippedSteps(config.max_skipped_steps)
         # Without gradients a recurrent layer takes another kernel, whose sums end differently in the last bit.
         self._needs_grad_kernels = any(isinstance(layer, torch.nn.RNNBase) for layer in engine.module.modules())
 
@@ -118,7 +120,10 @@ class Trainer:
         loss_of: Callable[[MicroBatch, Share], tuple[Tensor, Mapping[str, Tensor]]],
         lr: float,
     ) -> tuple[float, Totals]:
-        """Accumulate `loss_of` over the micro-batches of a share and step once; (gradient norm, this rank's totals)."""
+        """Accumulate `loss_of` over the micro-batches of a share and step once; (gradient norm, this rank's totals).
+
+        Raises DivergenceError where too many steps in a row had to be skipped.
+        """
         totals = Totals()
         last = len(share.microbatches) - 1
         for index, micro in enumerate(share.batches(batch)):
@@ -128,7 +133,9 @@ class Trainer:
             sizes = micro.line_tokens
             real = sum(sizes) if index < share.real else 0
             totals.add({"tokens_computed": len(sizes) * max(sizes), "tokens_wanted": real})
-        return self.engine.step(lr), totals
+        grad_norm = self.engine.step(lr)
+        self._skipped.count(grad_norm)
+        return grad_norm, totals
 
     def usage(self, totals: Mapping[str, float]) -> dict[str, float]:
         """How the device was used: the share of padding (dummy micro-batches too) in what was computed, and memory."""

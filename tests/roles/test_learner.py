@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.schema import PRESETS
+from rlhf_ray.errors import DivergenceError
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.generator_hf import HFGenerator
@@ -434,6 +435,16 @@ def test_when_every_step_is_skipped_nothing_changes(tiny, learner_of, ragged, wi
     metrics = learner.update(batch.replace(advantages=batch.advantages * math.nan), 0, 0.0)
     assert metrics["skipped_steps"] == 1.0 and math.isnan(metrics["grad_norm"])
     assert distance(before, weights(learner)) == 0.0
+
+
+def test_a_training_that_has_diverged_ends(tiny, learner_of, ragged, with_advantages):
+    batch = with_advantages(ragged)
+    broken = batch.replace(advantages=batch.advantages * math.nan)
+    learner = learner_of(tiny(), max_skipped_steps=3)
+    for advantages in (broken, broken, batch, broken, broken):  # a good step between them: counted anew
+        learner.update(advantages, 0, 0.0)
+    with pytest.raises(DivergenceError, match=r"last 3 optimiser steps had no finite gradient .*max_skipped_steps=3"):
+        learner.update(broken, 0, 0.0)
 
 
 # ---- the learning rate ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ray.config.supervised import DPOLossConfig
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.errors import DivergenceError
 from rlhf_ray.models.classifiers import freeze_layers
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
@@ -132,6 +133,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     before = [parameter.clone() for parameter in made.engine.module.parameters()]
     assert made.step([0], lr=1e-2)["skipped_steps"] == 1.0
     assert all(torch.equal(a, b) for a, b in zip(before, made.engine.module.parameters(), strict=True))
+    with pytest.raises(DivergenceError, match="last 20 optimiser steps had no finite gradient"):
+        for _ in range(19):
+            made.step([0], lr=1e-2)
 
 
 def test_samples_end_where_the_model_does():
