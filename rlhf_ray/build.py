@@ -21,7 +21,7 @@ from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.flops import device_name, peak_flops
-from rlhf_ray.models.loading import load_shape, load_tokenizer
+from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
@@ -56,13 +56,14 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress()
         )
         assets = Assets(policy, tokenizer_path, hardware)
+        stop = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
         with open_roles(config, assets) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
-                roles.generator, roles.reward, held_out, _sampling(config, tokenizer, config.eval.temperature),
+                roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
                 seed=config.seed,
             )  # fmt: skip
-            rollouts = _rollouts(config, roles, train_prompts, _sampling(config, tokenizer), run)
+            rollouts = _rollouts(config, roles, train_prompts, _sampling(config, stop), run)
             try:
                 canary = _canary(config, tokenizer, max(map(len, train_prompts.token_ids)), hardware)
                 result = train(config, roles, rollouts, evaluator, canary, run)
@@ -131,15 +132,20 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
             "could end; set eos_token in its tokenizer_config.json"
         )
     train, held_out = load_data(config, tokenizer)
-    _check_model_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
+    longest = _check_policy_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
+    if config.uses_critic and config.critic.path is not None:
+        _check_critic_fits(config, tokenizer, longest)
     return tokenizer, train, held_out
 
 
-def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Beyond its last position or token a model has no embedding: an index error in a run, or worse on a GPU."""
-    path = config.model.path
+def _check_policy_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> int:
+    """Beyond its last position or token a model has no embedding: an index error in a run, or worse on a GPU.
+
+    Returns the length of the longest prompt.
+    """
+    path, longest = config.model.path, max(map(len, prompts))
     if path.startswith("scratch:"):
-        return  # made to fit; config/checks.py knows its length
+        return longest  # made to fit; config/checks.py knows its length
     shape = load_shape(path, trust_remote_code=config.model.trust_remote_code)
     if getattr(shape, "quantization_config", None) is not None:
         raise ModelError(
@@ -147,20 +153,38 @@ def _check_model_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Seque
             "sends; name the full-precision model, and to train it in 4 bits set model.lora.quantize=nf4"
         )
     shape = shape.get_text_config()
-    positions, vocab_size = getattr(shape, "max_position_embeddings", None), shape.vocab_size
-    longest = max(map(len, prompts))
-    if positions is not None and longest + config.rollout.max_new_tokens > positions:
-        raise ConfigError(
-            f"the longest prompt has {longest} tokens, and with rollout.max_new_tokens={config.rollout.max_new_tokens} "
-            f"that is more than the {positions} positions of {path}; lower rollout.max_new_tokens, or set "
-            "data.max_prompt_tokens and data.overlong_prompts=drop"
-        )
-    highest = max(tokenizer.eos_token_id, *map(max, prompts))
+    _check_positions(path, shape, longest, config.rollout.max_new_tokens)
+    highest, vocab_size = max(tokenizer.eos_token_id, *map(max, prompts)), shape.vocab_size
     if highest >= vocab_size:
         raise ModelError(
             f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {vocab_size} embeddings of "
             f"{path}: the tokenizer is another model's, or got tokens that the model did not; "
             "set model.tokenizer.path to the right one, or resize the model's embeddings"
+        )
+    return longest
+
+
+def _check_critic_fits(config: RunConfig, tokenizer: Any, longest: int) -> None:
+    """It reads whatever the policy may write."""
+    path, trust = config.critic.path, config.model.trust_remote_code
+    shape, written = load_shape(path, trust_remote_code=trust).get_text_config(), len(tokenizer)
+    if not config.model.path.startswith("scratch:"):
+        written = load_shape(config.model.path, trust_remote_code=trust).get_text_config().vocab_size
+    _check_positions(path, shape, longest, config.rollout.max_new_tokens)
+    if shape.vocab_size < written:
+        raise ModelError(
+            f"critic.path={path} has {shape.vocab_size} embeddings, and the policy writes {written} different tokens; "
+            "name a model with the policy's tokenizer and at least its vocabulary, or leave critic.path empty"
+        )
+
+
+def _check_positions(path: str, shape: Any, longest: int, new: int) -> None:
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions is not None and longest + new > positions:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens, and with rollout.max_new_tokens={new} that is more than the "
+            f"{positions} positions of {path}; lower rollout.max_new_tokens, or set data.max_prompt_tokens and "
+            "data.overlong_prompts=drop"
         )
 
 
@@ -232,14 +256,14 @@ def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:
     return Workload(policy, critic, roles.devices, peak)
 
 
-def _sampling(config: RunConfig, tokenizer: Any, temperature: float | None = None) -> Sampling:
+def _sampling(config: RunConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:
     rollout = config.rollout
     return Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature if temperature is None else temperature,
         top_p=rollout.top_p if temperature is None else 1.0,
         top_k=rollout.top_k if temperature is None else 0,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=stop,
     )
 
 

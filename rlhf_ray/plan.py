@@ -18,6 +18,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.supervised_start import build_model
 from rlhf_ray.loops.warm_start import make_tokenizer
 from rlhf_ray.models.devices import Hardware, choose_hardware
+from rlhf_ray.models.loading import local_folder
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.size import Size, saved_size, size_of
 
@@ -168,8 +169,12 @@ def expected_hardware(config: RunConfig | SupervisedConfig) -> tuple[Hardware, s
 
 
 def model_size(config: RunConfig) -> Size | None:
-    """Size of the policy this config describes; None if it lies on the Hub and not in the cache."""
+    """Size of the policy this config describes; None if it lies on the Hub and not in the cache.
+
+    Raises ModelError for what can only be a folder, and is none.
+    """
     if not config.model.path.startswith("scratch:"):
+        local_folder(config.model.path)
         return saved_size(config.model.path, "policy", config.model.lora)
     kind, vocab_size = config.model.path.removeprefix("scratch:"), _vocab_size(config)
     with torch.device("meta"):

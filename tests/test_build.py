@@ -144,6 +144,16 @@ def test_prompt_and_completion_beyond_the_models_positions(config, tmp_path, dat
     assert run_rl(config(*settings, "rollout.max_new_tokens=3"), tmp_path / "run")["status"] == "finished"
 
 
+def test_a_critic_that_cannot_read_what_the_policy_writes(config, tmp_path, model_folder, data):
+    small = tmp_path / "small"
+    build_scratch("gpt2", vocab_size=8, hidden_size=8, layers=1, heads=2, max_length=16).save_pretrained(small)
+    ppo = ("algorithm.name=ppo", f"model.path={model_folder}", "model.tokenizer.path=null", f"data.path={data(*GOOD)}")
+    refused(config(*ppo, f"critic.path={small}"), tmp_path / "run", ModelError, "small has 8 embeddings, and the")
+    refused(config(*ppo, f"critic.path={small}", "rollout.max_new_tokens=12"), tmp_path / "run", ConfigError,
+            "more than the 16 positions of .*small")  # fmt: skip
+    refused(config(*ppo, "critic.path=./gone"), tmp_path / "run", ModelError, "gone: no such folder")
+
+
 def test_an_unknown_reward(config, tmp_path):
     refused(config("rewards.0.function=exact_anser"), tmp_path / "run", ConfigError, "did you mean 'exact_answer'")
     refused(config("rewards.0.function=gone.py:f"), tmp_path / "run", ConfigError, "reward file gone.py does not exist")

@@ -6,7 +6,7 @@ import yaml
 
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.schema import CriticConfig, LearnerConfig
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
@@ -154,6 +154,11 @@ def test_the_whole_page(config):
 def test_an_unknown_model_is_said_to_be_unknown(config):
     text = describe_plan(config("model.path=nobody/has-this", "model.tokenizer.path=null", "device=cpu"))
     assert "policy nobody/has-this: size unknown" in text and "memory each: unknown" in text
+
+
+def test_what_can_only_be_a_folder_is_looked_for(config):
+    with pytest.raises(ModelError, match=r"\./nowhere: no such folder"):
+        describe_plan(config("model.path=./nowhere", "model.tokenizer.path=null"))
 
 
 def test_a_plan_for_gpus_may_be_made_without_them(config, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +58,14 @@ class PromptSet:
     def left_out(self) -> str:
         """What was dropped, for people; empty where everything is there."""
         return _explain(self.dropped) if self.dropped else ""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the token ids, in their order: a position in a stream means nothing in a stream of others."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in self.token_ids:
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+        return digest.hexdigest()
 
     def slice(self, start: int, end: int) -> PromptSet:
         """Rows start..end-1; what was dropped counts for the whole."""
@@ -149,14 +158,19 @@ def prompt_options(data: PromptsConfig) -> dict[str, Any]:
 
 def load_texts(source: str, *, field: str | None = None, split: str = "train") -> list[str]:
     """All the text of each row, or one column's: the corpus for a tokenizer and for a supervised warm start."""
+    return [text for _, text in located_texts(source, field=field, split=split)]
+
+
+def located_texts(source: str, *, field: str | None = None, split: str = "train") -> list[tuple[str, str]]:
+    """(`file:line`, text), as `load_texts`."""
     rows = read_rows(source, split=split)
     if field is not None:
-        return [Columns(row, ColumnsConfig(text=field)).text("text") for row in rows]
+        return [(row.where, Columns(row, ColumnsConfig(text=field)).text("text")) for row in rows]
     kind: DataType | None = None
     texts = []
     for row in rows:
         kind = kind or detect(row)
-        texts += ["\n".join(texts_of(record)) for record in parse(row, kind)]
+        texts += [(row.where, "\n".join(texts_of(record))) for record in parse(row, kind)]
     return texts
 
 

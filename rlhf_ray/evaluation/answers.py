@@ -17,7 +17,7 @@ from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_optio
 from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
-from rlhf_ray.models.loading import load_shape, load_tokenizer
+from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.roles.factory import Assets, make_generator, make_reward
@@ -112,7 +112,9 @@ class AnsweringModel:
         self.assets = assets
         self.tokenizer = tokenizer
         self.generator: Generator | None = generator
-        shape = load_shape(assets.policy, trust_remote_code=run.model.trust_remote_code)
+        trust = run.model.trust_remote_code
+        self.stop = stop_token_ids(assets.policy, tokenizer, trust_remote_code=trust)
+        shape = load_shape(assets.policy, trust_remote_code=trust)
         self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
 
     def sample(self, prompts: PromptSet, sampling: SamplingConfig, seed: int) -> Batch:
@@ -131,7 +133,7 @@ class AnsweringModel:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                stop_token_ids=(self.tokenizer.eos_token_id,),
+                stop_token_ids=self.stop,
             ),
         )
 

@@ -24,7 +24,7 @@ from rlhf_ray.algo.shaping import overlong_penalty
 from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
 from rlhf_ray.data.prompts import PromptSet, PromptStream
-from rlhf_ray.errors import RewardError
+from rlhf_ray.errors import DataError, RewardError
 from rlhf_ray.roles.protocols import Gather, Generator, Request, Reward, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.run.timer import Timer
@@ -211,11 +211,17 @@ class Rollouts:
             answer=answer,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the prompts of the next batch begin."""
-        return {"position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the prompts of the next batch begin, and in which stream."""
+        return {"position": self.position, "prompts": self.prompts.fingerprint}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError where the prompts are no longer those of the stream in which `position` counts."""
+        if state.get("prompts", self.prompts.fingerprint) != self.prompts.fingerprint:
+            raise DataError(
+                "the prompts have changed since the checkpoint was written, so that some would be left out and others "
+                "used twice; restore the data file, or start anew in another --run-dir"
+            )
         self.position = state["position"]
 
     def paused(self) -> AbstractContextManager[Any]:

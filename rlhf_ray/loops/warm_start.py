@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.examples import TokenizedExample
-from rlhf_ray.data.prompts import first_words, load_prompts, load_texts, prompt_options
+from rlhf_ray.data.prompts import PromptSet, first_words, load_prompts, load_texts, located_texts, prompt_options
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.errors import DataError
@@ -82,7 +82,10 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
 
 
 def training_texts(config: RunConfig) -> list[str]:
-    """The file's whole texts, without those whose first words are held out for evaluation (the last ones)."""
+    """The file's whole texts, for a tokenizer: without those at the end, of which most are held out for evaluation.
+
+    Exactly which are cannot be said before there is a tokenizer: prompts may be dropped for their length.
+    """
     data = config.data
     texts = load_texts(data.path, field=data.field, split=data.split)
     if config.warm_start.completion is not None:
@@ -148,7 +151,7 @@ def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -
     elif config.warm_start.completion is not None:
         pairs = _answered_prompts(config, tokenizer)
     else:
-        pairs = [([], encode(text) + eos) for text in training_texts(config)]
+        pairs = [([], encode(text) + eos) for text in _texts_of_training_rows(config, tokenizer)]
     # A prompt that fills the limit leaves nothing to learn.
     return [_example(prompt, completion[: limit - len(prompt)]) for prompt, completion in pairs if len(prompt) < limit]
 
@@ -157,8 +160,16 @@ def _example(prompt: Sequence[int], completion: Sequence[int]) -> TokenizedExamp
     return TokenizedExample((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
 
 
-def _answered_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tokens, Tokens]]:
-    """The training prompts, with the very tokens that the generator will get, and the answers in their rows."""
+def _texts_of_training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The whole texts of the rows whose prompts are learned from: none that evaluation will ask about."""
+    train, held_out = _prompts(config, tokenizer)
+    wanted = {example.where for example in train.examples} - {example.where for example in held_out.examples}
+    data = config.data
+    return [text for where, text in located_texts(data.path, field=data.field, split=data.split) if where in wanted]
+
+
+def _prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet]:
+    """(learned from, held out), as the run will have them; their answers, where the warm start learns those."""
     data = config.data
     prompts = load_prompts(
         data.path,
@@ -168,5 +179,11 @@ def _answered_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         reference_field=config.warm_start.completion,
         **prompt_options(data),
     )
-    train = prompts.slice(0, len(prompts) - _held_out(config, len(prompts)))
+    cut = len(prompts) - _held_out(config, len(prompts))
+    return prompts.slice(0, cut), prompts.slice(cut, len(prompts))
+
+
+def _answered_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tokens, Tokens]]:
+    """The training prompts, with the very tokens that the generator will get, and the answers in their rows."""
+    train, _ = _prompts(config, tokenizer)
     return [(ids, answer) for ids, answers in zip(train.token_ids, train.answers, strict=True) for answer in answers]

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,7 +51,7 @@ def load_shape(path: str | Path, *, trust_remote_code: bool = False) -> PreTrain
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; one without a pad token gets its EOS token as pad token."""
-    folder = _local_folder(path)
+    folder = local_folder(path)
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             f"{path}: the folder has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it there with "
@@ -59,6 +60,23 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     factory = PreTrainedTokenizerFast if folder is not None and _is_generic(folder) else AutoTokenizer
     tokenizer = load_pretrained(factory, path, "a tokenizer", trust_remote_code)
     return ensure_pad_token(tokenizer, str(path))
+
+
+def stop_token_ids(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's EOS, and what the model says ends one of its turns (Gemma's <end_of_turn>).
+
+    The model's own count only if the tokenizer marks them as special: a model made from a config with defaults names
+    numbers that are ordinary tokens of a small vocabulary.
+    """
+    try:
+        named = GenerationConfig.from_pretrained(str(path)).eos_token_id
+    except OSError:
+        named = load_shape(path, trust_remote_code=trust_remote_code).get_text_config().eos_token_id
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    own = named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(token for token in own if token in marked)]))
 
 
 def _is_generic(folder: Path) -> bool:
@@ -97,7 +115,7 @@ def load_reward_model(
     return model.to(device).eval(), tokenizer
 
 
-def _local_folder(path: str | Path) -> Path | None:
+def local_folder(path: str | Path) -> Path | None:
     """The folder that `path` names, or None for a Hub name. Raises ModelError for a missing or empty folder."""
     folder = Path(path).expanduser()
     text = str(path)
@@ -113,7 +131,7 @@ def _local_folder(path: str | Path) -> Path | None:
 
 def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code: bool, **options: Any) -> Any:
     """`factory.from_pretrained`, with errors that say what to do. Raises ModelError."""
-    folder = _local_folder(path)
+    folder = local_folder(path)
     if folder is not None and what != "a tokenizer" and not (folder / "config.json").is_file():
         raise ModelError(f"{path}: the folder has no config.json, so it holds no Hugging Face model; check the path")
     try:

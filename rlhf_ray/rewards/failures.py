@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+# A reward is a float32 number: beyond this one it would be infinite behind the policy's back.
+LARGEST = 3.4e38
 
 OnFailure = Literal["raise", "retry", "drop_group", "default"]
 
@@ -119,6 +121,6 @@ def _number(value: Any) -> float | Failure:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return Failure(f"gave a {type(value).__name__}", "return a number")
-    if not math.isfinite(number):
-        return Failure(f"gave {number}", "return a finite number (guard divisions)")
+    if not abs(number) <= LARGEST:
+        return Failure(f"gave {number}", "return a finite number, of float32's range (guard divisions)")
     return number

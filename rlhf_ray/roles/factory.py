@@ -15,7 +15,7 @@ from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer
 from rlhf_ray.models.lora import apply_lora, quantization
 from rlhf_ray.rewards.classifier import Safety
 from rlhf_ray.rewards.compose import RewardSet, reward_of
@@ -61,7 +61,7 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
             dtype=assets.hardware.dtype,
             transport=transport,
             tensor_parallel_size=generator.tensor_parallel,
-            max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            max_model_len=_longest_sequence(config, assets),
             gpu_memory_utilization=generator.gpu_memory_utilization or (0.4 if config.ray.colocate else 0.8),
             kv_cache_gb=generator.kv_cache_gb,
             enforce_eager=generator.enforce_eager,
@@ -72,6 +72,13 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
     tokenizer = _tokenizer(config, assets)
     model = _policy(config, assets)
     return HFGenerator(model, pad_token_id=tokenizer.pad_token_id, batch_size=generator.batch_size)
+
+
+def _longest_sequence(config: RunConfig, assets: Assets) -> int:
+    """What the settings allow, or what the model has positions for: the prompts that there are have been checked."""
+    allowed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    shape = load_shape(assets.policy, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    return min(allowed, getattr(shape, "max_position_embeddings", None) or allowed)
 
 
 def make_reference(config: RunConfig, assets: Assets) -> Reference:

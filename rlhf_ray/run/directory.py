@@ -7,18 +7,24 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import fcntl
 import json
+import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf_ray.errors import ConfigError, StorageError
 from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines, to_json, write_atomically
 
+LOCK = ".lock"
 CONTENTS = (
+    LOCK,
     "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "rollouts", "checkpoints", "tensorboard",
     *(f"{folder}{state}" for folder in ("start", "model") for state in ("", ".unfinished", ".old")),
@@ -44,7 +50,9 @@ class RunDirectory:
                 raise StorageError(
                     f"{self.path}: no folder can be made there ({error.strerror}); set --run-dir to another place"
                 ) from error
-        if self.resumed:  # a killed run may have left half a line; the next append would spoil two
+        if self.resumed:
+            require_alone(self.path)
+            # A killed run may have left half a line; the next append would spoil two.
             keep_lines(self.events_file, lambda row: True)
             keep_lines(self.metrics_file, lambda row: True)
 
@@ -96,7 +104,11 @@ class RunDirectory:
         return self.path / "model"
 
     def write_config(self, yaml_text: str) -> None:
-        """The resolved config. A resumed run with other settings is allowed, but never unnoticed."""
+        """The resolved config. A resumed run with other settings is allowed, but never unnoticed.
+
+        Raises ConfigError while another process writes this run.
+        """
+        require_alone(self.path)
         if self.config_file.exists() and (old := self.config_file.read_text(encoding="utf-8")) != yaml_text:
             diff = difflib.unified_diff(old.splitlines(), yaml_text.splitlines(), lineterm="", n=0)
             changes = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
@@ -142,6 +154,35 @@ class RunDirectory:
                 path.unlink()
         self.summary_file.unlink(missing_ok=True)  # it told of an end that is no longer the end
         self.event("resumed", step=step, metric_rows_dropped=gone, **noted)
+
+
+_locks: dict[Path, IO[str]] = {}
+
+
+def require_alone(folder: Path) -> None:
+    """Take the run in `folder` for this process, until it ends; it may take it again. Raises ConfigError.
+
+    The lock is of the kind that a killed process loses and its children do not inherit.
+    """
+    path = folder.resolve() / LOCK
+    if path in _locks and path.exists() and os.path.samestat(os.fstat(_locks[path].fileno()), path.stat()):
+        return
+    with explained("the lock of the run", path):
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until the process ends
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise ConfigError(
+                f"{folder}: another process ({file.read().strip() or 'unknown'}) is writing this run; wait for its "
+                "end, or set --run-dir to a new folder"
+            ) from error
+        return  # a file system without locks
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locks[path] = file
 
 
 def ended_by(error: BaseException) -> dict[str, str]:

@@ -49,9 +49,11 @@ class Recorder:
             directory.checkpoints, config.checkpoint.keep, on_event=lambda kind, fields: directory.event(kind, **fields)
         )
         if directory.resumed:
-            refuse_other_beginnings(config, directory)
+            refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
         found = self.checkpoints.latest() if directory.resumed else None
         self.resume_point = None if found is None else ResumePoint(*found)
+        # A run that had finished keeps its results until a step is done that they know nothing of.
+        self._results = _summary_of(directory) if directory.resumed else {}
         directory.write_config(dump_config(config))
         step = self.resume_point.step if self.resume_point else None
         self.workload = Workload()
@@ -59,6 +61,8 @@ class Recorder:
         self.started = time.monotonic()
         if directory.resumed:
             directory.rewind(step or 0, **asdict(self._spent_before))
+        else:
+            directory.event("started")
         self.metrics = Metrics(
             directory, ["jsonl", *config.logging.loggers], config=config.model_dump(mode="json"), resume_step=step
         )
@@ -142,7 +146,12 @@ class Recorder:
             self.progress.close()
             self.progress.note(self._after_interruption())
         try:
-            self.finish(**ended_by(error))
+            if self._results.get("status") == "finished" and self.steps_done == self._results["steps"]:
+                self.directory.event("resume_failed", **ended_by(error))
+                self.directory.write_summary(self._results)
+                self.close()
+            else:
+                self.finish(**ended_by(error))
         except StorageError as second:
             warnings.warn(f"the end of the run could not be written down: {second}", stacklevel=2)
 
@@ -162,6 +171,13 @@ class Recorder:
     def close(self) -> None:
         self.progress.close()
         self.metrics.close()
+
+
+def _summary_of(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        return directory.read_summary()
+    except (OSError, ValueError):
+        return {}
 
 
 def rollout_rows(rows: Rows, scores: Scores, count: int) -> list[dict[str, Any]]:

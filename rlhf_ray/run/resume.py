@@ -17,9 +17,16 @@ POLICY = ("seed", "model", "warm_start")
 STREAM = ("data", "plain_text", "rollout.prompts_per_step", "rollout.group_size", "learner.batch_size")
 
 
-def refuse_other_beginnings(config: RunConfig, directory: RunDirectory) -> None:
+# The settings that decide how a checkpoint is laid out.
+LAYOUT = ("dtype", "learner.engine", "critic.engine")
+SHARDS = ("world_size", "zero_stage")
+
+
+def refuse_other_beginnings(config: RunConfig, directory: RunDirectory, checkpoint: bool = True) -> None:
     """Compare `config` with what the run in `directory` was last started with.
 
+    Args:
+        checkpoint: whether there is one to go on from.
     Raises:
         ConfigError: naming every setting that would silently not apply to what is there already.
     """
@@ -37,6 +44,8 @@ def refuse_other_beginnings(config: RunConfig, directory: RunDirectory) -> None:
             f"goes on in the stream of prompts where the run stopped, and {_have(changed)} since: some prompts would "
             "be left out and others used twice"
         )
+    if checkpoint and (changed := _changes_of_layout(old, new)):
+        problems.append(f"goes on from a checkpoint that other settings cannot read, and {_have(changed)} since")
     if problems:
         raise ConfigError(
             f"{directory.path}: --resume auto {'; it also '.join(problems)} (see its config.yaml); "
@@ -54,6 +63,16 @@ def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
         # None was left out for its length, so a higher limit changes nothing.
         changed = [name for name in changed if name != "data.max_prompt_tokens"]
     return changed
+
+
+def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    critics = [_at(tree, "algorithm.advantage") == "gae" for tree in (old, new)]
+    if critics[0] != critics[1]:
+        return ["algorithm.advantage"]
+    roles = ["learner", "critic"] if critics[0] else ["learner"]
+    sharded = [role for role in roles if _at(new, f"{role}.engine") == "deepspeed"]
+    names = [name for name in LAYOUT if critics[0] or not name.startswith("critic")]
+    return _changed(old, new, [*names, *(f"{role}.{shard}" for role in sharded for shard in SHARDS)])
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> list[str]:

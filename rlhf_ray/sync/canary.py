@@ -33,7 +33,7 @@ class CanaryTarget(Protocol):
 class CanaryVerdict:
     absdiff_max: float  # nats; inf if not comparable
     ok: bool
-    cause: str = ""  # "", "stale version", "wrong weights" or "kernels"
+    cause: str = ""  # "", "stale version", "wrong weights", "kernels" or "diverged"
     reason: str = ""  # one sentence for people, with what to do
 
 
@@ -97,6 +97,14 @@ def judge(
         )
     if diff <= bound:
         return CanaryVerdict(diff, True)
+    if not all(math.isfinite(logp) for row in learner for logp in row):
+        return CanaryVerdict(
+            diff,
+            False,
+            "diverged",
+            "the learner's own log-probabilities are not finite: its weights are broken, and the generator got what it "
+            "was sent; go on from an earlier checkpoint with a lower learning rate",
+        )
     before = math.inf if previous is None else absdiff_max(generator, previous)
     moved = 0.0 if previous is None else absdiff_max(learner, previous)
     if before <= bound < moved:  # else old weights and new ones cannot be told apart

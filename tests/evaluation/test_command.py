@@ -42,7 +42,7 @@ def test_the_run_directory(path, answers, tmp_path):
     config = load_config(path, [], EvalRunConfig)
     result = run_eval(config, tmp_path / "run")
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {
+    assert {p.name for p in run.iterdir()} - {".lock"} == {
         "config.yaml", "eval.json", "summary.json", "answers", "ratings.csv", "ratings_key.json"}  # fmt: skip
     assert load_config(run / "config.yaml", [], EvalRunConfig) == config
     saved = json.loads((run / "eval.json").read_text())

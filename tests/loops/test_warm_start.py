@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.build import load_data
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops import warm_start
@@ -101,6 +102,25 @@ def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
                     "warm_start={steps: 1, max_length: 9}"), tokenizer,
     )  # fmt: skip
     assert longer[0].token_ids[-1] == tokenizer.eos_token_id and len(longer[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+def test_no_held_out_row_is_learned_from_whatever_was_dropped(tiny_config, tmp_path, limit):
+    """Held out are the last usable prompts, wherever their rows stand."""
+    texts = [f"film {letter} good" for letter in "abcdefghij"]
+    texts.insert(3, "film x bad")
+    rows = [{"text": text} for text in [*texts, *["far too long a film to be a prompt of so few tokens good"] * 4]]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_config(
+        f"data={{path: '{tmp_path}/reviews.jsonl', field: text, eval_size: 3, max_prompt_tokens: 4}}",
+        "data.overlong_prompts=drop", f"data.limit={limit or 'null'}", "model.tokenizer.path=scratch:word",
+        "warm_start={steps: 1, max_length: 9}", "eval.size=3",
+    )  # fmt: skip
+    tokenizer = make_tokenizer(config)
+    train, held_out = load_data(config, tokenizer)
+    learned = [tokenizer.decode(example.token_ids[:-1]) for example in warm_start_examples(config, tokenizer)]
+    assert len(held_out) == 3 and learned == [example.prompt for example in train.examples]
+    assert not {example.prompt for example in held_out.examples} & set(learned)
 
 
 def test_tokenizers(tiny_config, reviews, tmp_path):

@@ -3,11 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2ForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer
+from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import char_tokenizer, word_tokenizer
 
@@ -123,3 +129,18 @@ def test_reward_model_scores_a_padded_row_like_the_row_alone(kind, tmp_path):
     scores_B = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
     score = loaded(input_ids=alone.input_ids, attention_mask=alone.attention_mask).logits[0, 0]
     torch.testing.assert_close(scores_B[0], score, atol=1e-6, rtol=0)
+
+
+def test_what_ends_an_answer(policy_folder):
+    """EOS, and the end of a turn that the model names; no ordinary token, whatever a default config says."""
+    tokenizer = load_tokenizer(policy_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    eos, turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert stop_token_ids(policy_folder, tokenizer) == (eos,)
+    GenerationConfig(eos_token_id=[eos, turn, 4]).save_pretrained(policy_folder)
+    assert stop_token_ids(policy_folder, tokenizer) == (eos, turn)
+    (policy_folder / "generation_config.json").unlink()
+    shape = load_shape(policy_folder)
+    shape.eos_token_id = turn
+    shape.save_pretrained(policy_folder)
+    assert stop_token_ids(policy_folder, tokenizer) == (eos, turn)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf_ray.models.devices import Hardware
+from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.host import Place
 from rlhf_ray.remote.placement import Plan, plan_seats
 from rlhf_ray.remote.roles import _build, _handles
@@ -88,8 +89,12 @@ def test_the_others_give_their_cached_memory_back_before_the_generator_wakes(cre
     ([], 0.8, False), (["ray.colocate=true"], 0.4, True),
     (["ray.colocate=true", "generator.gpu_memory_utilization=0.6"], 0.6, True),
 ])  # fmt: skip
-def test_how_much_of_a_gpu_vllm_takes(tiny_config, monkeypatch, overrides, share, sleeps):
+def test_what_vllm_is_told(tiny_config, tmp_path, monkeypatch, overrides, share, sleeps):
+    build_scratch("gpt2", vocab_size=8, hidden_size=8, layers=1, heads=2, max_length=64).save_pretrained(tmp_path)
     monkeypatch.setattr(generator_vllm, "VLLMGenerator", lambda model, **settings: SimpleNamespace(**settings))
-    made = make_generator(tiny_config(*PPO, "generator.engine_args.max_num_seqs=512", *overrides), ON_GPU, "cuda_ipc")
+    saved = ("model.path=nobody/nothing", "model.tokenizer.path=null", "data.max_prompt_tokens=1024")
+    config = tiny_config(*PPO, *saved, "generator.engine_args.max_num_seqs=512", *overrides)
+    made = make_generator(config, Assets(str(tmp_path), "nowhere", ON_GPU.hardware), "cuda_ipc")
+    assert made.max_model_len == 64, "no more than the model has positions for; the prompts have been checked"
     assert (made.gpu_memory_utilization, made.sleep_mode) == (share, sleeps)
     assert made.engine_args == {"max_num_seqs": 512}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RewardConfig
@@ -12,7 +13,7 @@ from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards import compose
 from rlhf_ray.rewards.calling import RewardFunction
 from rlhf_ray.rewards.compose import RewardSet, load_reward, reward_of
-from rlhf_ray.rewards.failures import Failure, FailurePolicy, Outcome, join
+from rlhf_ray.rewards.failures import LARGEST, Failure, FailurePolicy, Outcome, join
 from rlhf_ray.rewards.server import RewardServer
 
 # The first row of the second prompt says what goes wrong; what it does is done once a file `mended` exists.
@@ -327,3 +328,12 @@ def test_settings_that_contradict_each_other(settings, says):
 
     with pytest.raises(ConfigError, match=says):
         parse_config({"rewards": [{"function": "sentiment", **settings}]}, RewardServerConfig, source="x.yaml")
+
+
+@pytest.mark.parametrize("score", [1e39, -1e39])
+def test_a_score_beyond_float32_is_no_finite_number(score):
+    """The batch is float32: there it would be infinite, and behind the back of the policy."""
+    rewards = RewardSet([RewardFunction("mine", lambda completions: [score], policy=FailurePolicy("raise"))])
+    with pytest.raises(RewardError, match="return a finite number, of float32's range"):
+        rewards.score(["p"], ["c"], [[1]], [{}])
+    assert torch.tensor(LARGEST).isfinite()

@@ -52,6 +52,12 @@ def test_not_comparable_is_wrong_not_fine():
     assert verdict([[0.0, math.nan, -2.0]]).cause == "wrong weights"
 
 
+def test_a_broken_learner_is_not_the_generators_fault():
+    broken = [[0.0, math.nan, -2.0]]
+    found = judge(broken, broken, OLD, held=2, expected=2, bound=0.01)
+    assert (found.ok, found.cause) == (False, "diverged") and "earlier checkpoint" in found.reason
+
+
 def test_canary_remembers_the_sync_before():
     canary = Canary([[1, 2, 3]], bound=0.01)
     first = canary.check([Generator(OLD, 1), Generator(OLD, 1)], OLD, 1)

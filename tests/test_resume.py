@@ -1,0 +1,102 @@
+"""What --resume auto must not spoil: results, a run that another process is writing, and the order of prompts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_ray.build import run_rl
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import ConfigError, DataError, RewardError
+from rlhf_ray.run.directory import RunDirectory, require_alone
+
+MakeConfig = Callable[..., RunConfig]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from rlhf_ray.run.directory import require_alone
+require_alone(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tree: dict[str, Any]) -> MakeConfig:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree))
+    return lambda *overrides: load_config(path, overrides)
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_writes_is_left_alone(config, tmp_path):
+    run = tmp_path / "run"
+    run_rl(config(), run)
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / ".lock").unlink()  # this process's: the run has ended
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"another process \(pid {other.pid} on .*\) is writing this run"):
+            run_rl(config("steps=2"), run, resume=True)
+        assert (run / "metrics.jsonl").read_text() == metrics and summary_of(run)["status"] == "finished"
+    finally:
+        other.kill()
+        other.wait()
+    assert run_rl(config("steps=2"), run, resume=True)["steps"] == 2, "a killed process holds nothing"
+
+
+def test_one_process_may_open_its_run_again(tmp_path):
+    RunDirectory(tmp_path / "run").write_config("name: x\n")
+    require_alone(tmp_path / "run")
+    RunDirectory(tmp_path / "run", resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["learner.engine=deepspeed", "algorithm.name=ppo", "dtype=bfloat16"])
+def test_a_checkpoint_that_these_settings_cannot_read_is_refused_before_anything_changes(config, tmp_path, changed):
+    run = tmp_path / "run"
+    run_rl(config("algorithm.kl_coef=0.05", "dtype=float32"), run)
+    before = {name: (run / name).read_text() for name in ("summary.json", "config.yaml", "metrics.jsonl")}
+    with pytest.raises(ConfigError, match=r"from a checkpoint that other settings cannot read, and \S+ has changed"):
+        run_rl(config("algorithm.kl_coef=0.05", "dtype=float32", "steps=2", changed), run, resume=True)
+    assert {name: (run / name).read_text() for name in before} == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_keeps_its_results_until_it_goes_on(config, tmp_path):
+    """What fails before the first new step takes nothing away; what is done after that does."""
+    run = tmp_path / "run"
+    finished = run_rl(config(), run)
+    (tmp_path / "bad.py").write_text("def bad(completions):\n    raise ValueError('no')\n")
+    with pytest.raises(RewardError, match="no"):
+        run_rl(config("steps=2", f"rewards.0.function={tmp_path}/bad.py:bad"), run, resume=True)
+    assert summary_of(run) == finished
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "resume_failed" and "no" in events[-1]["error"]
+    assert run_rl(config("steps=2"), run, resume=True)["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_data_file_that_has_changed_is_noticed(config, tmp_path):
+    rows = [json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("abc", "abd", "abe", "abf", "abg", "abh")]
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("".join(rows))
+    run_rl(config(f"data.path={data}", "data.field=prompt"), run)
+    data.write_text("".join(rows[1:]))
+    with pytest.raises(DataError, match="the prompts have changed since the checkpoint"):
+        run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)
+    data.write_text("".join(rows))
+    assert run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)["steps"] == 2
