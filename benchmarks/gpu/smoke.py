@@ -28,6 +28,7 @@ from typing import Any
 from generator_process import GIB, Setup, generator_process, make_generator, memory
 
 MARK = "smoke-result:"
+ARITHMETIC = Path(__file__).resolve().parents[2] / "configs" / "grpo_arithmetic.yaml"
 
 
 # ---------------------------------------------------------------- pieces
@@ -255,6 +256,29 @@ def colocated(setup: Setup) -> dict[str, Any]:
     return out
 
 
+def whole_run(setup: Setup) -> dict[str, Any]:
+    """The product itself for three steps: Ray actors with vLLM, DeepSpeed, a critic and a reference, all on one GPU."""
+    overrides = [
+        "executor=ray", "steps=3", "warm_start.steps=0", "eval.size=64", "checkpoint.every=0", "algorithm.name=ppo",
+        "generator.engine=vllm", "learner.engine=deepspeed", "critic.engine=deepspeed",
+    ]  # fmt: skip
+    overrides += ["device=cpu"] if setup.cpu else [
+        "device=cuda", "ray.colocate=true", "model.scratch.hidden_size=896", "model.scratch.layers=24",
+        "model.scratch.heads=14",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="smoke-run-") as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "-m", "rlhf_ray.cli", "rl", str(ARITHMETIC), *overrides, "--run-dir", str(run)]
+        subprocess.run(command, check=True, cwd=ARITHMETIC.parent.parent)
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    shown = ("sync/canary_absdiff", "mismatch/absdiff_max", "perf/tokens_per_s", "time/step", "time/weight_sync")
+    return {
+        "steps": [{name: step[name] for name in shown} for step in steps],
+        "alarms": [event["reason"] for event in events if event["event"] == "alarm"],
+    }
+
+
 def _timed(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
@@ -272,6 +296,7 @@ STAGES: dict[str, Callable[[Setup], dict[str, Any]]] = {
         sync_cuda_ipc,
         sync_deepspeed_cuda_ipc,
         colocated,
+        whole_run,
         sync_nccl,
     )
 }
