@@ -45,7 +45,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
         tokenizer, train_prompts, held_out = check_inputs(config, directory)
-    run = Recorder(config, directory)
+    run = Recorder(config, directory, train_prompts.fingerprint)
     try:
         run.progress.note(
             f"device: {hardware}; generator: {config.generator.engine}; learner: {config.learner.engine}"
@@ -165,11 +165,9 @@ def _check_policy_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequ
 
 
 def _check_critic_fits(config: RunConfig, tokenizer: Any, longest: int) -> None:
-    """It reads whatever the policy may write."""
-    path, trust = config.critic.path, config.model.trust_remote_code
-    shape, written = load_shape(path, trust_remote_code=trust).get_text_config(), len(tokenizer)
-    if not config.model.path.startswith("scratch:"):
-        written = load_shape(config.model.path, trust_remote_code=trust).get_text_config().vocab_size
+    """It reads whatever the policy writes. Embeddings beyond the tokenizer's are padding, often of another size."""
+    path, written = config.critic.path, len(tokenizer)
+    shape = load_shape(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
     _check_positions(path, shape, longest, config.rollout.max_new_tokens)
     if shape.vocab_size < written:
         raise ModelError(

@@ -45,7 +45,6 @@ def test_a_run_that_another_process_writes_is_left_alone(config, tmp_path):
     run = tmp_path / "run"
     run_rl(config(), run)
     metrics = (run / "metrics.jsonl").read_text()
-    (run / ".lock").unlink()  # this process's: the run has ended
     other = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
@@ -56,6 +55,14 @@ def test_a_run_that_another_process_writes_is_left_alone(config, tmp_path):
         other.kill()
         other.wait()
     assert run_rl(config("steps=2"), run, resume=True)["steps"] == 2, "a killed process holds nothing"
+
+
+def test_a_folder_with_a_lock_and_nothing_else_is_empty(tmp_path):
+    """Killed between the lock and the first file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert not RunDirectory(tmp_path / "run", resume=True).resumed
+    assert not RunDirectory(tmp_path / "run").resumed
 
 
 def test_one_process_may_open_its_run_again(tmp_path):
@@ -96,7 +103,9 @@ def test_a_data_file_that_has_changed_is_noticed(config, tmp_path):
     data.write_text("".join(rows))
     run_rl(config(f"data.path={data}", "data.field=prompt"), run)
     data.write_text("".join(rows[1:]))
-    with pytest.raises(DataError, match="the prompts have changed since the checkpoint"):
+    before = {path.name: path.read_text() for path in run.glob("*.*") if path.is_file()}
+    with pytest.raises(DataError, match="the prompts have changed since its checkpoint"):
         run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)
+    assert {path.name: path.read_text() for path in run.glob("*.*") if path.is_file()} == before
     data.write_text("".join(rows))
     assert run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)["steps"] == 2

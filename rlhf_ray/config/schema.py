@@ -283,9 +283,13 @@ class RunConfig(TrainingRunConfig):
     @property
     def reward_needs_gpu(self) -> bool:
         """Whether the reward role computes with a network of its own: a classifier, or a local AI judge."""
-        judges = [reward.args for reward in self.rewards if reward.function == "judge"]
-        local = any(args.get("endpoint") is None and args.get("device", "auto") in ("auto", "cuda") for args in judges)
-        return local or bool(self.judge_paths)
+
+        def on_gpu(reward: RewardConfig) -> bool:
+            device = str(reward.args.get("device", "auto" if reward.function == "judge" else "cpu"))
+            local = reward.function == "classifier" or reward.args.get("endpoint") is None
+            return reward.function in ("judge", "classifier") and local and device.startswith(("auto", "cuda"))
+
+        return bool(self.judge_paths) or any(map(on_gpu, self.rewards))
 
     @property
     def uses_critic(self) -> bool:

@@ -24,7 +24,7 @@ from rlhf_ray.algo.shaping import overlong_penalty
 from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
 from rlhf_ray.data.prompts import PromptSet, PromptStream
-from rlhf_ray.errors import DataError, RewardError
+from rlhf_ray.errors import RewardError
 from rlhf_ray.roles.protocols import Gather, Generator, Request, Reward, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.run.timer import Timer
@@ -216,12 +216,6 @@ class Rollouts:
         return {"position": self.position, "prompts": self.prompts.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError where the prompts are no longer those of the stream in which `position` counts."""
-        if state.get("prompts", self.prompts.fingerprint) != self.prompts.fingerprint:
-            raise DataError(
-                "the prompts have changed since the checkpoint was written, so that some would be left out and others "
-                "used twice; restore the data file, or start anew in another --run-dir"
-            )
         self.position = state["position"]
 
     def paused(self) -> AbstractContextManager[Any]:

@@ -71,7 +71,7 @@ def stop_token_ids(
     numbers that are ordinary tokens of a small vocabulary.
     """
     try:
-        named = GenerationConfig.from_pretrained(str(path)).eos_token_id
+        named = GenerationConfig.from_pretrained(str(local_folder(path) or path)).eos_token_id
     except OSError:
         named = load_shape(path, trust_remote_code=trust_remote_code).get_text_config().eos_token_id
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -175,13 +175,9 @@ def placed(plan: Plan, seconds: float, colocated: bool) -> Iterator[PlacementGro
 
 def options_of(seat: Seat, group: PlacementGroup, environment: Mapping[str, str]) -> dict[str, Any]:
     """Ray's options of the actor that takes this seat."""
-    environment = dict(environment)
-    if not seat.gpus and not seat.borrows:
-        # Ray does not hide GPUs from an actor that has asked for none, and an AI judge would take the first.
-        environment["CUDA_VISIBLE_DEVICES"] = ""
     return {
         "num_cpus": seat.cpus,
         "num_gpus": seat.gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": dict(environment)},
     }

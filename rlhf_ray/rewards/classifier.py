@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import SafetyConfig
 from rlhf_ray.errors import ConfigError
@@ -69,9 +69,9 @@ class Classifier:
 
     def index_of(self, label: str | None) -> int:
         """Of a label, or of the last one. Raises ConfigError, naming the labels there are."""
-        labels = {str(name).lower(): int(index) for name, index in self.network.config.label2id.items()}
         if label is None:
             return self.network.config.num_labels - 1
+        labels = {str(name).lower(): int(index) for name, index in self.network.config.label2id.items()}
         if label.lower() not in labels:
             raise ConfigError(f"{self.path} has no label {label!r}; its labels are {', '.join(labels)}")
         return labels[label.lower()]
@@ -88,7 +88,7 @@ class Classifier:
             # A chat template has written BOS already: the tokenizer would write a second one.
             part = [text.removeprefix(self._bos) for text in texts[start : start + batch_size]]
             encoded = self.tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-            cut += sum(bool(row.overflowing) for row in encoded.encodings or ())
+            cut += self._count_cut(part, encoded, limit)
             inputs = {name: encoded[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
             logit_B = self._logits(self.network(**inputs).logits.float(), index)
             if output == "logit":
@@ -96,6 +96,11 @@ class Classifier:
             else:
                 values += (logsigmoid(logit_B) if output == "logprob" else logit_B.sigmoid()).tolist()
         return TextScores(values, cut)
+
+    def _count_cut(self, texts: Sequence[str], encoded: BatchEncoding, limit: int) -> int:
+        if encoded.encodings is not None:
+            return sum(bool(row.overflowing) for row in encoded.encodings)
+        return sum(len(ids) > limit for ids in self.tokenizer(list(texts))["input_ids"])  # a slow tokenizer
 
     def _logits(self, raw_BC: Tensor, index: int) -> Tensor:
         """log(p / (1 - p)) of one label. Labels exclude each other, unless the model says that they do not."""
@@ -127,5 +132,11 @@ def load_classifier(path: str, device: str = "cpu") -> Classifier:
 
 
 def _positions(network: PreTrainedModel) -> int:
-    """That the model has; without a table of positions there is no bound."""
-    return getattr(network.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """That a text may take; without a table of positions there is no bound."""
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return sys.maxsize
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # RoBERTa counts from behind the padding's
+    return positions

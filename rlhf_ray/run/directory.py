@@ -24,7 +24,6 @@ from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines,
 
 LOCK = ".lock"
 CONTENTS = (
-    LOCK,
     "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "rollouts", "checkpoints", "tensorboard",
     *(f"{folder}{state}" for folder in ("start", "model") for state in ("", ".unfinished", ".old")),
@@ -138,7 +137,9 @@ class RunDirectory:
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """The last that a run writes: from here on another process may go on with it."""
         write_atomically(self.summary_file, to_json(summary, indent=2) + "\n")
+        _release(self.path)
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary_file.read_text(encoding="utf-8"))
@@ -160,7 +161,7 @@ _locks: dict[Path, IO[str]] = {}
 
 
 def require_alone(folder: Path) -> None:
-    """Take the run in `folder` for this process, until it ends; it may take it again. Raises ConfigError.
+    """Take the run in `folder` for this process, until its summary; it may take it again. Raises ConfigError.
 
     The lock is of the kind that a killed process loses and its children do not inherit.
     """
@@ -185,6 +186,12 @@ def require_alone(folder: Path) -> None:
     _locks[path] = file
 
 
+def _release(folder: Path) -> None:
+    file = _locks.pop(folder.resolve() / LOCK, None)
+    if file is not None:
+        file.close()
+
+
 def ended_by(error: BaseException) -> dict[str, str]:
     """What summary.json says of a run that `error` has ended: a person or a scheduler interrupted it, or it failed."""
     if isinstance(error, KeyboardInterrupt):
@@ -205,12 +212,13 @@ def _check_free(path: Path, resume: bool) -> bool:
     """Whether there is a run to go on with; raises where writing would spoil something."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file, not a folder; set --run-dir to a new folder")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(entry.name == LOCK for entry in path.iterdir()):
         return False
     if not any((path / mark).exists() for mark in MARKS):
         raise ConfigError(f"{path}: is not empty and holds no run; a run would mix its files with what lies "
                           "there; set --run-dir to a new or empty folder")  # fmt: skip
     if not resume and ended_at_start(path, "failed", "interrupted"):
+        require_alone(path)
         _clear(path)
         return False
     if not resume:

@@ -20,7 +20,7 @@ from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.metrics import Metrics
 from rlhf_ray.run.progress import Progress
-from rlhf_ray.run.resume import refuse_other_beginnings
+from rlhf_ray.run.resume import refuse_other_beginnings, refuse_other_prompts
 from rlhf_ray.run.storage import to_json, write_atomically
 from rlhf_ray.run.timer import Timer
 
@@ -41,7 +41,8 @@ class ResumePoint:
 class Recorder:
     """The run directory, the loggers, the progress bar, the checkpoints and the clock of one run."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+    def __init__(self, config: RunConfig, directory: RunDirectory, prompts: str | None = None) -> None:
+        """`prompts`: fingerprint of the stream that a checkpoint's position counts in."""
         self.config = config
         self.directory = directory
         self.timer = Timer()
@@ -52,6 +53,8 @@ class Recorder:
             refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
         found = self.checkpoints.latest() if directory.resumed else None
         self.resume_point = None if found is None else ResumePoint(*found)
+        if found is not None and prompts is not None:
+            refuse_other_prompts(self.resume_point.state["rollouts"], prompts, directory)
         # A run that had finished keeps its results until a step is done that they know nothing of.
         self._results = _summary_of(directory) if directory.resumed else {}
         directory.write_config(dump_config(config))

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.run.directory import RunDirectory
 
 # The sections that decide which weights a run starts from.
@@ -53,6 +53,18 @@ def refuse_other_beginnings(config: RunConfig, directory: RunDirectory, checkpoi
         )
 
 
+def refuse_other_prompts(rollouts: Mapping[str, Any], prompts: str, directory: RunDirectory) -> None:
+    """`rollouts`: that part of the checkpoint's state. `prompts`: the fingerprint of today's.
+
+    Raises DataError where the position in the checkpoint counts in another stream.
+    """
+    if rollouts.get("prompts", prompts) != prompts:  # an older checkpoint does not know
+        raise DataError(
+            f"{directory.path}: the prompts have changed since its checkpoint was written, so that some would be left "
+            "out and others used twice; restore the data file, or start anew in another --run-dir"
+        )
+
+
 def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     names: list[str] = []
     for name in STREAM:
@@ -72,6 +84,8 @@ def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     roles = ["learner", "critic"] if critics[0] else ["learner"]
     sharded = [role for role in roles if _at(new, f"{role}.engine") == "deepspeed"]
     names = [name for name in LAYOUT if critics[0] or not name.startswith("critic")]
+    if "auto" in (_at(old, "dtype"), _at(new, "dtype")):
+        names.remove("dtype")  # what it stood for is not known here; the engines compare what they hold
     return _changed(old, new, [*names, *(f"{role}.{shard}" for role in sharded for shard in SHARDS)])
 
 

@@ -131,7 +131,7 @@ def test_reward_model_scores_a_padded_row_like_the_row_alone(kind, tmp_path):
     torch.testing.assert_close(scores_B[0], score, atol=1e-6, rtol=0)
 
 
-def test_what_ends_an_answer(policy_folder):
+def test_what_ends_an_answer(policy_folder, monkeypatch):
     """EOS, and the end of a turn that the model names; no ordinary token, whatever a default config says."""
     tokenizer = load_tokenizer(policy_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
@@ -139,6 +139,8 @@ def test_what_ends_an_answer(policy_folder):
     assert stop_token_ids(policy_folder, tokenizer) == (eos,)
     GenerationConfig(eos_token_id=[eos, turn, 4]).save_pretrained(policy_folder)
     assert stop_token_ids(policy_folder, tokenizer) == (eos, turn)
+    monkeypatch.setenv("HOME", str(policy_folder.parent))
+    assert stop_token_ids(f"~/{policy_folder.name}", tokenizer) == (eos, turn)
     (policy_folder / "generation_config.json").unlink()
     shape = load_shape(policy_folder)
     shape.eos_token_id = turn

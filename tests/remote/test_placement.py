@@ -10,7 +10,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.remote.calls import Worker
 from rlhf_ray.remote.crew import Crew
-from rlhf_ray.remote.placement import Plan, Seat, check_fit, choose_transport, options_of, plan_seats
+from rlhf_ray.remote.placement import Plan, Seat, check_fit, choose_transport, plan_seats
 from rlhf_ray.remote.roles import _devices
 
 PPO = ("algorithm.name=ppo", "algorithm.kl_coef=0.05")
@@ -74,20 +74,16 @@ def test_a_safety_classifier_needs_a_gpu_as_a_reward_model_does(tiny_config):
     ("{model: judge}", 1), ("{model: judge, device: cuda}", 1), ("{model: judge, device: cpu}", 0),
     ("{model: judge, endpoint: 'http://judge:8000/v1'}", 0),
 ])  # fmt: skip
-def test_an_ai_judge_of_this_process_needs_a_gpu(tiny_config, args, gpus):
+def test_an_ai_judge_of_the_reward_worker_needs_a_gpu(tiny_config, args, gpus):
+    """Ray shows all GPUs to an actor that has asked for none: the judge would take the first."""
     config = tiny_config("executor=ray", *VLLM, f"rewards.0={{function: judge, args: {args}}}")
     assert plan_seats(config, "cuda", "nccl").by_role("GPU").get("reward", 0) == gpus
 
 
-def test_who_has_no_gpu_sees_none(tiny_config):
-    """Ray shows all of them to an actor that has asked for none."""
-    plan = plan_seats(tiny_config("executor=ray", *VLLM, "ray.colocate=true"), "cuda", "cuda_ipc")
-    seen = {seat.name: options_of(seat, None, {"A": "b"})["runtime_env"]["env_vars"] for seat in plan.seats}
-    assert seen["learner rank 0"] == {"A": "b"} and seen["generator 0"] == {"A": "b"}, "its own, and one to share"
-    apart = plan_seats(tiny_config("executor=ray", *VLLM), "cuda", "nccl")
-    seen = {seat.name: options_of(seat, None, {})["runtime_env"]["env_vars"] for seat in apart.seats}
-    hidden = [name for name, variables in seen.items() if variables == {"CUDA_VISIBLE_DEVICES": ""}]
-    assert hidden == ["reward", "batches"]
+@pytest.mark.parametrize(("args", "gpus"), [("{path: x, device: 'cuda:0'}", 1), ("{path: x}", 0)])
+def test_a_classifier_that_asks_for_one_gets_a_gpu(tiny_config, args, gpus):
+    config = tiny_config("executor=ray", *VLLM, f"rewards.0={{function: classifier, args: {args}}}")
+    assert plan_seats(config, "cuda", "nccl").by_role("GPU").get("reward", 0) == gpus
 
 
 def test_half_gpus(tiny_config):

@@ -9,12 +9,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ByT5Tokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from rlhf_ray.batch import build_batch
@@ -260,3 +263,19 @@ def test_one_bos_where_the_chat_template_has_written_it(judge, words):
     with_bos = plain.score([f"{bos} the film was good"], 0, "logit").values
     for text in ("the film was good", f"{bos}the film was good"):
         assert model.score([text], 0, "logit").values == pytest.approx(with_bos, abs=1e-6)
+
+
+def test_positions_that_are_counted_from_behind_the_paddings(words, tmp_path):
+    """RoBERTa: of 34 positions a text may take 32."""
+    config = RobertaConfig(**SIZES, num_attention_heads=2, max_position_embeddings=34, pad_token_id=1, num_labels=1)
+    model = Classifier(RobertaForSequenceClassification(config), copy.deepcopy(words), "x")
+    longest, longer = (" ".join(["good"] * n) for n in (32, 100))
+    whole, cut = model.score([longest], 0, "logit"), model.score([longer], 0, "logit")
+    assert (whole.cut, cut.cut) == (0, 1) and cut.values == pytest.approx(whole.values, abs=1e-5)
+
+
+def test_a_slow_tokenizers_texts_are_counted_too(judge):
+    model = judge("bert").classifier
+    model.tokenizer = ByT5Tokenizer()
+    model.network.resize_token_embeddings(len(model.tokenizer))
+    assert model.score(["x" * 50, "x"], 0, "logit", max_length=16).cut == 1
