@@ -285,9 +285,9 @@ class RunConfig(TrainingRunConfig):
         """Whether the reward role computes with a network of its own: a classifier, or a local AI judge."""
 
         def on_gpu(reward: RewardConfig) -> bool:
-            device = str(reward.args.get("device", "auto" if reward.function == "judge" else "cpu"))
-            local = reward.function == "classifier" or reward.args.get("endpoint") is None
-            return reward.function in ("judge", "classifier") and local and device.startswith(("auto", "cuda"))
+            if reward.function == "judge":
+                return reward.args.get("endpoint") is None and reward.args.get("device", "auto") in ("auto", "cuda")
+            return reward.function == "classifier" and str(reward.args.get("device")).startswith("cuda")
 
         return bool(self.judge_paths) or any(map(on_gpu, self.rewards))
 

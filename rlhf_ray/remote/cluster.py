@@ -51,7 +51,8 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
             raise
         raise PlacementError(
             f"ray: no cluster at ray.address={address} ({' '.join(str(error).split())[:300]}); start one with "
-            "`ray start --head`, or leave ray.address and $RAY_ADDRESS empty to have one started for the run"
+            "`ray start --head`, or leave ray.address and $RAY_ADDRESS empty to have one started for the run; a "
+            "head that asks for a token (`ray start` says so) needs RAY_AUTH_MODE=token and the token here, too"
         ) from error
     try:
         yield
