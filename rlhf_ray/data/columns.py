@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig
+from rlhf_ray.data.chat import Messages
 from rlhf_ray.data.rows import Row
 from rlhf_ray.errors import DataError
 
-Messages: TypeAlias = tuple[Mapping[str, Any], ...]
 Text: TypeAlias = str | Messages
 
 USUAL = ColumnsConfig()

@@ -124,7 +124,7 @@ def _demonstrations(record: Record, encoder: Encoder, cleaner: Cleaner) -> Seque
     if isinstance(record, TextRow):
         return [encoder.text(record.text)]
     if isinstance(record, ConversationRow):
-        return encoder.conversation(record.messages)
+        return encoder.conversation(record.chat)
     if isinstance(record, AnswerRow):
         if record.label == 0:
             cleaner.dropped[UNWANTED] += 1

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.data.columns import Messages, Text
+from rlhf_ray.data.chat import Chat, Messages
+from rlhf_ray.data.columns import Text
 from rlhf_ray.data.dialogues import ASSISTANT, dialogue_messages, is_dialogue
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.templates import ChatTemplate, Piece, alpaca_prompt
@@ -50,9 +51,9 @@ class Encoder:
 
     def prompt(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """(text, token ids) that the generator gets. Raises DataError for a prompt without tokens."""
-        messages = self._as_messages(prompt)
-        pieces = [Piece(self._plain(prompt))] if messages is None else self._template().prompt(messages)
-        ids = self._encode(pieces, templated=messages is not None).token_ids
+        chat = self._as_chat(prompt)
+        pieces = [Piece(self._plain(prompt))] if chat is None else self._template().prompt(chat.messages)
+        ids = self._encode(pieces, templated=chat is not None).token_ids
         text = "".join(piece.text for piece in pieces)
         if not ids:
             raise DataError(f"the prompt {text!r} has no tokens; remove the row")
@@ -60,13 +61,13 @@ class Encoder:
 
     def answer(self, prompt: Prompt, answer: Text) -> TokenizedExample:
         """Prompt + answer + EOS, of which the answer and EOS are learned."""
-        messages = self._as_messages(prompt)
-        if messages is None:
+        chat = self._as_chat(prompt)
+        if chat is None:
             if not isinstance(answer, str):
                 raise DataError("the answer is messages, but the prompt is not; write both alike")
             return self._encode([Piece(self._plain(prompt)), Piece.answer(answer)], templated=False, end=True)
-        whole = [*messages, *_answer_messages(prompt, answer)]
-        turns = [i for i, message in enumerate(whole) if i >= len(messages) and message["role"] == "assistant"]
+        whole = (*chat.messages, *_answer_messages(prompt, answer))
+        turns = [i for i, message in enumerate(whole) if i >= len(chat.messages) and message["role"] == "assistant"]
         sequences = self._template().conversation(whole, turns)
         if len(sequences) > 1:
             raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
@@ -78,9 +79,9 @@ class Encoder:
         ids = example.token_ids[len(self.prompt(prompt)[1]) :]
         return ids[: ids.index(self._tokenizer.eos_token_id) + 1]
 
-    def conversation(self, messages: Messages) -> list[TokenizedExample]:
+    def conversation(self, chat: Chat) -> list[TokenizedExample]:
         """Sequences in which the assistant's turns (all, or the last) are learned; see ChatTemplate.conversation."""
-        messages = self._with_system_prompt(messages)
+        messages = self._with_system_prompt(chat).messages
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         if not turns:
             raise DataError("the conversation holds no answer of the assistant, so there is nothing to learn")
@@ -99,21 +100,21 @@ class Encoder:
             self._chat = ChatTemplate(self._tokenizer, self._chat_args)
         return self._chat
 
-    def _as_messages(self, prompt: Prompt) -> Messages | None:
+    def _as_chat(self, prompt: Prompt) -> Chat | None:
         """The prompt as a conversation, where the chat template is to write it; else None."""
-        if not isinstance(prompt, tuple):
+        if not isinstance(prompt, Chat):
             if self._style != "chat":
                 return None
             text = _joined(prompt) if isinstance(prompt, Instruction) else prompt
-            prompt = dialogue_messages(text) if is_dialogue(text) else ({"role": "user", "content": text},)
-        if not prompt:
+            prompt = Chat(dialogue_messages(text) if is_dialogue(text) else ({"role": "user", "content": text},))
+        if not prompt.messages:
             raise DataError("the prompt has no question; remove the row")
         return self._with_system_prompt(prompt)
 
-    def _with_system_prompt(self, messages: Messages) -> Messages:
-        if self._system_prompt is None or messages[0]["role"] == "system":
-            return messages
-        return ({"role": "system", "content": self._system_prompt}, *messages)
+    def _with_system_prompt(self, chat: Chat) -> Chat:
+        if self._system_prompt is None or chat.messages[0]["role"] == "system":
+            return chat
+        return chat.with_messages(({"role": "system", "content": self._system_prompt}, *chat.messages))
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, Instruction):

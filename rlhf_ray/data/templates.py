@@ -16,6 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from rlhf_ray.data.chat import Message
 from rlhf_ray.errors import DataError
 
 # Taori et al., "Stanford Alpaca: An Instruction-following LLaMA model", 2023; the answer begins on a line of its own.
@@ -41,7 +42,6 @@ CHAT_TEMPLATES = {
 }
 
 
-Message: TypeAlias = Mapping[str, Any]
 Span: TypeAlias = tuple[int, int]  # [begin, end) in characters
 
 

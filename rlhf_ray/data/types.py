@@ -1,6 +1,7 @@
 """The types of dataset, as TRL names them: what a row of each means, how it is recognised, and what is wrong with it.
 
-A row becomes a small frozen record. Its texts are plain strings, conversations (tuples of messages) or instructions.
+A row becomes a small frozen record. A prompt is a plain string, a chat or an instruction; an answer is a plain string
+or, after a chat, the messages that follow it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
-from rlhf_ray.data.columns import USUAL, Columns, Messages, Text
+from rlhf_ray.data.chat import Chat, Messages
+from rlhf_ray.data.columns import USUAL, Columns, Text
 from rlhf_ray.data.dialogues import shared_messages, shared_text
 from rlhf_ray.data.rows import Row
 
@@ -23,7 +25,7 @@ class Instruction:
     input: str = ""
 
 
-Prompt: TypeAlias = Text | Instruction
+Prompt: TypeAlias = str | Chat | Instruction
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class TextRow:
 
 @dataclass(frozen=True)
 class ConversationRow:
-    messages: Messages
+    chat: Chat
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,9 @@ def prompt_of(record: Record) -> Prompt:
     """What a policy is asked: the prompt of a record; of a conversation, all before its last answer; a text itself."""
     if isinstance(record, TextRow):
         return record.text
-    prompt = record.messages if isinstance(record, ConversationRow) else record.prompt
-    if isinstance(prompt, tuple) and prompt[-1]["role"] == "assistant":
-        return prompt[:-1]
+    prompt = record.chat if isinstance(record, ConversationRow) else record.prompt
+    if isinstance(prompt, Chat) and prompt.messages[-1]["role"] == "assistant":
+        return prompt.with_messages(prompt.messages[:-1])
     return prompt
 
 
@@ -135,9 +137,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def _prompt(columns: Columns) -> tuple[Record, ...]:
-    prompt = columns.text_or_messages("prompt")
-    _check_question(columns, prompt, "prompt")
-    return (PromptRow(prompt),)
+    return (PromptRow(_asked(columns)),)
 
 
 def _answer(columns: Columns) -> tuple[Record, ...]:
@@ -164,7 +164,7 @@ def _labelled(columns: Columns) -> tuple[Record, ...]:
 def _conversation(columns: Columns) -> tuple[Record, ...]:
     messages = columns.messages("messages")
     _check_question(columns, messages, "messages")
-    return (ConversationRow(messages),)
+    return (ConversationRow(Chat(messages)),)
 
 
 def _instruction(columns: Columns) -> tuple[Record, ...]:
@@ -191,7 +191,8 @@ def _preference(columns: Columns) -> tuple[Record, ...]:
     if isinstance(chosen, tuple):
         whole = chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant"
         if whole:  # the prompt is in both, as in UltraFeedback, also where it has a column of its own
-            return (PreferenceRow(*shared_messages(chosen, rejected, where=where), margin),)
+            prompt, *answers = shared_messages(chosen, rejected, where=where)
+            return (PreferenceRow(Chat(prompt), *answers, margin),)
     elif not columns.has("prompt"):
         prompt, *answers = shared_text(chosen, rejected, where=where)
         for role, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -246,13 +247,18 @@ def _check_question(columns: Columns, prompt: Text, role: str) -> None:
         raise columns.error(f"field {columns.name(role)!r} holds an answer but no question")
 
 
-def _prompt_and(columns: Columns, answer: Text, role: str) -> tuple[Text, Text]:
-    """The prompt, and an answer of its kind: beside messages, a text becomes the message of the user or assistant."""
+def _asked(columns: Columns) -> str | Chat:
     prompt = columns.text_or_messages("prompt")
     _check_question(columns, prompt, "prompt")
+    return prompt if isinstance(prompt, str) else Chat(prompt)
+
+
+def _prompt_and(columns: Columns, answer: Text, role: str) -> tuple[str | Chat, Text]:
+    """The prompt, and an answer of its kind: beside messages, a text becomes the message of the user or assistant."""
+    prompt = _asked(columns)
     if isinstance(prompt, str) and isinstance(answer, tuple):
-        prompt = ({"role": "user", "content": prompt},)
-    if isinstance(prompt, tuple) and isinstance(answer, str):
+        prompt = Chat(({"role": "user", "content": prompt},))
+    if isinstance(prompt, Chat) and isinstance(answer, str):
         answer = ({"role": "assistant", "content": answer},)
     if isinstance(answer, tuple) and answer[0]["role"] != "assistant":
         raise columns.error(f"field {columns.name(role)!r} does not begin with an assistant's message")

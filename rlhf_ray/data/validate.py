@@ -109,9 +109,9 @@ def _sizes(record: Record, encoder: Encoder | None, row: Row) -> list[int]:
         if isinstance(record, TextRow):
             return [len(encoder.text(record.text).token_ids)]
         if isinstance(record, ConversationRow):
-            if any(message["role"] == "assistant" for message in record.messages):
-                return [len(example.token_ids) for example in encoder.conversation(record.messages)]
-            return [len(encoder.prompt(record.messages)[1])]
+            if any(message["role"] == "assistant" for message in record.chat.messages):
+                return [len(example.token_ids) for example in encoder.conversation(record.chat)]
+            return [len(encoder.prompt(record.chat)[1])]
         answers = _answers(record)
         if not answers:
             return [len(encoder.prompt(record.prompt)[1])]

@@ -14,6 +14,7 @@ from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, Sam
 from rlhf_ray.config.schema import DataConfig, PromptsConfig, RewardConfig, RolloutConfig, RunConfig
 from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
+from rlhf_ray.data.chat import Chat, Messages
 from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
@@ -89,15 +90,16 @@ def shown_prompt(example: Example) -> str:
     return prompt_text(example.asked)
 
 
-def prompt_text(asked: Prompt) -> str:
+def prompt_text(asked: Prompt | Messages) -> str:
     """A prompt or an answer of any kind as one text; the role of a lone message goes without saying."""
     if isinstance(asked, str):
         return asked
     if isinstance(asked, Instruction):
         return "\n\n".join(part for part in (asked.instruction, asked.input) if part)
-    if len(asked) == 1:
-        return asked[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in asked)
+    messages = asked.messages if isinstance(asked, Chat) else asked
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 class AnsweringModel:

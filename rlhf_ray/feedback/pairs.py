@@ -204,4 +204,4 @@ def _prompt_field(example: Example) -> Any:
     """Messages stay messages, so that the template is written once, by whoever learns from them."""
     if isinstance(example.asked, Instruction):
         return example.prompt
-    return example.asked if isinstance(example.asked, str) else list(example.asked)
+    return example.asked if isinstance(example.asked, str) else list(example.asked.messages)

@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.datasets import load_pairs, load_supervised
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.prompts import load_prompts
@@ -85,7 +86,7 @@ def test_bos_before_plain_text_but_not_before_a_template_nor_in_the_middle(chars
     example = Encoder(chars).answer("ab", "cd")
     assert example.token_ids == (bos, *ids(chars, "abcd"), EOS), "the tokenizer's own EOS would end the prompt"
     assert Encoder(chars).text("ab").token_ids == (bos, *ids(chars, "ab"), EOS)
-    chat = Encoder(chars).conversation(CHAT)[0].token_ids
+    chat = Encoder(chars).conversation(Chat(CHAT))[0].token_ids
     assert bos not in chat and chat[:3] == ids(chars, "<|u")
 
 
@@ -122,17 +123,17 @@ def test_an_answer_begins_without_a_blank_that_nobody_wrote(sentencepiece):
 
 
 def test_every_answer_of_a_conversation_is_learned_or_only_the_last(chars):
-    (example,) = Encoder(chars).conversation(CHAT)
+    (example,) = Encoder(chars).conversation(Chat(CHAT))
     assert learned_text(chars, example) == "\n\ncd<eos>cd<eos>"
     text = "<|user|>\nab<eos>\n<|assistant|>\n\n\ncd<eos>\n<|user|>\nab<eos>\n<|assistant|>\ncd<eos>"
     assert example.token_ids == ids(chars, text)
-    (last,) = Encoder(chars, learn="last").conversation(CHAT)
+    (last,) = Encoder(chars, learn="last").conversation(Chat(CHAT))
     assert last.token_ids == example.token_ids and learned_text(chars, last) == "cd<eos>"
 
 
 def test_what_follows_the_last_answer_is_cut_off(chars):
-    (example,) = Encoder(chars).conversation(CHAT[:3])
-    assert example.token_ids == Encoder(chars).conversation(CHAT[:2])[0].token_ids
+    (example,) = Encoder(chars).conversation(Chat(CHAT[:3]))
+    assert example.token_ids == Encoder(chars).conversation(Chat(CHAT[:2]))[0].token_ids
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATES["zephyr"], BARE], ids=["marked", "bare"])
@@ -156,14 +157,14 @@ def test_training_sees_the_very_prompt_tokens_of_the_generator_also_where_tokens
 
 def test_a_template_without_eos_teaches_to_stop(merging):
     merging.chat_template = BARE
-    (example,) = Encoder(merging).conversation(CHAT)
+    (example,) = Encoder(merging).conversation(Chat(CHAT))
     assert example.token_ids[-1] == EOS and example.learned[-1]
     assert learned_text(merging, example) == "\n\ncd\ncd\n<eos>"
 
 
 def test_what_a_template_writes_after_eos_is_not_learned(chars):
     chars.chat_template = CHAT_TEMPLATES["zephyr"].replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
-    (example,) = Encoder(chars).conversation(CHAT)
+    (example,) = Encoder(chars).conversation(Chat(CHAT))
     assert learned_text(chars, example) == "\n\ncd<eos>cd<eos>"
 
 
@@ -174,9 +175,9 @@ def test_marks_that_begin_inside_the_generation_prompt_are_followed(chars):
         "{% else %}{{ '\n' + m.content + eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
-    (example,) = Encoder(chars).conversation(CHAT[2:])
+    (example,) = Encoder(chars).conversation(Chat(CHAT[2:]))
     assert learned_text(chars, example) == "\ncd<eos>"
-    prompt = Encoder(chars).prompt(CHAT[2:3])[1]
+    prompt = Encoder(chars).prompt(Chat(CHAT[2:3]))[1]
     assert example.token_ids[: len(prompt)] == prompt and example.learned[len(prompt) - 1]
 
 
@@ -187,13 +188,13 @@ def test_a_template_that_rewrites_earlier_turns_makes_one_sequence_an_answer(cha
         "{% if m.role == 'assistant' and loop.last %}{{ '##' }}{% endif %}{{ m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
-    first, second = Encoder(chars).conversation(CHAT)
+    first, second = Encoder(chars).conversation(Chat(CHAT))
     assert chars.decode(first.token_ids) == "<|user|>ab<eos><|assistant|>##\n\ncd<eos>"
     assert chars.decode(second.token_ids) == (
         "<|user|>ab<eos><|assistant|>\n\ncd<eos><|user|>ab<eos><|assistant|>##cd<eos>"
     )
     assert [learned_text(chars, e) for e in (first, second)] == ["##\n\ncd<eos>", "##cd<eos>"]
-    prompt = Encoder(chars).prompt(CHAT[:3])[1]
+    prompt = Encoder(chars).prompt(Chat(CHAT[:3]))[1]
     assert second.token_ids[: len(prompt)] == prompt
 
 
@@ -203,8 +204,8 @@ def test_an_answer_after_another_prompt_than_the_generators_is_refused(chars):
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% if think is not defined %}##{% endif %}{% endif %}"
     )
     with pytest.raises(DataError, match="not the beginning of its text with the answer.*chat_template_args"):
-        Encoder(chars).conversation(CHAT[2:])
-    (example,) = Encoder(chars, chat_template_args={"think": False}).conversation(CHAT[2:])
+        Encoder(chars).conversation(Chat(CHAT[2:]))
+    (example,) = Encoder(chars, chat_template_args={"think": False}).conversation(Chat(CHAT[2:]))
     assert learned_text(chars, example) == "cd<eos>"
 
 
@@ -214,14 +215,14 @@ def test_a_template_that_drops_the_answer_is_refused(chars):
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     with pytest.raises(DataError, match="does not write the answer's text .'cd' is not in '<eos>'"):
-        Encoder(chars).conversation(CHAT[2:])
+        Encoder(chars).conversation(Chat(CHAT[2:]))
 
 
 def test_a_system_prompt_comes_first_unless_there_is_one(chars):
     encoder = Encoder(chars, system_prompt="cd")
-    assert encoder.prompt(CHAT[:1])[0] == "<|system|>\ncd<eos>\n<|user|>\nab<eos>\n<|assistant|>\n"
+    assert encoder.prompt(Chat(CHAT[:1]))[0] == "<|system|>\ncd<eos>\n<|user|>\nab<eos>\n<|assistant|>\n"
     own = ({"role": "system", "content": "ab"}, *CHAT[:1])
-    assert encoder.prompt(own)[0].startswith("<|system|>\nab<eos>\n<|user|>")
+    assert encoder.prompt(Chat(own))[0].startswith("<|system|>\nab<eos>\n<|user|>")
 
 
 # ---- styles -----------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_a_system_prompt_comes_first_unless_there_is_one(chars):
 def test_a_template_that_cannot_be_used(chars, template, says):
     chars.chat_template = template
     with pytest.raises(DataError, match=says):
-        Encoder(chars).prompt(CHAT[:1])
+        Encoder(chars).prompt(Chat(CHAT[:1]))
 
 
 def test_plain_prompts_and_answers_in_the_chat_template(chars):
@@ -278,7 +279,7 @@ def test_instructions_in_each_style(merging):
 @pytest.mark.parametrize("style", ["alpaca", "none"])
 def test_messages_have_no_place_in_a_plain_template(chars, style):
     with pytest.raises(DataError, match=f"data.template={style} has no place for them; set chat"):
-        Encoder(chars, style=style).prompt(CHAT[:1])
+        Encoder(chars, style=style).prompt(Chat(CHAT[:1]))
 
 
 def test_a_tokenizer_without_eos_is_refused(chars):

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
+from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.columns import EmptyRowError
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import (
@@ -42,22 +43,22 @@ def read(fields, kind=None, **columns):
     ("fields", "kind", "record"),
     [
         ({"prompt": "a"}, "prompt", PromptRow("a")),
-        ({"prompt": [ASK]}, "prompt", PromptRow((ASK,))),
+        ({"prompt": [ASK]}, "prompt", PromptRow(Chat((ASK,)))),
         ({"prompt": "a", "completion": "b"}, "prompt_completion", AnswerRow("a", "b")),
-        ({"prompt": [ASK], "completion": [SAY]}, "prompt_completion", AnswerRow((ASK,), (SAY,))),
-        ({"prompt": [ASK], "completion": "yo"}, "prompt_completion", AnswerRow((ASK,), (SAY,))),
-        ({"prompt": "hi", "completion": [SAY]}, "prompt_completion", AnswerRow((ASK,), (SAY,))),
+        ({"prompt": [ASK], "completion": [SAY]}, "prompt_completion", AnswerRow(Chat((ASK,)), (SAY,))),
+        ({"prompt": [ASK], "completion": "yo"}, "prompt_completion", AnswerRow(Chat((ASK,)), (SAY,))),
+        ({"prompt": "hi", "completion": [SAY]}, "prompt_completion", AnswerRow(Chat((ASK,)), (SAY,))),
         ({"prompt": "a", "completion": "b", "label": True}, "unpaired", AnswerRow("a", "b", 1)),
         ({"prompt": "a", "completion": "b", "label": None}, "prompt_completion", AnswerRow("a", "b")),
         ({"text": "a"}, "text", TextRow("a")),
         ({"text": "a", "label": 2}, "labelled", TextRow("a", 2)),
         ({"text": "a", "label": "true"}, "labelled", TextRow("a", 1)),
-        ({"messages": [ASK, SAY]}, "messages", ConversationRow((ASK, SAY))),
-        ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages", ConversationRow((ASK,))),
+        ({"messages": [ASK, SAY]}, "messages", ConversationRow(Chat((ASK, SAY)))),
+        ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages", ConversationRow(Chat((ASK,)))),
         (
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
             "messages",
-            ConversationRow((ASK, SAY)),
+            ConversationRow(Chat((ASK, SAY))),
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", PreferenceRow("a", "b", "c")),
         (
@@ -66,13 +67,13 @@ def read(fields, kind=None, **columns):
             PreferenceRow("a", "b", "c", 0.5),
         ),
         ({"chosen": HH + " yo", "rejected": HH + " no"}, "preference", PreferenceRow(HH, " yo", " no")),
-        ({"chosen": [ASK, SAY], "rejected": [ASK, BAD]}, "preference", PreferenceRow((ASK,), (SAY,), (BAD,))),
+        ({"chosen": [ASK, SAY], "rejected": [ASK, BAD]}, "preference", PreferenceRow(Chat((ASK,)), (SAY,), (BAD,))),
         (
             {"prompt": "hi", "chosen": [ASK, SAY], "rejected": [ASK, BAD]},
             "preference",
-            PreferenceRow((ASK,), (SAY,), (BAD,)),
+            PreferenceRow(Chat((ASK,)), (SAY,), (BAD,)),
         ),
-        ({"prompt": [ASK], "chosen": [SAY], "rejected": [BAD]}, "preference", PreferenceRow((ASK,), (SAY,), (BAD,))),
+        ({"prompt": [ASK], "chosen": [SAY], "rejected": [BAD]}, "preference", PreferenceRow(Chat((ASK,)), (SAY,), (BAD,))),
         ({"prompt": "a", "completions": ["b", "c", "d"]}, "ranked", RankedRow("a", ("b", "c", "d"))),
         (
             {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 3, 1]},
@@ -85,7 +86,7 @@ def read(fields, kind=None, **columns):
         (
             {"data_source": "d", "prompt": [ASK], "ability": "m", "reward_model": {"ground_truth": "4"}},
             "verl",
-            PromptRow((ASK,)),
+            PromptRow(Chat((ASK,))),
         ),
     ],
 )
@@ -118,8 +119,8 @@ def test_columns_may_have_names_of_their_own():
 
 
 def test_the_prompt_of_each_record():
-    assert prompt_of(ConversationRow((ASK, SAY))) == (ASK,)
-    assert prompt_of(ConversationRow((ASK, SAY, ASK))) == (ASK, SAY, ASK)
+    assert prompt_of(ConversationRow(Chat((ASK, SAY)))) == Chat((ASK,))
+    assert prompt_of(ConversationRow(Chat((ASK, SAY, ASK)))) == Chat((ASK, SAY, ASK))
     assert prompt_of(TextRow("a", 1)) == "a"
     assert prompt_of(PreferenceRow("a", "b", "c")) == "a"
 
@@ -179,4 +180,4 @@ def test_an_empty_row_is_told_from_a_wrong_one(fields):
 def test_a_message_may_call_a_tool_instead_of_speaking():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     (record,) = read({"messages": [ASK, call]})
-    assert record.messages[1] == {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    assert record.chat.messages[1] == {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
