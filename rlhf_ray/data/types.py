@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
-from rlhf_ray.data.chat import Chat, Messages
+from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.columns import USUAL, Columns, Text
 from rlhf_ray.data.dialogues import shared_messages, shared_text
 from rlhf_ray.data.rows import Row

@@ -13,8 +13,8 @@ from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
 from rlhf_ray.config.schema import DataConfig, PromptsConfig, RewardConfig, RolloutConfig, RunConfig
 from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
-from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.chat import Chat, Messages
+from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware

@@ -73,7 +73,11 @@ def read(fields, kind=None, **columns):
             "preference",
             PreferenceRow(Chat((ASK,)), (SAY,), (BAD,)),
         ),
-        ({"prompt": [ASK], "chosen": [SAY], "rejected": [BAD]}, "preference", PreferenceRow(Chat((ASK,)), (SAY,), (BAD,))),
+        (
+            {"prompt": [ASK], "chosen": [SAY], "rejected": [BAD]},
+            "preference",
+            PreferenceRow(Chat((ASK,)), (SAY,), (BAD,)),
+        ),
         ({"prompt": "a", "completions": ["b", "c", "d"]}, "ranked", RankedRow("a", ("b", "c", "d"))),
         (
             {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 3, 1]},
