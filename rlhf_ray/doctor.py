@@ -30,6 +30,7 @@ BUSY = "not known to be broken: the machine is busy or its disk slow; run doctor
 BASE = ("torch", "transformers", "datasets", "safetensors", "pydantic", "typer", "rich", "tensorboard")
 # Extras of pure Python, which have no line of their own: extra -> (what for, packages).
 EXTRAS = {
+    "chinese": ("Chinese words", ("rjieba",)),
     "eval": ("rlhf-ray eval", ("sacrebleu", "scipy")),
     "judge": ("judges behind an endpoint", ("openai",)),
     "rewards": ("the rewards math and rouge", ("math-verify", "rouge-score")),
