@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_ray.errors import RlhfRayError, Terminated
+from rlhf_ray.threads import wait_briefly
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -356,6 +357,7 @@ def _terminated(number: int, frame: object) -> None:
 
 def main() -> None:
     """Entry point: this package's errors are one readable paragraph, not a traceback."""
+    wait_briefly()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()

@@ -14,6 +14,7 @@ import ray
 
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.threads import WAITING, wait_briefly
 
 PROBE_S = 10.0
 HTTP2_SETTINGS = b"\x04"  # a frame's type, its fourth byte
@@ -120,6 +121,9 @@ def worker_environment(config: RunConfig, device: str) -> dict[str, str]:
     """What must be in a worker's environment before it imports anything. Never a secret: Ray shows it to everybody."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(config.ray.cpus_per_worker)))
     environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    # As this process waits: a setting of the user's goes to the workers, on whatever machine they are.
+    environment |= {name: value for name in WAITING if (value := os.environ.get(name)) is not None}
+    wait_briefly(environment)
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     return environment

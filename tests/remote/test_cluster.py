@@ -22,6 +22,7 @@ from rlhf_ray.remote import cluster
 from rlhf_ray.remote import roles as remote_roles
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
+from rlhf_ray.threads import WAITING
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.placement import Plan, Seat, options_of, placed, plan_seats
@@ -75,8 +76,20 @@ def test_environment_of_workers_holds_no_secret(tiny_config, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.delenv("OMP_NUM_THREADS")
     config = tiny_config("executor=ray", "ray.cpus_per_worker=3.5")
-    assert worker_environment(config, "cuda") == {"OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false"}
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert worker_environment(config, "cuda") == {
+        "OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1",
+    }  # fmt: skip
     assert worker_environment(config, "cpu")["DS_ACCELERATOR"] == "cpu"
+
+
+def test_workers_wait_for_their_threads_as_the_user_has_said(tiny_config, monkeypatch):
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    environment = worker_environment(tiny_config("executor=ray"), "cpu")
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in environment
 
 
 @pytest.mark.engine

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
 from rlhf_ray.build import run_rl
+from rlhf_ray.run.recorder import Recorder
 
 STEPS = 3
 
@@ -19,6 +21,25 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 def completions_of(folder: Path) -> list[list[str]]:
     files = [folder / "rollouts" / f"step_{step}.jsonl" for step in range(1, STEPS + 1)]
     return [[json.loads(line)["completion"] for line in file.read_text().splitlines()] for file in files]
+
+
+def environments_of_workers(monkeypatch, variable: str) -> dict[str, str | None]:
+    """Filled at the first logged step: the title of each Ray worker's process -> the variable it was started with."""
+    found: dict[str, str | None] = {}
+    log = Recorder.log
+
+    def look_and_log(*args, **kwargs):
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                title = (process / "cmdline").read_text().split("\0")[0]
+                started_with = (process / "environ").read_text().split("\0")
+                if title.startswith("ray::") and "Host" in title:
+                    values = dict(line.partition("=")[::2] for line in started_with)
+                    found[f"{title} {process.name}"] = values.get(variable)
+        return log(*args, **kwargs)
+
+    monkeypatch.setattr(Recorder, "log", look_and_log)
+    return found
 
 
 @pytest.mark.engine
@@ -37,7 +58,10 @@ def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
         *settings, "executor=ray", "generator.count=2", "learner.engine=deepspeed", "learner.world_size=2",
         "learner.zero_stage=2", "ray.start_deadline_s=400",
     )  # fmt: skip
+    waiting = environments_of_workers(monkeypatch, "GOMP_SPINCOUNT")
     summary = run_rl(config, tmp_path / "run")
+    assert len(waiting) >= 5, "two generators, two ranks, the reference, the reward"
+    assert set(waiting.values()) == {"1000"}, f"a busy neighbour would cost more than its share: {waiting}"
     steps = metrics_of(tmp_path / "run")
     assert summary["status"] == "finished" and len(steps) == STEPS
     for step in steps:
