@@ -52,7 +52,7 @@ class Encoder:
     def prompt(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """(text, token ids) that the generator gets. Raises DataError for a prompt without tokens."""
         chat = self._as_chat(prompt)
-        pieces = [Piece(self._plain(prompt))] if chat is None else self._template().prompt(chat.messages)
+        pieces = [Piece(self._plain(prompt))] if chat is None else self._template().prompt(chat)
         ids = self._encode(pieces, templated=chat is not None).token_ids
         text = "".join(piece.text for piece in pieces)
         if not ids:
@@ -66,9 +66,8 @@ class Encoder:
             if not isinstance(answer, str):
                 raise DataError("the answer is messages, but the prompt is not; write both alike")
             return self._encode([Piece(self._plain(prompt)), Piece.answer(answer)], templated=False, end=True)
-        whole = (*chat.messages, *_answer_messages(prompt, answer))
-        turns = [i for i, message in enumerate(whole) if i >= len(chat.messages) and message["role"] == "assistant"]
-        sequences = self._template().conversation(whole, turns)
+        whole = chat.with_messages((*chat.messages, *_answer_messages(prompt, answer)))
+        sequences = self._template().conversation(whole, _to_learn(whole, len(chat.messages)))
         if len(sequences) > 1:
             raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
         return self._encode(sequences[0], templated=True, end=True)
@@ -81,11 +80,9 @@ class Encoder:
 
     def conversation(self, chat: Chat) -> list[TokenizedExample]:
         """Sequences in which the assistant's turns (all, or the last) are learned; see ChatTemplate.conversation."""
-        messages = self._with_system_prompt(chat).messages
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-        if not turns:
-            raise DataError("the conversation holds no answer of the assistant, so there is nothing to learn")
-        sequences = self._template().conversation(messages, turns if self._learn == "all" else turns[-1:])
+        chat = self._with_system_prompt(chat)
+        turns = _to_learn(chat, 1)
+        sequences = self._template().conversation(chat, turns if self._learn == "all" else turns[-1:])
         return [self._encode(pieces, templated=True, end=True) for pieces in sequences]
 
     def text(self, text: str) -> TokenizedExample:
@@ -185,6 +182,20 @@ def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     anchor, both = ids(_ANCHOR), ids(f"{_ANCHOR}a")
     return both[: len(anchor)] == anchor and both[len(anchor) :] != ids("a")
+
+
+def _to_learn(chat: Chat, start: int) -> list[int]:
+    """Positions of the assistant's messages from `start` on, without those whose `weight` is 0. Raises DataError."""
+    answers = [i for i, message in enumerate(chat.messages) if i >= start and message["role"] == "assistant"]
+    if not answers:
+        raise DataError("the conversation holds no answer of the assistant, so there is nothing to learn")
+    weights = [chat.messages[i].get("weight") for i in answers]
+    if wrong := [weight for weight in weights if weight not in (None, 0, 1)]:
+        raise DataError(f"a message has weight {wrong[0]!r}; it is 1 (learn this answer) or 0 (do not)")
+    turns = [i for i, weight in zip(answers, weights, strict=True) if weight != 0]
+    if not turns:
+        raise DataError("every answer of the assistant has weight 0, so there is nothing to learn; remove the row")
+    return turns
 
 
 def _answer_messages(prompt: Prompt, answer: Text) -> Messages:

@@ -6,17 +6,15 @@ generator's prompt ends, and its tokens are the ones that the generator will see
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from rlhf_ray.data.chat import Message
+from rlhf_ray.data.chat import Chat, Message
+from rlhf_ray.data.rendering import Renderer, Span, joined_parts
 from rlhf_ray.errors import DataError
 
 # Taori et al., "Stanford Alpaca: An Instruction-following LLaMA model", 2023; the answer begins on a line of its own.
@@ -40,9 +38,6 @@ CHAT_TEMPLATES = {
         "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
     )
 }
-
-
-Span: TypeAlias = tuple[int, int]  # [begin, end) in characters
 
 
 @dataclass(frozen=True)
@@ -101,92 +96,70 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any]):
-        if not tokenizer.chat_template:
-            raise DataError(
-                "these are chat messages, but the tokenizer has no chat template; use an instruction-tuned model, or "
-                "set data.chat_template to a .jinja file or to zephyr"
-            )
-        self._template = tokenizer.get_chat_template()
-        self._variables = {**tokenizer.special_tokens_map, **args}
+        self._render = Renderer(tokenizer, args)
         self._eos = tokenizer.eos_token
-        self._has_marks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+    def prompt(self, chat: Chat) -> list[Piece]:
         """Pieces of what the generator sees; earlier answers are pieces of their own, as they are in training."""
-        text, marks = self._render(messages, ask=True)
-        return _cut(text, self._turns(messages, text, marks), learned=())
+        text, marks = self._render(chat, ask=True)
+        return _cut(text, self._turns(chat, text, marks), learned=())
 
-    def conversation(self, messages: Sequence[Message], learned: Sequence[int]) -> list[list[Piece]]:
-        """Sequences in which the answers at the positions `learned` of `messages` are learned, one after another.
+    def conversation(self, chat: Chat, learned: Sequence[int]) -> list[list[Piece]]:
+        """Sequences in which the answers at the positions `learned` of the messages are learned, one after another.
 
         One sequence, if the template writes each turn in the same way whatever follows it. Templates that leave the
         reasoning out of earlier turns do not: then each answer has a sequence of its own, after the very prompt that
         the generator would get. Raises DataError where the answer does not begin where that prompt ends.
         """
-        text, marks = self._render(messages)
-        turns = self._turns(messages, text, marks)
+        text, marks = self._render(chat)
+        turns = self._turns(chat, text, marks)
         if all(i in turns for i in learned):
             for i in learned:
-                _check_written(messages[i], text[turns[i].prompt_end : turns[i].end])
+                _check_written(chat.messages[i], text[turns[i].prompt_end : turns[i].end])
             end = turns[max(learned)].end
             return [_cut(text[:end], {i: turn for i, turn in turns.items() if turn.end <= end}, learned)]
-        if list(learned) == [len(messages) - 1]:
+        if list(learned) == [len(chat.messages) - 1]:
             raise DataError(
                 "the text that the chat template writes with add_generation_prompt is not the beginning of its text "
                 "with the answer (or it marks no answer with {% generation %}), so a model would learn after a prompt "
                 "that it never gets; set data.chat_template_args (such as enable_thinking: false) or data.chat_template"
             )
-        return [self.conversation(messages[: i + 1], [i])[0] for i in learned]
+        return [self.conversation(_until(chat, i + 1), [i])[0] for i in learned]
 
-    def _turns(self, messages: Sequence[Message], text: str, marks: Sequence[Span]) -> dict[int, _Turn]:
-        """The answers whose place in `text` can be told, by position in `messages`.
+    def _turns(self, chat: Chat, text: str, marks: Sequence[Span]) -> dict[int, _Turn]:
+        """The answers whose place in `text` can be told, by position in the messages.
 
         It depends on what stands before an answer only, so an answer in a prompt and in training has the same place.
         """
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-        prompts = [self._render(messages[:i], ask=True)[0] for i in answers]
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
+        prompts = [self._render(_until(chat, i), ask=True)[0] for i in answers]
         limits = [*map(len, prompts), len(text)][1:]
+        has_marks = self._render.has_marks(chat)
         turns = {}
         for i, prompt, limit in zip(answers, prompts, limits, strict=True):
             start = len(prompt)
-            if self._has_marks:
+            if has_marks:
                 own = tuple(mark for mark in marks if start < mark[1] <= limit)
             else:
-                end = self._end_of_answer(messages[: i + 1], text, start)
+                end = self._end_of_answer(_until(chat, i + 1), text, start)
                 own = ((start, end),) if end > start else ()
             if own and text.startswith(prompt):
                 turns[i] = _Turn(start, own[-1][1], own)
         return turns
 
-    def _end_of_answer(self, messages: Sequence[Message], text: str, start: int) -> int:
+    def _end_of_answer(self, chat: Chat, text: str, start: int) -> int:
         """Where the last message's answer ends in `text`; -1 where `text` does not begin with this conversation."""
-        whole, _ = self._render(messages)
+        whole, _ = self._render(chat)
         if not text.startswith(whole):
             return -1
         # What stands after EOS is written by the template, not by the generator: it has stopped there.
         eos = whole.rfind(self._eos, start)
         return eos + len(self._eos) if eos >= 0 else len(whole)
 
-    def _render(self, messages: Sequence[Message], *, ask: bool = False) -> tuple[str, Sequence[Span]]:
-        """(text, the spans that the template marks)."""
-        try:
-            texts, marks = render_jinja_template(
-                [list(messages)],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._has_marks,
-                add_generation_prompt=ask,
-                **self._variables,
-            )
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template is no Jinja (line {error.lineno}: {error.message}); mend it, or set "
-                "data.chat_template to another"
-            ) from error
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(
-                f"the chat template refuses the conversation ({error}); mend the row, or the template"
-            ) from error
-        return texts[0], [span for span in marks[0] if span[0] < span[1]] if self._has_marks else ()
+
+def _until(chat: Chat, end: int) -> Chat:
+    """The first `end` messages."""
+    return chat.with_messages(chat.messages[:end])
 
 
 def _cut(text: str, turns: Mapping[int, _Turn], learned: Sequence[int]) -> list[Piece]:
@@ -203,7 +176,9 @@ def _cut(text: str, turns: Mapping[int, _Turn], learned: Sequence[int]) -> list[
 
 def _check_written(message: Message, text: str) -> None:
     """A template for lists of parts drops a plain text without a word, and an empty answer would be learned."""
-    said = (message.get("content") or "").rpartition("</think>")[2].strip()
+    content = message.get("content") or ""
+    content = content if isinstance(content, str) else joined_parts(content)
+    said = content.rpartition("</think>")[2].strip()
     if said not in text:
         raise DataError(
             f"the chat template does not write the answer's text ({said[:40]!r} is not in {text[:40]!r}); is it one "
