@@ -36,7 +36,8 @@ _JOINERS = "\u200c\u200d"
 _LETTER = rf"(?:(?!{SINGLE}|[{_JOINERS}])[\w\p{{N}}])"
 _MARKS = r"[\p{M}ﾞﾟ]*"
 # Behind these signs a consonant is written below the one before (Burmese, Khmer, Tai Tham, Balinese, Javanese).
-_STACKED = rf"(?:(?<=[\u1039\u17d2\u1a60\u1b44\ua9c0]){SINGLE}{_MARKS})*"
+_STACKING = "\u1039\u17d2\u1a60\u1b44\ua9c0"
+_STACKED = rf"(?:(?<=[{_STACKING}]){SINGLE}{_MARKS})*"
 CHARACTER = rf"{SINGLE}{_MARKS}{_STACKED}"
 # A word may hold inner apostrophes and hyphens ("doesn't", "low-key"), and joiners.
 WORD = rf"{CHARACTER}|{_LETTER}+(?:['’{_JOINERS}-]{_LETTER}+)*"
@@ -83,11 +84,43 @@ def fold(text: str) -> str:
     return folded.replace("i\u0307", "i")
 
 
-def spaced(text: str) -> str:
+def spaced(text: str, *, chinese: Chinese = "characters") -> str:
     """`text` with blanks around each character of a script without blanks and around the punctuation that goes
     with it: for libraries that split at blanks. Other text comes back as it is.
     """
-    return _compiled(rf"{CHARACTER}|{WIDE}").sub(r" \g<0> ", text) if _compiled(WIDE).search(text) else text
+    spans = (match.span() for match in _compiled(rf"{CHARACTER}|{WIDE}").finditer(text))
+    parts, end_before = [], 0
+    for start, end in spans if _check(chinese) == "characters" else _joined(text, spans):
+        parts += [text[end_before:start], f" {text[start:end]} "]
+        end_before = end
+    return "".join([*parts, text[end_before:]])
+
+
+def occurs(phrase: str, text: str, *, chinese: Chinese = "characters") -> bool:
+    """Whether `text` holds `phrase` as whole words, both folded.
+
+    "art" does not occur in "start". In scripts without blanks any run of whole characters is found (京都 in 东京都);
+    with `chinese="words"` it has to begin and end where a word does.
+    """
+    text = fold(text)
+    places = _phrase(phrase).finditer(text)
+    if _check(chinese) == "characters":
+        return next(places, None) is not None
+    boundaries = chinese_boundaries(text)
+    return any(
+        (match.start() in boundaries or not _is_han(text, match.start()))
+        and (match.end() in boundaries or not _is_han(text, match.end() - 1))
+        for match in places
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _phrase(phrase: str) -> Any:
+    folded = fold(phrase)
+    starts, ends = _compiled(SINGLE).match(folded), _compiled(rf"{CHARACTER}$").search(folded)
+    before = rf"(?<![{_STACKING}])" if starts else rf"(?<!{_LETTER})"
+    after = r"(?![\p{M}ﾞﾟ])" if ends else rf"(?!{_LETTER})"
+    return _compiled(before + regex.escape(folded, special_only=True) + after)
 
 
 def is_latin(text: str) -> bool:
@@ -135,7 +168,7 @@ def _check(chinese: str) -> str:
     return chinese
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Any:
     return regex.compile(f"(?V1){pattern}")  # version 1 knows the intersection of classes
 

@@ -5,7 +5,7 @@ tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -39,9 +39,9 @@ def length_penalty(length_B: Tensor, target: int, per_token: float) -> Tensor:
     return -per_token * (length_B.double() - target).clamp(min=0.0)
 
 
-def repetition_penalty(completions: Sequence[Sequence[int]], n: int = 3, weight: float = 1.0) -> Tensor:
-    """penalty_B = -weight * (1 - distinct n-grams / n-grams) of token ids, float64; 0 for an answer shorter
-    than n + 1.
+def repetition_penalty(completions: Sequence[Sequence[Hashable]], n: int = 3, weight: float = 1.0) -> Tensor:
+    """penalty_B = -weight * (1 - distinct n-grams / n-grams) of token ids (or words), float64; 0 for an answer
+    shorter than n + 1.
     """
     distinct = []
     for ids in completions:

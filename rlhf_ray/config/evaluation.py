@@ -135,6 +135,9 @@ class EvalRunConfig(SampledRunConfig):
     red_team: RedTeamConfig | None = None
     ratings: RatingsConfig | None = None
     self_bleu_texts: int = Field(200, ge=2, description="self-BLEU compares at most this many answers with each other")
+    chinese: Literal["characters", "words"] = Field(
+        "characters", description="what distinct-n and self-BLEU count in Chinese texts; words needs rjieba"
+    )
     samples: int = Field(10, ge=0, description="prompts shown side by side")
 
     @property

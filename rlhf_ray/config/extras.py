@@ -30,6 +30,9 @@ _BUILTIN_REWARDS = {
     "math": Need("math_verify", "rewards", "the reward math"),
     "rouge": Need("rouge_score", "rewards", "the reward rouge"),
 }
+# These rewards, and the evaluation's distinct-n and self-BLEU, can count Chinese words.
+_COUNTS_WORDS = ("keyword", "rouge", "length_penalty", "repetition_penalty")
+_CHINESE = Need("rjieba", "chinese", "chinese=words")
 _ENDPOINT = Need("openai", "judge", "a judge behind an endpoint")
 
 
@@ -53,6 +56,7 @@ def needs_of(config: Section) -> list[Need]:
             needs.append(_ENDPOINT)
     if isinstance(config, EvalRunConfig):
         needs.append(Need("sacrebleu", "eval", "self-BLEU"))
+        needs += [_CHINESE] if config.chinese == "words" else []
         if len(config.models) > 1 and (config.has_reward or config.judge is not None):
             needs.append(Need("scipy", "eval", "win rates"))
         if config.red_team is not None:
@@ -88,6 +92,8 @@ def _of_lora(lora: LoraConfig | None) -> list[Need]:
 
 def _of_rewards(rewards: Sequence[RewardConfig]) -> list[Need]:
     needs = [_BUILTIN_REWARDS[reward.function] for reward in rewards if reward.function in _BUILTIN_REWARDS]
+    if any(reward.function in _COUNTS_WORDS and reward.args.get("chinese") == "words" for reward in rewards):
+        needs.append(_CHINESE)
     if any(reward.function == "judge" and reward.args.get("endpoint") for reward in rewards):
         needs.append(_ENDPOINT)
     return needs

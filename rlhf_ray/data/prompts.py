@@ -20,6 +20,7 @@ from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.types import Prompt, detect, parse, prompt_of, texts_of
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.words import segment_spans
 
 # What else such rows hold (an answer, a label) is for the reward functions to read: it need not be there.
 _ASKED_AS: dict[DataType, DataType] = {
@@ -175,9 +176,9 @@ def located_texts(source: str, *, field: str | None = None, split: str = "train"
 
 
 def first_words(text: str, count: int) -> str | None:
-    """The first `count` words, or None where the text has no word after them."""
-    words = text.split()
-    return " ".join(words[:count]) if len(words) > count else None
+    """The first `count` words (characters, where a script has no blanks), or None where no word comes after them."""
+    spans = list(segment_spans(text))
+    return " ".join(text[: spans[count - 1][1]].split()) if len(spans) > count else None
 
 
 def _asked(

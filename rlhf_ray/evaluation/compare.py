@@ -140,9 +140,10 @@ def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]
         metrics["reward_std"] = _std(answers.scores.score)
         metrics |= {f"reward_std/{name}": _std(value_B) for name, value_B in answers.scores.by_function.items()}
         metrics |= _pass_at_k(config, answers)
-    metrics |= text_metrics(answers.completions, answers.rows, largest_n=3)
+    ids = answers.scores.completion_ids
+    metrics |= text_metrics(answers.completions, ids, answers.rows, largest_n=3, chinese=config.chinese)
     metrics["response_len_max"] = float(max(answers.rows.response_lengths))
-    bleu = self_bleu(answers.completions, config.self_bleu_texts)
+    bleu = self_bleu(answers.completions, config.self_bleu_texts, chinese=config.chinese)
     if bleu is not None:
         metrics["self_bleu"] = bleu
     if measured.perplexity is not None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from rlhf_ray.batch import Rows
-from rlhf_ray.evaluation.text import distinct_n
+from rlhf_ray.evaluation.text import distinct_n, distinct_ngrams
+from rlhf_ray.words import Chinese
 
 
 def reward_metrics(
@@ -37,10 +38,21 @@ def verifiable_reward(by_function: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def text_metrics(completions: Sequence[str], rows: Rows, *, largest_n: int = 2) -> dict[str, float]:
-    """`response_len` (tokens, EOS included), `truncated_frac`, and `distinct_1` to `distinct_<largest_n>`."""
+def text_metrics(
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    rows: Rows,
+    *,
+    largest_n: int = 2,
+    chinese: Chinese = "characters",
+) -> dict[str, float]:
+    """`response_len` (tokens, EOS included), `truncated_frac`, `distinct_1` to `distinct_<largest_n>` of words, and
+    `distinct_1_tokens` ... of token ids, EOS included.
+    """
+    sizes = range(1, largest_n + 1)
     return {
         "response_len": sum(rows.response_lengths) / len(rows),
         "truncated_frac": sum(rows.truncated) / len(rows),
-        **{f"distinct_{n}": distinct_n(completions, n) for n in range(1, largest_n + 1)},
+        **{f"distinct_{n}": distinct_n(completions, n, chinese=chinese) for n in sizes},
+        **{f"distinct_{n}_tokens": distinct_ngrams(completion_ids, n) for n in sizes},
     }

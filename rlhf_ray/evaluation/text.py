@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+from rlhf_ray.words import Chinese, segments, spaced
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams, of all texts together (Li et al., 2016). 1 if there are none."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+def distinct_n(texts: Sequence[str], n: int, *, chinese: Chinese = "characters") -> float:
+    """Different n-grams of words over all n-grams, of all texts together (Li et al., 2016). 1 if there are none.
+
+    Words are those between blanks, and characters where a script has no blanks (words.py).
+    """
+    return distinct_ngrams([segments(text, chinese=chinese) for text in texts], n)
+
+
+def distinct_ngrams(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
+    """`distinct_n` of texts that are cut already: into words, or into token ids."""
+    grams = [tuple(items[i : i + n]) for items in sequences for i in range(len(items) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def self_bleu(texts: Sequence[str], limit: int = 200) -> float | None:
+def self_bleu(texts: Sequence[str], limit: int = 200, *, chinese: Chinese = "characters") -> float | None:
     """Mean BLEU-4 of each text with all others as its references (Zhu et al., 2018): 0 all different, 1 all equal.
 
     sacrebleu's sentence BLEU with its 13a tokens, exponential smoothing and, for texts of fewer than four tokens,
-    only the n-grams that there are. Its cost grows with the square of the number of texts: of more than `limit`,
+    only the n-grams that there are. Characters of scripts without blanks are tokens of their own, for Chinese the same
+    ones as with its `zh` tokens. Its cost grows with the square of the number of texts: of more than `limit`,
     evenly spaced ones are taken. None for fewer than two texts, for there is nothing to compare.
     """
     from sacrebleu.metrics import BLEU  # it is not needed in training
 
-    chosen = evenly_spaced(texts, limit)
+    chosen = [spaced(text, chinese=chinese) for text in evenly_spaced(texts, limit)]
     if len(chosen) < 2:
         return None
     bleu = BLEU(effective_order=True)

@@ -26,8 +26,8 @@ class Evaluator:
 
     def evaluate(self) -> dict[str, Any]:
         """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (the first function whose
-        rewards are all 0 or 1), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, and `samples`
-        (prompt, completion, reward).
+        rewards are all 0 or 1), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, `distinct_1_tokens`,
+        `distinct_2_tokens`, and `samples` (prompt, completion, reward).
         """
         self.generator.wake()
         batch = self.generator.generate(self.requests, self.sampling)
@@ -36,7 +36,7 @@ class Evaluator:
         rows = batch.rows
         result: dict[str, Any] = {
             **reward_metrics(scores.score, scores.by_function),
-            **text_metrics([completion for _, completion in scores.texts], rows),
+            **text_metrics([completion for _, completion in scores.texts], scores.completion_ids, rows),
         }
         result["samples"] = [
             {"prompt": prompt, "completion": completion, "reward": float(scores.score[i])}

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.words import Chinese, is_latin, occurs, segments
+
+Unit = Literal["tokens", "words"]
 
 
 def exact_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -20,33 +24,66 @@ def exact_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) ->
 
 
 def sentiment(completions: Sequence[str], **_: Any) -> list[float]:
-    """VADER's compound score of the completion: -1 (bad) to 1 (good), 0 where no word has a feeling.
+    """VADER's compound score of the completion: -1 (bad) to 1 (good), 0 where no word has a feeling. Its words are
+    English: texts in other scripts score 0, which a warning says.
 
     Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", 2014.
     """
+    if not is_latin(" ".join(completions)):
+        _warn_of_other_scripts()
     return [_vader().polarity_scores(text)["compound"] for text in completions]
 
 
 def length_penalty(
-    completion_ids: Sequence[Sequence[int]], *, free_tokens: int, per_token: float = 0.01, **_: Any
+    completion_ids: Sequence[Sequence[int]],
+    completions: Sequence[str] = (),
+    *,
+    free_tokens: int,
+    per_token: float = 0.01,
+    unit: Unit = "tokens",
+    chinese: Chinese = "characters",
+    **_: Any,
 ) -> list[float]:
-    """Minus `per_token` for each token beyond the first `free_tokens`."""
+    """Minus `per_token` for each token (with `unit="words"`: word or character) beyond the first `free_tokens`."""
     torch, shaping = _torch_and_shaping()
-    return shaping.length_penalty(torch.tensor([len(ids) for ids in completion_ids]), free_tokens, per_token).tolist()
+    lengths = [len(items) for items in _units(completion_ids, completions, unit, chinese)]
+    return shaping.length_penalty(torch.tensor(lengths), free_tokens, per_token).tolist()
 
 
-def repetition_penalty(completion_ids: Sequence[Sequence[int]], *, n: int = 2, **_: Any) -> list[float]:
-    """Minus the share of n-grams of tokens that stood in the completion before: 0 (none) to almost -1."""
+def repetition_penalty(
+    completion_ids: Sequence[Sequence[int]],
+    completions: Sequence[str] = (),
+    *,
+    n: int = 2,
+    unit: Unit = "tokens",
+    chinese: Chinese = "characters",
+    **_: Any,
+) -> list[float]:
+    """Minus the share of n-grams of tokens (with `unit="words"`: words or characters) that stood in the completion
+    before: 0 (none) to almost -1.
+    """
     _, shaping = _torch_and_shaping()
-    return shaping.repetition_penalty(completion_ids, n).tolist()
+    return shaping.repetition_penalty(_units(completion_ids, completions, unit, chinese), n).tolist()
 
 
-def keyword(completions: Sequence[str], *, keywords: Sequence[str], **_: Any) -> list[float]:
-    """The share of `keywords` that the completion holds as whole words; upper and lower case are the same."""
-    if isinstance(keywords, str) or not keywords:
+def _units(
+    completion_ids: Sequence[Sequence[int]], completions: Sequence[str], unit: str, chinese: Chinese
+) -> Sequence[Sequence[Hashable]]:
+    if unit not in ("tokens", "words"):
+        raise ConfigError(f"reward length_penalty or repetition_penalty: unit={unit!r}; choose tokens or words")
+    # Different Chinese characters may begin with the same token of a byte-level tokenizer: a repetition that is none.
+    return completion_ids if unit == "tokens" else [segments(text, chinese=chinese) for text in completions]
+
+
+def keyword(
+    completions: Sequence[str], *, keywords: Sequence[str], chinese: Chinese = "characters", **_: Any
+) -> list[float]:
+    """The share of `keywords` that the completion holds as whole words (in scripts without blanks: anywhere); upper and
+    lower case, full and half width are the same.
+    """
+    if isinstance(keywords, str) or not keywords or not all(isinstance(word, str) and word for word in keywords):
         raise ConfigError(f"reward keyword: keywords={keywords!r}; give a list of at least one word")
-    patterns = [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE) for word in keywords]
-    return [sum(bool(p.search(text)) for p in patterns) / len(patterns) for text in completions]
+    return [sum(occurs(word, text, chinese=chinese) for word in keywords) / len(keywords) for text in completions]
 
 
 def regex(completions: Sequence[str], *, pattern: str, **_: Any) -> list[float]:
@@ -65,6 +102,15 @@ def _torch_and_shaping() -> tuple[Any, Any]:
     from rlhf_ray.algo import shaping
 
     return torch, shaping
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_other_scripts() -> None:
+    warnings.warn(
+        "reward sentiment: most of what it reads is not in Latin script, and VADER's lexicon is English: such texts "
+        "score 0; use a classifier of their language (reward classifier), or keyword",
+        stacklevel=3,
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -141,6 +141,9 @@ def bind(function: str, adapter: Adapter, args: Mapping[str, Any]) -> RewardFunc
     found = find_function(function)
     if is_builtin(function):
         check_settings(function, found, args)
+        # A column of the data may be called like a setting ("chinese" beside "english"); it is not one.
+        settings = inspect.signature(found).parameters.values()
+        args = {p.name: p.default for p in settings if p.kind is p.KEYWORD_ONLY and p.default is not p.empty} | args
     adapted = adapt(found, adapter, args)
     # An adapter has given the arguments already, for there they are not among the columns.
     return RewardFunction(function, adapted, args=args if adapted is found else {})

@@ -61,6 +61,7 @@ class Scores:
     keep: Tensor | None = None  # [B] bool, False: the row's group was dropped; None: all rows count
     stats: Mapping[str, float] = field(default_factory=dict)  # fault/retries, fault/dropped (groups), ...
     events: tuple[Mapping[str, Any], ...] = ()  # what failed and what was done about it, for events.jsonl
+    completion_ids: tuple[tuple[int, ...], ...] = ()  # of the rows that have texts; `select` and `cat` leave them out
 
     def select(self, rows: Sequence[int]) -> Scores:
         """The given rows, all of them judged, in order; texts of as many of the first of them as have one."""

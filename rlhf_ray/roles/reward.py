@@ -61,7 +61,7 @@ class Reward:
         reads_wholes = self.model is not None or self.safety is not None
         wholes = self._whole_texts(batch, prompts, completions) if reads_wholes else completions
         scores = self.score_texts(prompts, completions, ids, batch.columns, wholes, batch.prompt_id.tolist())
-        return replace(scores, texts=scores.texts[:texts])
+        return replace(scores, texts=scores.texts[:texts], completion_ids=tuple(map(tuple, ids[:texts])))
 
     def score_texts(
         self,

@@ -45,6 +45,9 @@ def nothing_installed(monkeypatch):
         (EvalRunConfig, {}, "sacrebleu"),  # nothing says who wins
         (EvalRunConfig, {"rewards": [{"function": "math"}]}, "math_verify sacrebleu scipy"),
         (EvalRunConfig, {"rewards": [{"function": "math"}], "models": {"a": "x"}}, "math_verify sacrebleu"),
+        (EvalRunConfig, {"chinese": "words"}, "rjieba sacrebleu"),
+        (RunConfig, {"rewards": [{"function": "keyword", "args": {"keywords": ["好"], "chinese": "words"}}]}, "rjieba"),
+        (RunConfig, {"rewards": [{"function": "keyword", "args": {"keywords": ["好"]}}]}, ""),
         (EvalRunConfig, {"judge": ENDPOINT}, "openai sacrebleu scipy"),
         (EvalRunConfig, {"judge": {"model": "a local folder"}}, "sacrebleu scipy"),
         (EvalRunConfig, {"red_team": {"path": "r", "safety": {"function": "rouge"}}}, "rouge_score sacrebleu"),

@@ -154,6 +154,15 @@ def test_prompts_are_the_first_words_of_longer_texts(write, tokenizer):
     assert first_words("a b c", 3) is None and first_words("a b c", 2) == "a b"
 
 
+def test_the_first_words_of_text_without_blanks_are_characters():
+    assert first_words("今天天气很好，我们去公园", 4) == "今天天气"
+    assert first_words("今天很好，我们 去公园", 5) == "今天很好，我", "punctuation is no word of its own"
+    assert first_words("用 GPT模型\n很好", 4) == "用 GPT模型", "blanks of the text stay"
+    assert first_words("天气很好", 4) is None and first_words("天气很好", 3) == "天气很"
+    assert first_words("ที่นี่ดี", 2) == "ที่นี่"
+    assert first_words("हिन्दी में लिखो", 2) == "हिन्दी में"
+
+
 def test_limit_stops_reading(write, tokenizer):
     source = write({"prompt": "a"}, {"prompt": "b"}, {"prompt": ""})
     assert len(load_prompts(source, tokenizer, limit=2)) == 2

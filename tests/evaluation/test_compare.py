@@ -48,6 +48,7 @@ def test_rewards_pass_at_k_and_win_rate_by_hand(config, table):
     assert (tuned["pass@1"], tuned["pass@2"]) == (0.5, 1.0) and base["pass@2"] == 0.0
     assert base["response_len"] == 2.0 and base["truncated_frac"] == 0.0 and base["response_len_max"] == 2.0
     assert base["distinct_1"] == 1 / 8 and base["self_bleu"] == 1.0
+    assert base["distinct_1_tokens"] == 2 / 16, "8 times the answer and EOS"
     rate = result["win_rate"]["tuned"]
     assert (rate["by"], rate["wins"], rate["losses"], rate["ties"], rate["rate"]) == ("reward", 4, 0, 4, 1.0)
     assert rate["interval"] == "wilson" and 0.5 < rate["low"] < 0.6 and rate["high"] == 1.0

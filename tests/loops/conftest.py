@@ -65,7 +65,8 @@ class FakeReward:
             self.gate.wait(20)
         score_B = torch.arange(len(batch), dtype=torch.float32)
         pairs = tuple((row["prompt"], f"answer {i}") for i, row in enumerate(batch.columns))
-        return Scores(score_B, {"row": score_B, "half": score_B / 2}, pairs[:texts])
+        ids = tuple((5, 6 + i % 2) for i in range(texts))
+        return Scores(score_B, {"row": score_B, "half": score_B / 2}, pairs[:texts], completion_ids=ids)
 
 
 @pytest.fixture

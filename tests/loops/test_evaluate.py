@@ -22,6 +22,8 @@ def test_the_numbers_by_hand(evaluator, generator):
         "reward": 2.0, "reward/row": 2.0, "reward/half": 1.0, "response_len": 1.0, "truncated_frac": 0.0,
         # "answer 0" ... "answer 4": 6 different words of 10, 5 pairs of 5
         "distinct_1": 0.6, "distinct_2": 1.0,
+        # 5 6, 5 7, 5 6, 5 7, 5 6
+        "distinct_1_tokens": 0.3, "distinct_2_tokens": 0.4,
     })  # fmt: skip
     assert samples[1] == {"prompt": "p1", "completion": "answer 1", "reward": 1.0} and len(samples) == 5
     assert generator.sampling == [GREEDY] and generator.awake == 0

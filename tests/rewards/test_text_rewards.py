@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
 from rlhf_ray.config.load import parse_config
@@ -34,6 +36,38 @@ def test_rouge_takes_the_best_of_several_references_and_stems_when_asked():
     assert rouge(["b"], summary=[["a", "b", "c"]], column="summary").values == (1.0,)
     assert rouge(["cats"], reference=["cat"]).values == (0.0,)
     assert rouge(["cats"], reference=["cat"], stem=True).values == (1.0,)
+
+
+def test_rouge_of_the_chinese_twin():
+    # the = 这, cat = 猫, sat = 坐, on = 在, mat = 垫, a = 一, dog = 狗
+    texts, reference = ["这猫这垫", "一狗", ""], ["这猫坐在这垫"] * 3
+    assert rouge(texts, reference=reference).values == pytest.approx((2 * 1 * (4 / 6) / (1 + 4 / 6), 0, 0))
+    assert rouge(texts[:1], reference=reference[:1], measure="recall").values == pytest.approx((4 / 6,))
+    assert rouge(texts[:1], reference=reference[:1], kind="rouge1", measure="precision").values == (1.0,)
+    precision = rouge(texts[:1], reference=reference[:1], kind="rouge2", measure="precision")
+    assert precision.values == pytest.approx((2 / 3,))
+    assert rouge(["乙"], summary=[["甲", "乙", "丙"]], column="summary").values == (1.0,)
+    assert rouge(["猫们"], reference=["猫"], stem=True).values == pytest.approx((2 / 3,)), "1 of 2, 1 of 1"
+
+
+def test_rouge_in_other_scripts():
+    for text in ("这部电影很好。", "とても良い映画", "ภาพยนตร์ดีมาก", "فيلم جيد جدا", "Отличный фильм", "बहुत अच्छी फ़िल्म"):
+        assert rouge([text, "x"], reference=[text, text]).values == (1.0, 0.0)
+    # words of two and three: one in common
+    assert rouge(["فيلم سيئ"], reference=["فيلم جيد جدا"], measure="recall").values == pytest.approx((1 / 3,))
+    assert rouge(["ФИЛЬМ，ｇｐｔ"], reference=["фильм GPT"]).values == (1.0,), "case and width do not count"
+    # 北京 / 是 / 首都 / 吗 against 北京 / 是 / 首都 / 呢: 3 of 4 words, 5 of 6 characters
+    assert rouge(["北京是首都吗"], reference=["北京是首都呢"], chinese="words").values == pytest.approx((3 / 4,))
+    assert rouge(["北京是首都吗"], reference=["北京是首都呢"]).values == pytest.approx((5 / 6,))
+
+
+@given(st.text(alphabet="abCD.,'-_ 1\n", max_size=30), st.text(alphabet="abCD.,'-_ 1\n", max_size=30), st.booleans())
+def test_english_rouge_is_that_of_rouge_score(reference, text, stem):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    for kind in ("rouge1", "rougeL", "rougeLsum"):
+        expected = RougeScorer([kind], use_stemmer=stem).score(reference, text)[kind].fmeasure
+        assert rouge([text], reference=[reference], kind=kind, stem=stem).values == (expected,)
 
 
 def test_rouge_says_what_is_wrong():

@@ -78,6 +78,7 @@ def test_weights_and_the_parts(words, batch):
     assert scores.score.tolist() == [2 * 1 - 0.5 * 2, 0 - 0.5 * 4]
     assert {name: values.tolist() for name, values in scores.by_function.items()} == {"short": [1, 0], "len": [2, 4]}
     assert scores.texts == (("the film was", "good"),)
+    assert [len(ids) for ids in scores.completion_ids] == [2], "of the same rows, EOS included"
 
 
 class Judge:
