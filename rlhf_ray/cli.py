@@ -123,10 +123,10 @@ def quickstart(
 
 @app.command()
 def validate_data(
-    path: Annotated[str, typer.Argument(help="a .jsonl, .csv, .parquet or .txt file, or a Hugging Face dataset name")],
+    path: Annotated[str, typer.Argument(help="a file, a folder or a Hugging Face dataset name")],
     kind: Annotated[str, typer.Option("--type", help="prompt, preference, messages, ...; auto: by columns")] = "auto",
     column: Annotated[list[str] | None, typer.Option(help="a column with a name of its own: prompt=question")] = None,
-    split: Annotated[str, typer.Option(help="of a Hugging Face dataset")] = "train",
+    split: Annotated[str, typer.Option(help="of a folder or a Hugging Face dataset")] = "train",
     model: Annotated[str | None, typer.Option(help="tokenize the rows too, with this model's tokenizer")] = None,
     template: Annotated[str, typer.Option(help="with --model: auto, chat, alpaca or none")] = "auto",
     chat_template: Annotated[str | None, typer.Option(help="with --model: a .jinja file, or zephyr")] = None,

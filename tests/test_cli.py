@@ -155,7 +155,7 @@ def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, tiny, tmp_path, monkeypa
     [
         (["learner.leraning_rate=1", "rollout.group_size=1"], "2 problems"),
         (["learner.rl=1"], "learner.rl: unknown key; did you mean learner.lr?"),
-        (["data.path=gone.jsonl"], "gone.jsonl: no such file; give an existing"),
+        (["data.path=gone.jsonl"], "gone.jsonl: no such file; "),
         (["rewards.0.function=sentimant"], "did you mean 'sentiment'"),
         (["model.tokenizer.path=./gone"], "./gone: no such folder; give an existing model folder"),
         (["nonsense"], "override 'nonsense' is not of the form section.key=value"),

@@ -53,11 +53,11 @@ class CleaningConfig(Section):
 
 
 class DatasetConfig(RowsConfig):
-    """`path` is a .jsonl/.csv/.parquet/.txt file or a Hugging Face dataset name (owner/name, owner/name:subset)."""
+    """`path` is a file, a folder or a Hugging Face dataset name (owner/name, owner/name:subset): see docs/data.md."""
 
-    split: str = Field("train", description="of a Hugging Face dataset")
+    split: str = Field("train", description="of a folder or a Hugging Face dataset")
     eval_path: str | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")
-    eval_split: str = Field("test", description="of eval_path, where that is a Hugging Face dataset")
+    eval_split: str = Field("test", description="of eval_path, where that is a folder or a Hugging Face dataset")
     eval_size: int = Field(0, ge=0, description="rows held out, never with a prompt that is also trained on")
     type: Literal["auto", DataType] = Field("auto", description="auto: from the columns of the first row")
     columns: ColumnsConfig = ColumnsConfig()

@@ -16,9 +16,9 @@ from rlhf_ray.config.sections import RowsConfig, Section, TrainEngineConfig, Tra
 
 
 class PromptsConfig(RowsConfig):
-    """`path` is `task:arithmetic`, a .jsonl/.csv/.parquet file, or a Hugging Face dataset name."""
+    """`path` is `task:arithmetic`, a file, a folder or a Hugging Face dataset name: see docs/data.md."""
 
-    split: str = Field("train", description="of a task or a Hugging Face dataset")
+    split: str = Field("train", description="of a task, a folder or a Hugging Face dataset")
     field: str | None = Field(None, description="column with the prompt; empty: by the dataset's type (docs/data.md)")
     prompt_words: int | None = Field(None, gt=0, description="cut each text to its first words: the prompt")
     max_prompt_tokens: int = Field(1024, gt=0)

@@ -15,6 +15,7 @@ from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.templates import set_chat_template
+from rlhf_ray.data.trees import TreeForm, tree_form
 from rlhf_ray.data.types import (
     AnswerRow,
     ConversationRow,
@@ -73,7 +74,7 @@ def load_pairs(
             if cleaner.is_answered(chosen, rejected) and (kept := cleaner.fitting(chosen, rejected, where=where)):
                 yield TokenizedPair(*kept, margin=pair.margin)
 
-    return _load(data, encode, seed, on_report)
+    return _load(data, encode, seed, on_report, trees_as="ranked")
 
 
 def load_labelled(
@@ -157,21 +158,31 @@ def _comparisons(record: Record, cleaner: Cleaner, where: str) -> Iterator[Prefe
         yield PreferenceRow(record.prompt, record.completions[better], record.completions[worse], margin)
 
 
-def _load(data: DatasetConfig, encode: Encode[Item], seed: int, on_report: OnReport) -> tuple[list[Item], list[Item]]:
+def _load(
+    data: DatasetConfig, encode: Encode[Item], seed: int, on_report: OnReport, trees_as: TreeForm = "messages"
+) -> tuple[list[Item], list[Item]]:
     """(train, held out): the rows of `eval_path`, or `eval_size` rows of `path`."""
-    items = _read(data, data.path, data.split, data.limit, encode, on_report)
+    items = _read(data, data.path, data.split, data.limit, encode, on_report, trees_as)
     if data.eval_path is not None:
-        held_out = _read(data, data.eval_path, data.eval_split, data.eval_size or None, encode, on_report)
+        limit = data.eval_size or None
+        held_out = _read(data, data.eval_path, data.eval_split, limit, encode, on_report, trees_as)
         return [item for _, item in items], [item for _, item in held_out]
     return _split(items, data, seed)
 
 
 def _read(
-    data: DatasetConfig, source: str, split: str, limit: int | None, encode: Encode[Item], on_report: OnReport
+    data: DatasetConfig,
+    source: str,
+    split: str,
+    limit: int | None,
+    encode: Encode[Item],
+    on_report: OnReport,
+    trees_as: TreeForm,
 ) -> list[tuple[str, Item]]:
     """(prompt, item) of everything usable in one source."""
     cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong)
-    rows = itertools.islice(read_rows(source, split=split), limit)
+    form = tree_form(data.type, trees_as)
+    rows = itertools.islice(read_rows(source, split=split, trees_as=form, dropped=cleaner.dropped), limit)
     items = []
     for row, record in cleaner.records(rows, None if data.type == "auto" else data.type, data.columns):
         prompt = repr(prompt_of(record))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -103,7 +104,7 @@ def load_prompts(
     encoder = Encoder(
         tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args
     )
-    dropped = {"short": 0, "long": 0, "empty": 0}
+    dropped = Counter(short=0, long=0, empty=0)
     examples, ids, answers = [], [], []
     for prompt, columns, where in _asked(source, field, split, dropped):
         if prompt_words is not None:
@@ -182,7 +183,7 @@ def first_words(text: str, count: int) -> str | None:
 
 
 def _asked(
-    source: str, field: str | None, split: str, dropped: dict[str, int]
+    source: str, field: str | None, split: str, dropped: Counter[str]
 ) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
     """(prompt, the row's other columns, where) of every prompt of a source."""
     if is_task(source):
@@ -191,7 +192,7 @@ def _asked(
         return
     names = ColumnsConfig(prompt=field)
     kind: DataType | None = None if field is None else "prompt"
-    for row in read_rows(source, split=split):
+    for row in read_rows(source, split=split, trees_as="prompt", dropped=dropped):
         if kind is None:
             detected = detect(row, names)
             kind = _ASKED_AS.get(detected, detected)
@@ -222,7 +223,7 @@ def _reference_answers(prompt: Prompt, value: Any, encoder: Encoder) -> tuple[tu
 
 def _explain(dropped: dict[str, int]) -> str:
     reasons = {"short": "too short for prompt_words", "long": "longer than max_prompt_tokens", "empty": "empty"}
-    parts = [f"{count} {reasons[why]}" for why, count in dropped.items() if count]
+    parts = [f"{count} {reasons.get(why, why)}" for why, count in dropped.items() if count]
     return ", ".join(parts) or "it has no rows"
 
 

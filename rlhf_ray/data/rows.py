@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.data.json_files import json_rows
+from rlhf_ray.data.paths import HUB_PREFIX, absent, files_of_split, kind_of, looks_local, unreadable
+from rlhf_ray.data.tables import arrow_rows, hub_rows, is_saved_dataset, parquet_rows, saved_rows
+from rlhf_ray.data.text_files import Found, csv_rows, text_rows, tsv_rows
+from rlhf_ray.data.trees import TreeForm, assembled
 from rlhf_ray.errors import DataError
 
-_LONGEST_CELL = 1 << 27  # characters; the csv module's own limit, 131,072, is less than a long document
 OnBad = Callable[[DataError], None]
-_FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".ndjson": json_rows,
+    ".jsonlines": json_rows,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".txt": text_rows,
+}
+READERS = {
+    **_TEXT_READERS,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    **{f"{suffix}.gz": reader for suffix, reader in _TEXT_READERS.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -34,128 +51,60 @@ def placed(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
 
 
-def read_rows(source: str, *, split: str = "train", on_bad: OnBad | None = None) -> Iterator[Row]:
-    """Rows of a JSONL, CSV, parquet or plain text file, or of a Hugging Face dataset by name.
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    on_bad: OnBad | None = None,
+    trees_as: TreeForm | None = "messages",
+    dropped: Counter[str] | None = None,
+) -> Iterator[Row]:
+    """Rows of a local file or folder, or of a Hugging Face dataset by name.
 
-    `split` applies to datasets only. A text file gives one `{"text": line}` a non-empty line. Blank lines of a
-    JSONL file are skipped. Raises DataError that names the file and line; with `on_bad`, an unreadable line goes
-    there and reading goes on where that can be done.
+    Files: JSONL, JSON arrays, CSV, TSV, plain text (one `{"text": line}` a non-empty line), each also gzipped; parquet
+    and Arrow. Folders: of `datasets.save_to_disk`, or with files named after the split. `split` applies to folders and
+    Hub datasets only. OpenAssistant's message rows become rows of the type `trees_as` (None: they stay as they are),
+    and what is left out of them is counted in `dropped` by reason.
+    Raises DataError that names the file and line; with `on_bad`, an unreadable line goes there and reading goes on
+    where that can be done.
     """
-    for found in _read(source, split):
-        if isinstance(found, Row):
-            yield found
+    for found in assembled(_read(source, split), trees_as, dropped if dropped is not None else Counter()):
+        if not isinstance(found, DataError):
+            where, fields = found
+            yield Row(fields, where)
         elif on_bad is None:
             raise found
         else:
             on_bad(found)
 
 
-def _read(source: str, split: str) -> Iterator[Row | DataError]:
-    path = Path(source).expanduser()
-    if path.suffix.lower() in _FILE_KINDS:
-        if not path.is_file():
-            raise DataError(f"{source}: no such file; give an existing .jsonl, .csv, .parquet or .txt path")
-        return _readers()[path.suffix.lower()](path)
-    return _hub_rows(source, split)
+def _read(source: str, split: str) -> Iterator[Found]:
+    if source.startswith(HUB_PREFIX):
+        yield from hub_rows(source.removeprefix(HUB_PREFIX), split)
+    elif not looks_local(source):
+        yield from hub_rows(source, split)
+    else:
+        yield from _read_local(source, Path(source).expanduser(), split)
 
 
-def _readers() -> dict[str, Any]:
-    return {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}
+def _read_local(source: str, path: Path, split: str) -> Iterator[Found]:
+    if path.is_dir():
+        if is_saved_dataset(path):
+            yield from saved_rows(path, split)
+            return
+        for file in files_of_split(source, path, split, READERS):
+            yield from _read_file(str(file), file)
+    elif not path.exists():
+        raise absent(source, path, READERS)
+    else:
+        yield from _read_file(source, path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
-    """Numbered lines, split at newlines only (str.splitlines would also split inside JSON strings at U+2028)."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield number, DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8")
-
-
-def _jsonl(path: Path) -> Iterator[Row | DataError]:
-    for number, line in _lines(path):
-        if isinstance(line, DataError):
-            yield line
-        elif line.strip():
-            yield _json_row(line, f"{path}:{number}")
-
-
-def _json_row(line: str, where: str) -> Row | DataError:
+def _read_file(source: str, path: Path) -> Iterator[Found]:
+    kind = kind_of(path, READERS)
+    if kind is None:
+        raise unreadable(source, path, READERS)
     try:
-        fields = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        deep = isinstance(error, RecursionError)
-        why = "nested too deeply" if deep else f"{error.msg} at column {error.colno}"
-        return DataError(f"{where}: broken JSON ({why}); each line must be one JSON object")
-    if not isinstance(fields, dict):
-        return DataError(
-            f'{where}: a JSON {type(fields).__name__}, not an object; write one {{"prompt": ...}} object per line'
-        )
-    return Row(fields, where)
-
-
-def _csv(path: Path) -> Iterator[Row | DataError]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(_LONGEST_CELL)
-        reader = csv.DictReader(file, strict=True)
-        try:
-            if not reader.fieldnames:
-                raise DataError(f"{path}: the file is empty; its first line must name the columns")
-            for fields in reader:
-                where = f"{path}:{reader.line_num}"
-                # DictReader hides both cases: too many cells go under None, too few become None.
-                if None in fields or None in fields.values():
-                    yield DataError(
-                        f"{where}: the number of cells differs from the header ({len(reader.fieldnames)} columns); "
-                        "quote cells that hold commas or line breaks"
-                    )
-                    continue
-                yield Row(dict(fields), where)
-        # After these two nobody knows where the next row begins.
-        except UnicodeDecodeError as error:
-            yield DataError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8")
-        except csv.Error as error:
-            yield DataError(
-                f"{path}:{reader.line_num}: broken CSV ({error}); quote cells that hold commas, quotes or line breaks"
-            )
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from error
-    number = 0
-    for batch in table.iter_batches():
-        for fields in batch.to_pylist():
-            number += 1
-            yield Row(fields, f"{path}:{number}")
-
-
-def _text(path: Path) -> Iterator[Row | DataError]:
-    for number, line in _lines(path):
-        if isinstance(line, DataError):
-            yield line
-        elif line.strip():
-            yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
-
-
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
-    if name.startswith((".", "/", "~")):
-        raise DataError(f"{name}: not a data file; give a path that ends in .jsonl, .csv, .parquet or .txt")
-    from datasets import load_dataset
-
-    repository, _, subset = name.partition(":")
-    try:
-        dataset = load_dataset(repository, subset or None, split=split)
-    except Exception as error:  # load_dataset raises a dozen kinds, from network to schema errors
-        raise DataError(
-            f"{name}: cannot load this Hugging Face dataset, split {split!r} ({type(error).__name__}: {error}); "
-            "check the name (owner/name, or owner/name:subset), the split and the network, or give a local file"
-        ) from error
-    for number, fields in enumerate(dataset):
-        yield Row(dict(fields), f"{name}:{number}")
+        yield from READERS[kind](path)
+    except DataError as error:  # a file that is no more readable from here on: a complaint like those about its rows
+        yield error

@@ -15,6 +15,7 @@ from rlhf_ray.data.cleaning import Cleaner
 from rlhf_ray.data.datasets import make_encoder
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.rows import Row, placed, read_rows
+from rlhf_ray.data.trees import tree_form
 from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, RankedRow, Record, TextRow, detect
 from rlhf_ray.errors import DataError
 
@@ -71,7 +72,14 @@ def validate(
     bad: list[BadRow] = []
     types: Counter[str] = Counter()
     lengths: list[int] = []
-    for row in read_rows(data.path, split=data.split, on_bad=lambda error: bad.append(_complaint(error))):
+    rows = read_rows(
+        data.path,
+        split=data.split,
+        on_bad=lambda error: bad.append(_complaint(error)),
+        trees_as=tree_form(data.type, "messages"),
+        dropped=cleaner.dropped,
+    )
+    for row in rows:
         try:
             kind = kind or detect(row, data.columns)
             sizes = [

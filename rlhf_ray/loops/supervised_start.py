@@ -51,7 +51,7 @@ def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
 def corpus(data: DatasetConfig) -> list[str]:
     """All texts of the training rows, whatever their columns, and of the instruction template if they need it."""
     texts: list[str] = []
-    for row in itertools.islice(read_rows(data.path, split=data.split), data.limit):
+    for row in itertools.islice(read_rows(data.path, split=data.split, trees_as=None), data.limit):
         texts += _texts_in(row.fields)
         if "instruction" in row.fields and len(texts) < 100:
             texts += [alpaca_prompt(""), alpaca_prompt("", "")]
