@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.schema import RewardConfig
 
 
@@ -17,6 +18,12 @@ def failure_problems(reward: RewardConfig, key: str) -> list[str]:
         problems.append(
             f"{key}.default_score={reward.default_score:g} would never be given, for {key}.on_failure="
             f"{reward.on_failure}; set on_failure=default, or remove default_score"
+        )
+    given = abs(reward.weight * (reward.default_score or 0.0))
+    if given > LARGEST_REWARD:
+        problems.append(
+            f"{key}.default_score={reward.default_score:g} times {key}.weight={reward.weight:g} is beyond "
+            f"{LARGEST_REWARD:g}, where float32's sums of squares end; lower one of them"
         )
     if reward.on_failure == "retry" and reward.retries == 0:
         problems.append(

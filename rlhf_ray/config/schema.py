@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import RowsConfig, Section, TrainEngineConfig, TrainingRunConfig
 
 
@@ -98,7 +99,9 @@ class RewardConfig(Section):
     timeout_s: float = Field(300.0, gt=0, description="one call; needs isolated, an async function, or a server")
     on_failure: Literal["raise", "retry", "drop_group", "default"] = "raise"
     retries: int | None = Field(None, ge=0, description="repeated calls before that; empty: 2 for retry, else 0")
-    default_score: float | None = Field(None, description="on_failure=default: the score of rows without one")
+    default_score: float | None = Field(
+        None, ge=-LARGEST_REWARD, le=LARGEST_REWARD, description="on_failure=default: the score of rows without one"
+    )
     token_env: str | None = Field(None, description="reward server: environment variable with its bearer token")
 
 
@@ -190,7 +193,7 @@ class AlgorithmConfig(Section):
     overlong_buffer: float = Field(
         0.0, ge=0, le=1, description="last share of max_new_tokens in which a length penalty grows to -1; 0: none"
     )
-    reward_clip: float | None = Field(None, gt=0)
+    reward_clip: float | None = Field(None, gt=0, le=LARGEST_REWARD)
     normalize_rewards: Literal["none", "running", "source", "group"] = Field(
         "none",
         description="divide rewards by the standard deviation of all so far, or of all so far from the same source; "

@@ -66,9 +66,7 @@ def add_ratings(run_dir: Path, sheets: Sequence[Path]) -> dict[str, Any]:
 
 def _write_answers(path: Path, prompts: Sequence[str], answers: Answers) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(answers.scores.by_function)
     for row, completion in enumerate(answers.completions):
-        rewards = {name: float(answers.scores.by_function[name][row]) for name in names}
         fields = {
             "prompt_id": row // answers.samples,
             "prompt": prompts[row // answers.samples],
@@ -76,8 +74,8 @@ def _write_answers(path: Path, prompts: Sequence[str], answers: Answers) -> None
             "tokens": answers.rows.response_lengths[row],
             "truncated": answers.rows.truncated[row],
         }
-        if names:
-            fields |= {"reward": float(answers.scores.score[row]), "rewards": rewards}
+        if answers.scores.by_function:
+            fields |= {"reward": float(answers.scores.score[row]), "rewards": answers.scores.of_row(row)}
         append_line(path, fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,9 @@ def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]
             right_at=config.pass_at.right_at,
         )  # fmt: skip
         metrics["reward_std"] = _std(answers.scores.score)
-        metrics |= {f"reward_std/{name}": _std(value_B) for name, value_B in answers.scores.by_function.items()}
+        by_function = answers.scores.by_function
+        judging = [name for name, value_B in by_function.items() if not value_B.isnan().all()]
+        metrics |= {f"reward_std/{name}": _std(by_function[name]) for name in judging}
         metrics |= _pass_at_k(config, answers)
     ids = answers.scores.completion_ids
     metrics |= text_metrics(answers.completions, ids, answers.rows, largest_n=3, chinese=config.chinese)
@@ -164,8 +167,10 @@ def _pass_at_k(config: EvalRunConfig, answers: Answers) -> dict[str, float]:
     name = config.pass_at.reward or verifiable_reward(by_function)
     if name is None:
         return {}
-    right = [score >= config.pass_at.right_at for score in by_function[name].tolist()]  # no score: not right
-    return {f"pass@{k}": mean_pass_at_k(answers.by_prompt(right), k) for k in config.pass_at.k}
+    # A prompt of whose answers none has a score is not this function's to judge; else no score means: not right.
+    prompts = [scores for scores in answers.by_prompt(by_function[name].tolist()) if not all(map(math.isnan, scores))]
+    right = [[score >= config.pass_at.right_at for score in scores] for scores in prompts]
+    return {f"pass@{k}": mean_pass_at_k(right, k) for k in config.pass_at.k} if right else {}
 
 
 def harmful_rate(settings: RedTeamConfig, answers: Answers) -> float:

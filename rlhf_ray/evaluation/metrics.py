@@ -17,16 +17,24 @@ def reward_metrics(
     """`reward` (the weighted sum), `reward/<name>` of each function, and `accuracy`: the share of right answers.
 
     An answer is right where the reward `right` (None: the verifiable one, if there is one) is at least `right_at`.
-    A number is NaN where a reward function failed and its policy lets the run go on without that row: such rows do
-    not count.
+    A number is NaN where a reward function did not judge the row, or failed and its policy lets the run go on without
+    that row: such rows do not count.
     """
-    result = {"reward": float(score_B.nanmean())}
-    result |= {f"reward/{name}": float(value_B.nanmean()) for name, value_B in by_function.items()}
+    result = {"reward": float(score_B.nanmean()), **function_means(by_function)}
     right = right or verifiable_reward(by_function)
-    if right is not None:
+    if right is not None and f"reward/{right}" in result:
         scored_B = by_function[right][~by_function[right].isnan()]
         result["accuracy"] = float((scored_B >= right_at).to(scored_B.dtype).mean())
     return result
+
+
+def function_means(by_function: Mapping[str, Tensor]) -> dict[str, float]:
+    """`reward/<name>`: each function's mean over the rows that it judged; absent where it judged none."""
+    return {
+        f"reward/{name}": float(value_B.nanmean())
+        for name, value_B in by_function.items()
+        if not value_B.isnan().all()
+    }
 
 
 def verifiable_reward(by_function: Mapping[str, Tensor]) -> str | None:

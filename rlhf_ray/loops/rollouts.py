@@ -25,6 +25,7 @@ from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
 from rlhf_ray.data.prompts import PromptSet, PromptStream
 from rlhf_ray.errors import RewardError
+from rlhf_ray.evaluation.metrics import function_means
 from rlhf_ray.roles.protocols import Gather, Generator, Request, Reward, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.run.timer import Timer
@@ -329,8 +330,7 @@ def rollout_metrics(rows: Rows, scores: Scores, step: int) -> dict[str, float]:
         "truncated_frac": sum(rows.truncated) / len(rows),
         **staleness(rows, step),
     }
-    metrics |= {f"reward/{name}": float(value_B.mean()) for name, value_B in scores.by_function.items()}
-    return metrics | _group_metrics(rows.prompt_id, score_B.tolist())
+    return metrics | function_means(scores.by_function) | _group_metrics(rows.prompt_id, score_B.tolist())
 
 
 def _group_metrics(prompt_ids: Sequence[int], scores: Sequence[float]) -> Mapping[str, float]:

@@ -99,8 +99,7 @@ def _verl_batch(compute_score: Callable[..., Any]) -> Callable[..., Any]:
         plural = {f"{name}s": [row[name] for row in rows] for name in rows[0]} if rows else {}
         returned = compute_score(**plural) if rows else []
         # A list of dicts is verl's; anything else is judged as what it is.
-        is_list = isinstance(returned, (list, tuple))
-        return [value.get("score") if isinstance(value, dict) else value for value in returned] if is_list else returned
+        return [_verl_score(value) for value in returned] if isinstance(returned, (list, tuple)) else returned
 
     return all_rows
 
@@ -122,7 +121,12 @@ def _verl_rows(completions: Sequence[str], columns: Mapping[str, Any]) -> list[d
 
 
 def _verl_row(returned: Any) -> Outcome:
-    return checked([returned.get("score") if isinstance(returned, dict) else returned], 1)
+    return checked([_verl_score(returned)], 1)
+
+
+def _verl_score(returned: Any) -> Any:
+    """A dict without a score stays one: None would mean that the row is not the function's to judge."""
+    return returned.get("score", returned) if isinstance(returned, dict) else returned
 
 
 def _one_raised(error: Exception, row: Mapping[str, Any]) -> Outcome:

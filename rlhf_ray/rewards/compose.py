@@ -12,7 +12,7 @@ from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.adapters import Adapter
 from rlhf_ray.rewards.calling import Inputs, IsolatedFunction, RewardFunction, bind, start, together
-from rlhf_ray.rewards.failures import FailurePolicy, Outcome
+from rlhf_ray.rewards.failures import FailurePolicy, Outcome, too_large, unjudged
 from rlhf_ray.rewards.loading import check_builtin, default_name, is_builtin, is_http
 
 # Names that every function receives anyway, so that a dataset column cannot come under them a second time.
@@ -24,9 +24,13 @@ _FIRST_PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class Rewards:
-    """Scores of a batch. NaN where a function failed and its policy is to drop the group."""
+    """Scores of a batch.
 
-    total: list[float]  # [B] weighted sum
+    A function's own number is NaN where it did not judge the row, or failed and its policy is to drop the group. Only
+    the latter makes the sum NaN.
+    """
+
+    total: list[float]  # [B] weighted sum over the functions that judged the row
     by_function: dict[str, list[float]]  # name -> [B] unweighted
     keep: list[bool]  # [B] False: the row's group was dropped
     stats: dict[str, float]  # fault/retries, fault/dropped (groups), fault/defaulted (rows)
@@ -106,20 +110,29 @@ class RewardSet:
         completion_ids: Sequence[Sequence[int]],
         columns: Sequence[Mapping[str, Any]],
         groups: Sequence[Any] | None = None,
+        *,
+        others_judge: bool = False,
     ) -> Rewards:
         """Weighted sums and each function's unweighted scores. Async and isolated functions run side by side.
+
+        A function that gives None for a row is no part of that row's sum. A row for which every function gives None is
+        a failure of each of them, unless `others_judge`: then its sum is 0.
 
         Args:
             columns: one mapping a row; a function receives each column as a list, None where a row lacks it.
             groups: [B] rows with equal labels answer the same prompt; default: rows with equal prompts.
+            others_judge: something else (a reward model) scores every row.
         Raises:
-            RewardError: names function and row, where a function gave no finite number and its policy is to raise.
+            RewardError: names function and row, where a function failed and its policy is to raise.
         """
         groups = list(prompts if groups is None else groups)
-        outcomes = self._outcomes(_inputs(prompts, completions, completion_ids, columns), groups)
+        outcomes = self._outcomes(_inputs(prompts, completions, completion_ids, columns), groups, others_judge)
         events = [event for name, outcome in outcomes.items() for event in self._apply_policy(name, outcome)]
         scores = {name: _filled(outcome, self.functions[name].policy) for name, outcome in outcomes.items()}
-        total = [sum(f.weight * scores[name][i] for name, f in self.functions.items()) for i in range(len(groups))]
+        total = [
+            sum(f.weight * scores[name][row] for name, f in self.functions.items() if outcomes[name].judged(row))
+            for row in range(len(groups))
+        ]
         lost = {group for group, value in zip(groups, total, strict=True) if math.isnan(value)}
         defaulted = sum(event["rows"] for event in events if event["action"] == "default")
         stats = {
@@ -134,8 +147,10 @@ class RewardSet:
         for function in self.functions.values():
             function.close()
 
-    def _outcomes(self, inputs: Inputs, groups: Sequence[Any]) -> dict[str, Outcome]:
-        outcomes = self._called(dict.fromkeys(self.functions, inputs))
+    def _outcomes(self, inputs: Inputs, groups: Sequence[Any], others_judge: bool) -> dict[str, Outcome]:
+        # Kept apart from `outcomes`: when one function is asked again, a row that nobody judged may become its own.
+        found = self._called(dict.fromkeys(self.functions, inputs))
+        outcomes = self._seen_together(found, len(groups), others_judge)
         most = max((function.policy.retries for function in self.functions.values()), default=0)
         for attempt in range(most):
             again = {
@@ -147,8 +162,14 @@ class RewardSet:
                 break
             time.sleep(_FIRST_PAUSE_S * 2**attempt)
             repeated = self._called({name: _selected(inputs, rows) for name, rows in again.items()})
-            outcomes |= {name: outcomes[name].mended(again[name], repeated[name]) for name in again}
+            found |= {name: outcomes[name].mended(again[name], repeated[name]) for name in again}
+            outcomes = self._seen_together(found, len(groups), others_judge)
         return outcomes
+
+    def _seen_together(self, found: Mapping[str, Outcome], rows: int, others_judge: bool) -> dict[str, Outcome]:
+        """With the failures that no function shows alone: sums that are too large, rows that nobody judged."""
+        outcomes = too_large(found, {name: function.weight for name, function in self.functions.items()}, rows)
+        return outcomes if others_judge else unjudged(outcomes, rows)
 
     def _called(self, work: Mapping[str, Inputs]) -> dict[str, Outcome]:
         returned = {name: start(self.functions[name], inputs) for name, inputs in work.items()}
@@ -163,13 +184,11 @@ class RewardSet:
             mended = {"reward": name, "action": "retry", "rows": 0, "retries": outcome.retries, "reason": reason}
             return [mended] if outcome.retries else []
         row, failure = next(iter(outcome.failures.items()))
-        reason = failure.message(name, row)
         if policy.on_failure in ("raise", "retry"):
-            tried = f" (asked {outcome.retries + 1} times)" if outcome.retries else ""
-            raise RewardError(reason + tried) from outcome.cause
+            raise RewardError(failure.message(name, row, outcome.retries)) from outcome.cause
         return [{
             "reward": name, "action": policy.on_failure, "rows": len(outcome.failures), "retries": outcome.retries,
-            "reason": reason,
+            "reason": failure.message(name, row),
         }]  # fmt: skip
 
 
@@ -199,5 +218,8 @@ def _selected(inputs: Inputs, rows: Sequence[int]) -> Inputs:
 
 
 def _filled(outcome: Outcome, policy: FailurePolicy) -> list[float]:
-    missing = policy.default_score if policy.on_failure == "default" else math.nan
-    return [missing if value is None else value for value in outcome.values]
+    default = policy.default_score if policy.on_failure == "default" else math.nan
+    values = [math.nan if value is None else value for value in outcome.values]
+    for row in outcome.failures:
+        values[row] = default
+    return values

@@ -11,10 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards.failures import Outcome, checked, join
+from rlhf_ray.rewards.failures import Failure, Outcome, checked, join
 
 _TRY_AGAIN = {429, 502, 503, 504}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_MOST_SAID = 1000  # enough for the frames of a function that raised there
 
 
 class _NotNow(Exception):
@@ -127,7 +128,17 @@ class HttpReward:
         if not isinstance(scores, dict) or (len(scores) != 1 and "total" not in answer):
             hint = 'it must be {"scores": {name: [...]}}, with "total": [...] if there are several'
             return Outcome.failed(rows, f"got something else than scores from {self.url}: {_said(text)}", hint)
-        return checked(answer["total"] if "total" in answer else next(iter(scores.values())), rows)
+        outcome = checked(answer["total"] if "total" in answer else next(iter(scores.values())), rows)
+        return outcome.failing(self._failed_there(answer.get("failed"), rows))
+
+    def _failed_there(self, failed: Any, rows: int) -> dict[int, Failure]:
+        """Rows that the server could not judge. A null that is not among them means: not this server's to judge."""
+        reasons = {row: str(reason) for row, reason in failed} if _is_failed_list(failed) else {}
+        return {
+            row: Failure(f"failed at {self.url} ({reason})", "see the server's log")
+            for row, reason in reasons.items()
+            if row in range(rows)
+        }
 
 
 def token_from(variable: str) -> str:
@@ -138,6 +149,11 @@ def token_from(variable: str) -> str:
     return token
 
 
+def _is_failed_list(failed: Any) -> bool:
+    """[[row, reason], ...]"""
+    return isinstance(failed, list) and all(isinstance(told, list) and len(told) == 2 for told in failed)
+
+
 def _said(text: str) -> str:
     """What a server answered, short enough for an error message."""
     try:
@@ -145,4 +161,4 @@ def _said(text: str) -> str:
     except ValueError:
         found = None
     said = str(found["error"]) if isinstance(found, dict) and "error" in found else text
-    return said if len(said) <= 300 else f"{said[:300]}..."
+    return said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]}..."

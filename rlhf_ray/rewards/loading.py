@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.frames import frames_of_users
 
 # Name -> where it lives. Imported when a config asks for it: some need packages that nobody else needs.
 BUILTIN = {
@@ -97,10 +98,11 @@ def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever the user's module does while it is imported
-        raise ConfigError(
+        said = (
             f"reward module {name!r} cannot be imported ({type(error).__name__}: {error}); "
             "install it, or give a path that ends in .py"
-        ) from error
+        )
+        raise ConfigError("\n  ".join([said, *frames_of_users(error)])) from error
 
 
 def _import_file(place: str) -> ModuleType:
@@ -118,5 +120,6 @@ def _import_file(place: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ConfigError(f"reward file {place} cannot be run ({type(error).__name__}: {error}); mend it") from error
+        said = f"reward file {place} cannot be run ({type(error).__name__}: {error}); mend it"
+        raise ConfigError("\n  ".join([said, *frames_of_users(error)])) from error
     return module

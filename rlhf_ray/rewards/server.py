@@ -1,8 +1,9 @@
 """The reward server: reward functions behind HTTP, for runs on other machines or for code that needs its own machine.
 
 `POST /score` takes `{"prompts": [...], "completions": [...], "completion_ids": [...], "columns": {name: [...]}}` and
-answers `{"scores": {name: [...]}, "total": [...], "events": [...]}`: null where a function failed and its policy is to
-drop the group, and an event for each function that failed or was asked again.
+answers `{"scores": {name: [...]}, "total": [...], "events": [...]}`. A total is null where no function judged the row,
+which is then the client's to judge by another one, and where a function failed whose policy is to drop the group: such
+rows stand in `"failed": [[row, reason], ...]`, too. An event tells of each function that failed or was asked again.
 `GET /health` answers while the server runs. Errors answer `{"error": text}`.
 """
 
@@ -78,9 +79,16 @@ class RewardServer:
         """Raises ValueError if it is no such request, RewardError if a function fails and its policy is to raise."""
         prompts, completions, ids, columns = _rows_in(body)
         with self._one_at_a_time:
-            rewards = self._rewards.score(prompts, completions, ids, columns)
+            rewards = self._rewards.score(prompts, completions, ids, columns, others_judge=True)
         numbers = {name: _with_nulls(values) for name, values in rewards.by_function.items()}
-        return {"scores": numbers, "total": _with_nulls(rewards.total), "events": rewards.events}
+        reasons = "; ".join(event["reason"] for event in rewards.events if event["action"] == "drop_group")
+        failed = [[row, reasons] for row, total in enumerate(rewards.total) if math.isnan(total)]
+        total = [
+            None if not any(values[row] is not None for values in numbers.values()) else value
+            for row, value in enumerate(_with_nulls(rewards.total))
+        ]
+        answer = {"scores": numbers, "total": total, "events": rewards.events}
+        return {**answer, "failed": failed} if failed else answer
 
 
 class _Server(ThreadingHTTPServer):

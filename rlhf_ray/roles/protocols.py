@@ -7,6 +7,7 @@ host the same class. The loop sees only these protocols, and treats a batch as o
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Scores:
     """Rewards of a batch: plain numbers, small enough to travel through a driver.
 
     Where a reward function failed and its policy is to drop the group, `score` and the function's own number are NaN.
+    Its own number alone is NaN where the row is not its to judge.
     """
 
     score: Tensor  # [B] float32, the weighted sum
@@ -62,6 +64,11 @@ class Scores:
     stats: Mapping[str, float] = field(default_factory=dict)  # fault/retries, fault/dropped (groups), ...
     events: tuple[Mapping[str, Any], ...] = ()  # what failed and what was done about it, for events.jsonl
     completion_ids: tuple[tuple[int, ...], ...] = ()  # of the rows that have texts; `select` and `cat` leave them out
+
+    def of_row(self, row: int) -> dict[str, float | None]:
+        """Each function's number, None where it has none, as JSON writes it."""
+        values = {name: float(value_B[row]) for name, value_B in self.by_function.items()}
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
 
     def select(self, rows: Sequence[int]) -> Scores:
         """The given rows, all of them judged, in order; texts of as many of the first of them as have one."""

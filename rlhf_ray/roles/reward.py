@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch
+from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores
@@ -73,16 +74,19 @@ class Reward:
         groups: Sequence[int],
     ) -> Scores:
         """As `score`, of texts. `wholes`: prompt and completion as one text; equal `groups` answer the same prompt."""
-        rewards = self.functions.score(prompts, completions, completion_ids, columns, groups)
+        networks = self.model is not None or self.safety is not None
+        rewards = self.functions.score(
+            prompts, completions, completion_ids, columns, groups, others_judge=networks
+        )
         score_B = torch.tensor(rewards.total, dtype=torch.float32)
         named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
         stats = dict(rewards.stats)
         if self.model is not None:
-            named["reward_model"] = _judged("reward_model", self.model, wholes, stats)
+            named["reward_model"] = _judged("reward_model", self.model, self.model.config.weight, wholes, stats)
             score_B = score_B + self.model.config.weight * named["reward_model"]
         if self.safety is not None:
-            named["safety"] = _judged("safety", self.safety, wholes, stats)
             weight = self.safety.config.weight
+            named["safety"] = _judged("safety", self.safety, weight, wholes, stats)
             score_B = (1 - weight) * score_B + weight * named["safety"]
         keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
         texts = tuple(zip(prompts, completions, strict=True))
@@ -105,12 +109,19 @@ class Reward:
         ]
 
 
-def _judged(name: str, judge: RewardModel | Safety, texts: Sequence[str], stats: dict[str, float]) -> torch.Tensor:
-    """Its scores, all finite; `stats` learns how many texts were too long for it."""
+def _judged(
+    name: str, judge: RewardModel | Safety, weight: float, texts: Sequence[str], stats: dict[str, float]
+) -> torch.Tensor:
+    """Its scores, none too large also with its weight; `stats` learns how many texts were too long for it."""
     values, cut = judge.score(texts)
     score_B = torch.tensor(values)
-    if not score_B.isfinite().all():
-        row = int((~score_B.isfinite()).nonzero()[0])
-        raise RewardError(f"{name}: row {row} scored {score_B[row]}; check the folder {judge.config.path}")
+    # Scores that are not finite compare false too.
+    fine_B = score_B.abs() * max(1.0, abs(weight)) <= LARGEST_REWARD
+    if not fine_B.all():
+        row = int((~fine_B).nonzero()[0])
+        hint = f"check the folder {judge.config.path}"
+        if score_B[row].isfinite():
+            hint += f", or lower its weight ({weight:g}): rewards end at {LARGEST_REWARD:g}"
+        raise RewardError(f"{name}: row {row} scored {score_B[row]:g}; {hint}")
     stats[f"reward/{name}_cut"] = float(cut)
     return score_B

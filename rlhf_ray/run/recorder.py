@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,13 @@ def _summary_of(directory: RunDirectory) -> dict[str, Any]:
 
 def rollout_rows(rows: Rows, scores: Scores, count: int) -> list[dict[str, Any]]:
     """The first `count` completions of a step, for rollouts/step_N.jsonl."""
-    names: Sequence[str] = list(scores.by_function)
     return [
         {
             "prompt_id": rows.prompt_id[i],
             "prompt": prompt,
             "completion": completion,
             "reward": float(scores.score[i]),
-            "rewards": {name: float(scores.by_function[name][i]) for name in names},
+            "rewards": scores.of_row(i),
             "tokens": rows.response_lengths[i],
             "truncated": rows.truncated[i],
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-import torch
 
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RewardConfig
@@ -13,7 +12,7 @@ from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards import compose
 from rlhf_ray.rewards.calling import RewardFunction
 from rlhf_ray.rewards.compose import RewardSet, load_reward, reward_of
-from rlhf_ray.rewards.failures import LARGEST, Failure, FailurePolicy, Outcome, join
+from rlhf_ray.rewards.failures import Failure, FailurePolicy, Outcome, join
 from rlhf_ray.rewards.server import RewardServer
 
 # The first row of the second prompt says what goes wrong; what it does is done once a file `mended` exists.
@@ -41,7 +40,7 @@ def reward(prompts, completions, mode, **columns):
     if what == "too many": return scores + [1.0]
     if what == "a number": return 1.0
     if what == "nothing": return None
-    scores[row] = {{"None": None, "nan": math.nan, "inf": math.inf, "text": "2.5", "list": [1.0]}}[what]
+    scores[row] = {{"dict": {{}}, "nan": math.nan, "inf": math.inf, "text": "2.5", "list": [1.0]}}[what]
     return scores
 """
 
@@ -57,7 +56,7 @@ WHOLE_CALL = {
     "nothing": "returned a NoneType",
 }
 ONE_ROW = {
-    "None": "gave None for row 2",
+    "dict": "gave a dict for row 2",
     "nan": "gave nan for row 2",
     "inf": "gave inf for row 2",
     "text": "gave the text '2.5' for row 2",
@@ -200,10 +199,10 @@ def test_groups_may_be_told_apart_although_their_prompts_are_equal():
 
 def test_two_functions_two_policies():
     def first(completions):
-        return [None, 1.0, 1.0, 1.0]
+        return ["?", 1.0, 1.0, 1.0]
 
     def second(completions):
-        return [1.0, 1.0, 1.0, None]
+        return [1.0, 1.0, 1.0, "?"]
 
     rewards = RewardSet([
         RewardFunction("first", first, 10.0, policy=FailurePolicy("default", default_score=0.5)),
@@ -273,8 +272,7 @@ def score_by_http(server, place):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_over_http(score_by_http, mode):
-    says = "gave None for row " + ("2" if mode in ONE_ROW else "0")
-    with pytest.raises(RewardError, match=f"reward 'remote' {says}"):
+    with pytest.raises(RewardError, match=f"reward 'remote' failed at http.* .reward 'mine' .*{MODES[mode]}"):
         score_by_http(mode)
     with pytest.raises(RewardError, match=f"reward 'remote' got HTTP 500 .*reward 'mine' .*{MODES[mode]}"):
         score_by_http(mode, served="raise")
@@ -289,9 +287,9 @@ def test_over_http(score_by_http, mode):
 
 
 def test_outcomes_join_and_travel():
-    bad = Outcome((1.0, None), {1: Failure("gave None", "return a number")}, retries=2)
-    both = join([Outcome((5.0,)), bad, Outcome.failed(1, "raised X", "mend it")])
-    assert both.values == (5.0, 1.0, None, None) and sorted(both.failures) == [2, 3] and both.retries == 2
+    bad = Outcome((1.0, None), {1: Failure("gave nan", "return a number")}, retries=2)
+    both = join([Outcome((5.0, None)), bad, Outcome.failed(1, "raised X", "mend it", where=("a.py:1 in f: x",))])
+    assert both.values == (5.0, None, 1.0, None, None) and sorted(both.failures) == [3, 4] and both.retries == 2
     assert Outcome.from_json(both.as_json()) == both
 
 
@@ -328,12 +326,3 @@ def test_settings_that_contradict_each_other(settings, says):
 
     with pytest.raises(ConfigError, match=says):
         parse_config({"rewards": [{"function": "sentiment", **settings}]}, RewardServerConfig, source="x.yaml")
-
-
-@pytest.mark.parametrize("score", [1e39, -1e39])
-def test_a_score_beyond_float32_is_no_finite_number(score):
-    """The batch is float32: there it would be infinite, and behind the back of the policy."""
-    rewards = RewardSet([RewardFunction("mine", lambda completions: [score], policy=FailurePolicy("raise"))])
-    with pytest.raises(RewardError, match="return a finite number, of float32's range"):
-        rewards.score(["p"], ["c"], [[1]], [{}])
-    assert torch.tensor(LARGEST).isfinite()

@@ -152,6 +152,20 @@ def test_a_model_that_gives_no_number(words, batch):
         Reward(RewardSet([]), words, model=Judge([0.5, math.nan])).score(batch)
 
 
+def test_a_reward_model_judges_rows_that_no_function_does(words, batch):
+    nobody = RewardSet([RewardFunction("nobody", lambda completions: [None, 2.0])])
+    scores = Reward(nobody, words, model=Judge([0.5, -1.0], weight=4.0)).score(batch)
+    assert scores.score.tolist() == [2.0, -2.0] and scores.keep is None and scores.events == ()
+    assert scores.of_row(0) == {"nobody": None, "reward_model": 0.5}
+    assert scores.of_row(1) == {"nobody": 2.0, "reward_model": -1.0}
+
+
+def test_a_model_s_number_may_not_overflow_float32_with_its_weight_either(words, batch):
+    with pytest.raises(RewardError, match=r"reward_model: row 1 scored 1e\+12; .*lower its weight \(1000\)"):
+        Reward(RewardSet([]), words, model=Judge([0.5, 1e12], weight=1e3)).score(batch)
+    assert Reward(RewardSet([]), words, model=Judge([0.5, 1e12])).score(batch).score[1] == 1e12
+
+
 # ---- reward models --------------------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
