@@ -17,7 +17,7 @@ from rlhf_ray.algo.aggregation import loss_totals, loss_weights
 from rlhf_ray.algo.kl import kl_loss
 from rlhf_ray.algo.logprobs import token_entropy, token_logprobs
 from rlhf_ray.algo.policy_losses import cispo_loss, clipped_loss, gspo_loss
-from rlhf_ray.algo.preference import bradley_terry_loss, dpo_loss
+from rlhf_ray.algo.preference import bradley_terry_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss
 
 pytestmark = pytest.mark.slow  # importing TRL takes ten seconds
 
@@ -159,6 +159,43 @@ def test_reward_model_loss_with_margin(trl):
     expected = trl.RewardTrainer.compute_loss(self, lambda **_: SimpleNamespace(logits=score_B), inputs)
     ours = bradley_terry_loss(score_B[:4, 0], score_B[4:, 0], margin_B).mean()
     same_loss(ours, expected, score_B)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # TRL calls these trainers experimental
+def test_simpo_and_orpo_without_a_reference(trl):
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    mean_B = -torch.rand(8, dtype=torch.float32).add(0.05)
+    mean_B.requires_grad_(True)
+    chosen_B, rejected_B = mean_B.chunk(2)
+    self = trainer(beta=2.0, loss_type="simpo", simpo_gamma=0.7, label_smoothing=0.0, alpha=0.0)
+    expected_B, _, _ = CPOTrainer.cpo_loss(self, chosen_B, rejected_B)
+    same_loss(simpo_loss(chosen_B, rejected_B, 2.0, gamma=0.7).mean(), expected_B.mean(), mean_B)
+    # TRL returns what it subtracts from a supervised loss of its own, which is over prompt and answer.
+    odds_B, *_ = ORPOTrainer.odds_ratio_loss(trainer(beta=0.3), chosen_B, rejected_B)
+    same_loss(orpo_loss(chosen_B, rejected_B, 0.3).mean(), -chosen_B.mean() - odds_B.mean(), mean_B)
+
+
+def test_kto(trl, rollout):
+    """TRL sorts a batch into good and bad answers, and takes the KL from the batch's mismatched ones."""
+    logp_BT = rollout.logp_BT * rollout.mask_BT
+    mask_BT = torch.nn.functional.pad(rollout.mask_BT, (1, 0)).long()
+    good_B = torch.tensor([1, 0, 0] * 4)
+    ref_B, (kl_B, ref_kl_B) = (rollout.ref_BT * rollout.mask_BT).sum(1), torch.rand(2, 12).double() * 3
+    self = trainer(
+        beta=0.3, loss_type="kto", calculate_KL=True, precompute_ref_logps=True, desirable_weight=1.5,
+        undesirable_weight=0.5, _total_train_tokens=0, _tp_size=1, _compute_kl_logps=lambda *_: kl_B,
+    )  # fmt: skip
+    outputs = SimpleNamespace(log_probs=logp_BT, entropy=logp_BT, mean_logits=logp_BT, is_top1=rollout.mask_BT)
+    inputs = {"input_ids": mask_BT, "completion_mask": mask_BT, "attention_mask": mask_BT, "label": good_B.bool(),
+              "ref_logps": ref_B, "ref_KL_logps": ref_kl_B}  # fmt: skip
+    expected = trl.KTOTrainer._compute_loss(self, lambda **_: outputs, inputs, False)
+    kl = (kl_B - ref_kl_B).mean()
+    ours_B, _ = kto_loss(
+        logp_BT.sum(1), ref_B, good_B, kl, 0.3, desirable_weight=1.5, undesirable_weight=0.5
+    )  # fmt: skip
+    same_loss(ours_B.mean(), expected, rollout.logp_BT)
 
 
 # ---- advantages, from the first step of a real trainer ----------------------------------------------------
