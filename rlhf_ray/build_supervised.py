@@ -64,7 +64,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
         with open_trainer(config, assets, splits) as trainer:
             run.workload = Workload(devices=trainer.devices)
-            if isinstance(config, DPOConfig):
+            if isinstance(config, DPOConfig) and config.dpo.needs_reference:
                 set_reference(config, trainer, run)
             result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
             if isinstance(config, RMConfig):

@@ -78,7 +78,7 @@ def dpo(
     config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
-    """Direct preference optimisation on pairs or rankings of answers (DPO, IPO, cDPO)."""
+    """Direct preference optimisation on pairs or rankings of answers (DPO, IPO, cDPO, SimPO, ORPO)."""
     _run_supervised("dpo", config, overrides or [], run_dir, resume, dry_run)
 
 

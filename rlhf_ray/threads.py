@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-# Of GNU's OpenMP (PyTorch's Linux wheels): turns of the waiting loop. Of LLVM's and Intel's (macOS, conda): milliseconds.
+# Of GNU's OpenMP (PyTorch's Linux wheels): turns of a waiting loop. Of LLVM's and Intel's (macOS, conda): ms.
 _SHORT_WAIT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 _POLICY = "OMP_WAIT_POLICY"
 WAITING = (_POLICY, *_SHORT_WAIT)  # all variables that say how threads wait

@@ -1,5 +1,6 @@
-"""Losses on preferences: the reward model's, DPO's and its relatives'. One loss a pair, a ranking or an answer, [B]; take
-the mean.
+"""Losses on preferences: the reward model's, DPO's and its relatives'.
+
+One loss a pair, a ranking or an answer, [B]; take the mean.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ that contradict each other (`contradictions`).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_ray.config.checks import (
     engine_problems,
@@ -151,12 +151,32 @@ class RMConfig(SupervisedConfig):
     rm: RMLossConfig = RMLossConfig()
 
 
+# What each paper sets, where the config says nothing.
+_BETA_OF_KIND = {"simpo": 2.0}
+
+
 class DPOLossConfig(Section):
-    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
-    kind: Literal["sigmoid", "ipo"] = "sigmoid"
+    kind: Literal["sigmoid", "ipo", "simpo", "orpo"] = Field(
+        "sigmoid", description="sigmoid (DPO) and ipo have a reference, simpo and orpo have none"
+    )
+    beta: float = Field(
+        0.1, gt=0, description="sigmoid, ipo: strength of the pull towards the reference; simpo: scale of the rewards "
+        "(2.0 when empty); orpo: weight of the odds ratio (the paper's lambda)"
+    )  # fmt: skip
+    gamma: float = Field(1.0, ge=0, description="simpo: the margin that chosen answers are to have")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cDPO: the share of labels taken to be wrong")
     nll_weight: float = Field(0.0, ge=0, description="adds the chosen answer's negative log-likelihood a token (RPO)")
     reference: str | None = Field(None, description="a model folder; empty: the policy before its first step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_beta(cls, given: Any) -> Any:
+        beta = _BETA_OF_KIND.get(given.get("kind")) if isinstance(given, dict) else None
+        return given if beta is None else {"beta": beta, **given}
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kind in ("sigmoid", "ipo")
 
 
 class DPOLearnerConfig(SupervisedLearnerConfig):
@@ -169,12 +189,17 @@ class DPOConfig(SupervisedConfig):
     dpo: DPOLossConfig = DPOLossConfig()
 
     def contradictions(self, device: str | None = None) -> list[str]:
-        problems = super().contradictions(device)
-        if self.dpo.kind == "ipo" and self.dpo.label_smoothing > 0:
+        problems, loss = super().contradictions(device), self.dpo
+        if loss.kind != "sigmoid" and loss.label_smoothing > 0:
             problems.append(
-                "dpo.label_smoothing belongs to the sigmoid loss, and dpo.kind=ipo has no labels to smooth; "
+                f"dpo.label_smoothing belongs to the sigmoid loss, and dpo.kind={loss.kind} has no labels to smooth; "
                 "set dpo.kind=sigmoid or dpo.label_smoothing=0"
             )
+        if not loss.needs_reference and loss.reference is not None:
+            problems.append(f"dpo.kind={loss.kind} has no reference; remove dpo.reference, or set dpo.kind=sigmoid")
+        if not loss.needs_reference and loss.nll_weight > 0:
+            has = "orpo's loss has such a term already" if loss.kind == "orpo" else "simpo's loss has no such term"
+            problems.append(f"dpo.nll_weight={loss.nll_weight}: {has}; set it to 0, or dpo.kind=sigmoid or ipo")
         return problems
 
 

@@ -1,4 +1,6 @@
-"""What a supervised run learns: language modelling, preferences for a reward model or for DPO, and labels.
+"""What a supervised run learns: language modelling, preferences for a reward model, and labels.
+
+Preferences for a policy are in `preferences.py`.
 
 An objective makes items into a batch, the model's outputs into one loss an item (`measure`), and what was measured
 of any number of items into metrics. Training and validation use the same three, so a number means the same in both.
@@ -17,8 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from rlhf_ray.algo.calibration import calibration_error, correlation, histogram, preference_confidence
 from rlhf_ray.algo.logprobs import token_logprobs
-from rlhf_ray.algo.preference import bradley_terry_loss, dpo_loss
-from rlhf_ray.config.supervised import DPOLossConfig
+from rlhf_ray.algo.preference import bradley_terry_loss
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 
 Item = TypeVar("Item")
@@ -44,15 +45,6 @@ class SupervisedBatch:
     def lengths(self) -> Tensor:
         """[B] tokens of the answer in each row."""
         return self.learned.sum(1)
-
-
-@dataclass(frozen=True)
-class ReferencedPair:
-    """A pair and what the reference policy thinks of it: log-probabilities summed over the answer's tokens."""
-
-    pair: TokenizedPair
-    chosen_logp: float
-    rejected_logp: float
 
 
 class Objective(Protocol, Generic[Item]):
@@ -194,70 +186,6 @@ class BradleyTerry:
         edges, (chosen, rejected) = histogram([measured["chosen"], measured["rejected"]])
         details = {"score_histogram": {"edges": edges, "chosen": chosen, "rejected": rejected}}
         return {**self.metrics(measured), **numbers}, details
-
-
-class DPO:
-    """Direct preference optimisation against reference log-probabilities that were computed before the first step."""
-
-    def __init__(self, pad_token_id: int, config: DPOLossConfig) -> None:
-        self.pad_token_id = pad_token_id
-        self.config = config
-
-    def lengths(self, item: ReferencedPair) -> tuple[int, ...]:
-        return len(item.pair.chosen.token_ids), len(item.pair.rejected.token_ids)
-
-    def weight(self, item: ReferencedPair) -> int:
-        return 1
-
-    def collate(self, items: Sequence[ReferencedPair]) -> SupervisedBatch:
-        rows = [item.pair.chosen for item in items] + [item.pair.rejected for item in items]
-        return pad_rows(
-            [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
-            reference_chosen=torch.tensor([item.chosen_logp for item in items], dtype=torch.float32),
-            reference_rejected=torch.tensor([item.rejected_logp for item in items], dtype=torch.float32),
-        )  # fmt: skip
-
-    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
-        return language_model_inputs(batch)
-
-    def logprobs(self, outputs: Any, batch: SupervisedBatch) -> tuple[Tensor, Tensor]:
-        """([P], [P]) log-probabilities of the chosen and the rejected answers, summed over their tokens."""
-        logp_BT = token_logprobs(outputs.logits, batch.tokens, mask_BT=batch.learned)
-        chosen_P, rejected_P = logp_BT.sum(1).chunk(2)
-        return chosen_P, rejected_P
-
-    def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
-        chosen_P, rejected_P = self.logprobs(outputs, batch)
-        ref_chosen_P, ref_rejected_P = batch.extra["reference_chosen"], batch.extra["reference_rejected"]
-        lengths_P, settings = batch.lengths.clamp(min=1).chunk(2), self.config
-        # IPO compares means over tokens (see `dpo_loss`).
-        by_chosen, by_rejected = lengths_P if settings.kind == "ipo" else (1, 1)
-        loss_P, _, _ = dpo_loss(
-            chosen_P / by_chosen, rejected_P / by_rejected, ref_chosen_P / by_chosen, ref_rejected_P / by_rejected,
-            settings.beta, kind=settings.kind, label_smoothing=settings.label_smoothing,
-            nll_weight=settings.nll_weight, chosen_length_B=None if settings.kind == "ipo" else lengths_P[0],
-        )  # fmt: skip
-        return {
-            "loss": loss_P,
-            "chosen_logp": chosen_P.detach(), "rejected_logp": rejected_P.detach(),
-            "chosen_reward": settings.beta * (chosen_P.detach() - ref_chosen_P),
-            "rejected_reward": settings.beta * (rejected_P.detach() - ref_rejected_P),
-        }  # fmt: skip
-
-    def metrics(self, measured: Measured) -> dict[str, float]:
-        chosen_N, rejected_N = measured["chosen_reward"], measured["rejected_reward"]
-        return {
-            "loss": float(measured["loss"].mean()),
-            "rewards/chosen": float(chosen_N.mean()),
-            "rewards/rejected": float(rejected_N.mean()),
-            "rewards/accuracies": float((chosen_N > rejected_N).double().mean()),
-            "rewards/margins": float((chosen_N - rejected_N).mean()),
-            "logps/chosen": float(measured["chosen_logp"].mean()),
-            "logps/rejected": float(measured["rejected_logp"].mean()),
-        }
-
-    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
-        return self.metrics(measured), {}
 
 
 class Classification:

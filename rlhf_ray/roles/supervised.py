@@ -20,7 +20,8 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.microbatch import split_microbatches, split_ranks
-from rlhf_ray.roles.objectives import DPO, Measured, Objective, ReferencedPair
+from rlhf_ray.roles.objectives import Measured, Objective
+from rlhf_ray.roles.preferences import DPO, ReferencedPair, answer_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +160,7 @@ class SupervisedTrainer:
         plan, measured = self._plan(items), []
         for places in plan.parts:
             batch = objective.collate([items[place] for place in places]).to(self.engine.device)
-            chosen_P, rejected_P = objective.logprobs(model(**objective.inputs(batch)), batch)
+            chosen_P, rejected_P = answer_logprobs(model(**objective.inputs(batch)), batch)
             measured.append({"chosen": chosen_P, "rejected": rejected_P})
         table = self._gathered(len(items), plan, measured)
         return list(zip(table["chosen"].tolist(), table["rejected"].tolist(), strict=True))

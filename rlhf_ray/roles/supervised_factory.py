@@ -17,7 +17,8 @@ from rlhf_ray.models.classifiers import freeze_layers, head_names, load_classifi
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.lora import apply_lora, quantization
 from rlhf_ray.roles.factory import Assets, Rank, train_engine
-from rlhf_ray.roles.objectives import DPO, SFT, BradleyTerry, Classification, Objective
+from rlhf_ray.roles.objectives import SFT, BradleyTerry, Classification, Objective
+from rlhf_ray.roles.preferences import DPO, ReferenceFree
 from rlhf_ray.roles.supervised import SupervisedTrainer
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def make_objective(
     if isinstance(config, RMConfig):
         return BradleyTerry(pad, tokenizer.eos_token_id, config.rm.margin_scale)
     if isinstance(config, DPOConfig):
-        return DPO(pad, config.dpo)
+        return DPO(pad, config.dpo) if config.dpo.needs_reference else ReferenceFree(pad, config.dpo)
     if isinstance(config, ClassifierConfig):
         return Classification(pad, labels)
     raise ConfigError(f"{type(config).__name__} is none of the supervised commands' configs")

@@ -99,7 +99,8 @@ def test_kto_pulls_good_answers_over_the_kl_and_bad_ones_below():
     loss_B.sum().backward()
     sigmoid = 1 / (1 + math.exp(-1.0))
     assert loss_B.tolist() == pytest.approx([2 * (1 - sigmoid), 3 * (1 - sigmoid)])
-    assert policy.grad.tolist() == pytest.approx([-0.5 * 2 * sigmoid * (1 - sigmoid), 0.5 * 3 * sigmoid * (1 - sigmoid)])
+    slope = 0.5 * sigmoid * (1 - sigmoid)
+    assert policy.grad.tolist() == pytest.approx([-2 * slope, 3 * slope])
     assert reward_B.tolist() == [1.5, -0.5] and not reward_B.requires_grad
     below_B, _ = kto_loss(policy.detach(), *args, -7.0, 0.5)
     zero_B, _ = kto_loss(policy.detach(), *args, 0.0, 0.5)

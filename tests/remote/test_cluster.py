@@ -22,12 +22,12 @@ from rlhf_ray.remote import cluster
 from rlhf_ray.remote import roles as remote_roles
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
-from rlhf_ray.threads import WAITING
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.placement import Plan, Seat, options_of, placed, plan_seats
 from rlhf_ray.remote.roles import _lend_gpus, open_remote_roles
 from rlhf_ray.roles.factory import Assets
+from rlhf_ray.threads import WAITING
 
 VLLM = ("executor=ray", "generator.engine=vllm", "device=auto")
 ON_GPU = Assets("nowhere", "nowhere", Hardware("cuda", torch.bfloat16))

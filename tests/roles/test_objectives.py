@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_ray.config.supervised import DPOLossConfig
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
-from rlhf_ray.roles.objectives import DPO, SFT, BradleyTerry, Classification, ReferencedPair
+from rlhf_ray.roles.objectives import SFT, BradleyTerry, Classification
 
 VOCAB, PAD, EOS = 4, 0, 1
 LN2, LN3, LN4 = math.log(2.0), math.log(3.0), math.log(4.0)
@@ -119,47 +118,6 @@ def test_the_report_knows_calibration_length_and_the_histogram():
     histogram = details["score_histogram"]
     assert histogram["chosen"][0] == 2 and histogram["rejected"][-1] == 2
     assert len(histogram["edges"]) == len(histogram["chosen"]) + 1
-
-
-# ---- DPO ------------------------------------------------------------------------------------------------------
-
-
-def dpo_measured(config: DPOLossConfig, chosen_logp: float, rejected_logp: float) -> tuple[DPO, dict]:
-    """An even model; the answers (2, 1) and (2, 2, 1) have log-probabilities -2 ln 4 and -3 ln 4."""
-    dpo = DPO(PAD, config)
-    batch = dpo.collate([ReferencedPair(pair((3, 2, 1), (3, 2, 2, 1)), chosen_logp, rejected_logp)])
-    return dpo, dpo.measure(even(batch.tokens), batch)
-
-
-def test_dpo_sigmoid():
-    # log-ratios: chosen +1, rejected -1, so h = 2; beta 0.5
-    dpo, measured = dpo_measured(DPOLossConfig(beta=0.5), -2 * LN4 - 1, -3 * LN4 + 1)
-    assert measured["loss"].item() == pytest.approx(math.log(1 + math.exp(-1.0)), rel=1e-5)
-    metrics = dpo.metrics(measured)
-    assert metrics["rewards/chosen"] == pytest.approx(0.5, rel=1e-5)
-    assert metrics["rewards/rejected"] == pytest.approx(-0.5, rel=1e-5)
-    assert metrics["rewards/margins"] == pytest.approx(1.0, rel=1e-5) and metrics["rewards/accuracies"] == 1.0
-    assert metrics["logps/chosen"] == pytest.approx(-2 * LN4) and metrics["logps/rejected"] == pytest.approx(-3 * LN4)
-
-
-def test_label_smoothing_and_the_nll_term():
-    config = DPOLossConfig(beta=0.5, label_smoothing=0.1, nll_weight=2.0)
-    _, measured = dpo_measured(config, -2 * LN4 - 1, -3 * LN4 + 1)
-    expected = 0.9 * math.log(1 + math.exp(-1.0)) + 0.1 * math.log(1 + math.exp(1.0)) + 2.0 * LN4
-    assert measured["loss"].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_ipo_compares_means_over_tokens():
-    # h = 1/2 - (-1/3) = 5/6, and 1/(2 beta) = 1
-    dpo, measured = dpo_measured(DPOLossConfig(beta=0.5, kind="ipo"), -2 * LN4 - 1, -3 * LN4 + 1)
-    assert measured["loss"].item() == pytest.approx((5 / 6 - 1) ** 2, rel=1e-4)
-    assert dpo.metrics(measured)["rewards/chosen"] == pytest.approx(0.5, rel=1e-5), "of sums, as for sigmoid"
-
-
-def test_the_nll_term_of_ipo_is_a_mean_over_tokens_too():
-    plain = dpo_measured(DPOLossConfig(beta=0.5, kind="ipo"), 0.0, 0.0)[1]["loss"]
-    more = dpo_measured(DPOLossConfig(beta=0.5, kind="ipo", nll_weight=1.0), 0.0, 0.0)[1]["loss"]
-    assert (more - plain).item() == pytest.approx(LN4, rel=1e-5)
 
 
 # ---- classifier -----------------------------------------------------------------------------------------------

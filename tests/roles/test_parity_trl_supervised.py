@@ -19,7 +19,8 @@ from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import char_tokenizer
 from rlhf_ray.models.torch_engine import TorchEngine
-from rlhf_ray.roles.objectives import DPO, BradleyTerry
+from rlhf_ray.roles.objectives import BradleyTerry
+from rlhf_ray.roles.preferences import DPO, ReferenceFree
 from rlhf_ray.roles.supervised import SupervisedTrainer
 
 pytestmark = pytest.mark.slow  # importing TRL takes ten seconds
@@ -99,6 +100,29 @@ def test_dpo(trl, tokenizer, policy, tmp_path, kind):
         {"train": pairs(tokenizer)}, tokens_per_microbatch=10_000, tokenizer=tokenizer,
     )  # fmt: skip
     trainer.set_reference(trainer.reference_logprobs(str(tmp_path / "reference")))
+    ours = trainer.step(range(len(PROMPTS)), lr=1e-3)
+    names = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+             "logps/rejected", "loss", "grad_norm"]  # fmt: skip
+    assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, **TIGHT)
+    assert abs(theirs["rewards/margins"]) > 0.01 and theirs["grad_norm"] > 0.01
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # TRL calls this trainer experimental
+def test_simpo(trl, tokenizer, policy, tmp_path):
+    """ORPO's trainer is not comparable: its supervised part is over prompt and answer, the paper's over the answer."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    config = CPOConfig(
+        **options(tmp_path), beta=1.5, loss_type="simpo", simpo_gamma=0.7, cpo_alpha=0.0, max_length=32,
+        disable_dropout=True,
+    )  # fmt: skip
+    theirs = first_logs(CPOTrainer(model=load_policy(policy), args=config, train_dataset=dataset(),
+                                   processing_class=tokenizer))  # fmt: skip
+    objective = ReferenceFree(tokenizer.pad_token_id, DPOLossConfig(kind="simpo", beta=1.5, gamma=0.7))
+    trainer = SupervisedTrainer(
+        TorchEngine(load_policy(policy), max_grad_norm=1e9), objective,
+        {"train": pairs(tokenizer)}, tokens_per_microbatch=10_000, tokenizer=tokenizer,
+    )  # fmt: skip
     ours = trainer.step(range(len(PROMPTS)), lr=1e-3)
     names = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
              "logps/rejected", "loss", "grad_norm"]  # fmt: skip

@@ -14,7 +14,8 @@ from rlhf_ray.models.classifiers import freeze_layers
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.models.torch_engine import TorchEngine
-from rlhf_ray.roles.objectives import DPO, SFT, BradleyTerry, Classification
+from rlhf_ray.roles.objectives import SFT, BradleyTerry, Classification
+from rlhf_ray.roles.preferences import DPO, ReferenceFree
 from rlhf_ray.roles.supervised import SupervisedTrainer
 
 SHAPE = {"vocab_size": 11, "hidden_size": 16, "layers": 2, "heads": 2, "max_length": 16}
@@ -34,7 +35,7 @@ LABELLED = [LabelledText((2, 3, 4), 0), LabelledText((5, 6, 7, 8, 9), 1), Labell
 
 
 def network(kind: str) -> torch.nn.Module:
-    if kind in ("sft", "dpo"):
+    if kind in ("sft", "dpo", "simpo", "orpo"):
         return build_scratch("qwen2", **SHAPE)
     labels = ["score"] if kind == "rm" else ["bad", "good"]
     return build_scratch_classifier("qwen2" if kind == "rm" else "bert", labels=labels, **SHAPE)
@@ -45,6 +46,8 @@ def trainer(kind: str, budget: int = 10_000, model: torch.nn.Module | None = Non
         "sft": (SFT(0), TEXTS),
         "rm": (BradleyTerry(0, 1), PAIRS),
         "dpo": (DPO(0, DPOLossConfig(beta=0.5)), PAIRS),
+        "simpo": (ReferenceFree(0, DPOLossConfig(kind="simpo")), PAIRS),
+        "orpo": (ReferenceFree(0, DPOLossConfig(kind="orpo")), PAIRS),
         "classifier": (Classification(0, ["bad", "good"]), LABELLED),
     }[kind]
     engine = TorchEngine(network(kind) if model is None else model, max_grad_norm=1e9)
@@ -57,7 +60,7 @@ def trainer(kind: str, budget: int = 10_000, model: torch.nn.Module | None = Non
     return made
 
 
-KINDS = ["sft", "rm", "dpo", "classifier"]
+KINDS = ["sft", "rm", "dpo", "simpo", "orpo", "classifier"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
