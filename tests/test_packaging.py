@@ -1,4 +1,4 @@
-"""The promises of pyproject.toml, the Makefile, .ci/run and the README's file tree."""
+"""The promises of pyproject.toml, the Makefile and .ci/run."""
 
 from __future__ import annotations
 
@@ -92,50 +92,6 @@ def test_committed_files_name_no_machine():
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", "") and path.is_file() and path != Path(__file__):
             found = re.search(r"(?<![\w.])/(work|home|root|Users)/\w", path.read_text(encoding="utf-8"))
             assert not found, f"{name} names a path of one machine: {found[0]}..."
-
-
-# ---- the README's file tree --------------------------------------------------------------------------------
-
-
-# What must stand there, folder by folder; of other folders a line will do.
-IN_TREE = {
-    "rlhf_ray": ("*.py",), "configs": ("*.yaml",), "examples": ("*.py",), "benchmarks": ("*.py", "*.md"),
-    "docs": ("*.md", "*.json"), "docker": ("Dockerfile.*",), "requirements": ("*.txt",),
-}  # fmt: skip
-
-
-def files_in_tree(block: str) -> set[str]:
-    """Paths in an indented tree: folders end in "/", one entry a line, its purpose after two spaces."""
-    paths, stack = set(), []
-    for line in block.splitlines():
-        if not line.strip():
-            continue
-        depth, entry = len(line) - len(line.lstrip()), re.split(r"\s{2,}", line.strip())[0]
-        stack = [(d, n) for d, n in stack if d < depth]
-        if entry.endswith("/"):
-            stack.append((depth, entry))
-        else:
-            paths.add("".join(n for _, n in stack) + entry)
-    return paths
-
-
-def test_the_tree_is_read_right():
-    block = "rlhf_ray/\n  cli.py      commands\n  algo/       pure maths\n    kl.py     KL\ndocs/\n  a.md\n"
-    assert files_in_tree(block) == {"rlhf_ray/cli.py", "rlhf_ray/algo/kl.py", "docs/a.md"}
-
-
-def test_the_readmes_file_tree_is_true():
-    readme = ROOT / "README.md"
-    blocks = re.findall(r"```\w*\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.exists() else []
-    trees = [block for block in blocks if re.search(r"^rlhf_ray/", block, re.MULTILINE)]
-    if not trees:
-        pytest.skip("the README has no file tree yet")
-    told = files_in_tree(trees[0])
-    patterns = [(folder, name) for folder, names in IN_TREE.items() for name in names]
-    paths = {path for folder, name in patterns for path in (ROOT / folder).rglob(name) if path.name != "__init__.py"}
-    there = {path.relative_to(ROOT).as_posix() for path in paths}
-    gone = {path for path in told if not (ROOT / path).is_file()}
-    assert (there - told, gone) == (set(), set()), "(not in the README, not in the folder)"
 
 
 # ---- the Makefile, with a Python that only writes down what it is asked -------------------------------------

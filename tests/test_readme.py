@@ -1,4 +1,4 @@
-"""What the README names exists (its file tree: test_packaging.py), and every module says what it is."""
+"""What the README names exists (the map of all files: test_map.py), and every module says what it is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+"""Writes docs/map.md: every file of the project and the first sentence of what it says of itself. See `make map`."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAP = ROOT / "docs" / "map.md"
+# Folder -> which of its files stand in the map. Of the tests, their folders tell enough: they mirror rlhf_ray/.
+LISTED = {
+    "rlhf_ray": ("*.py",), "configs": ("*.yaml",), "examples": ("*.py",), "benchmarks": ("*.py", "*.md"),
+    "docs": ("*.md", "*.py"), "docker": ("Dockerfile.*",), "requirements": ("*.txt",),
+}  # fmt: skip
+HEADER = """# Map
+
+Every file, and the first sentence of what it says of itself. `make map` writes this page; `tests/test_map.py` holds it to the
+files. `tests/` has a folder for each of `rlhf_ray/`, and `system/`, where the real commands run.
+
+"""
+
+
+def entries() -> dict[str, str]:
+    """Path -> its line, folder by folder, files before folders."""
+    return {path.relative_to(ROOT).as_posix(): line_of(path) for path in _files()}
+
+
+def line_of(path: Path) -> str:
+    """The first sentence of a module's docstring, of a page, or of the comment at the top of any other file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    elif path.suffix == ".md":
+        text = re.sub(r"^#[^\n]*\n", "", text.lstrip())
+    else:
+        comment = itertools.takewhile(lambda line: line.startswith("#"), text.split("\n"))
+        text = "\n".join(line.lstrip("# ") for line in comment)
+    # "et al. 2021" ends no sentence; a line that ends in a colon introduces a command.
+    sentence = re.split(r"(?<=[.?!:])(?:[ ]*\n|\s+(?=[A-Z`])|$)", text.lstrip(), maxsplit=1)[0]
+    return " ".join(sentence.split()).removesuffix(":")
+
+
+def page() -> str:
+    lines, folder = [], ""
+    for name, line in entries().items():
+        parent = name.rpartition("/")[0]
+        if parent != folder:
+            folder = parent
+            lines += ["", f"## {folder}/", "", "| | |", "| --- | --- |"]
+        lines.append(f"| [{name.rpartition('/')[2]}](../{name}) | {line.replace('|', chr(92) + '|')} |")
+    return HEADER + "\n".join(lines).lstrip() + "\n"
+
+
+def _files() -> Iterator[Path]:
+    for top, patterns in LISTED.items():
+        found = {path for pattern in patterns for path in (ROOT / top).rglob(pattern)}
+        wanted = {path for path in found if path.name != "__init__.py" and path != MAP and path.stat().st_size}
+        yield from sorted(wanted, key=lambda path: (path.parent.as_posix(), path.name))
+
+
+if __name__ == "__main__":
+    MAP.write_text(page(), encoding="utf-8")
+    print(f"wrote {MAP}", file=sys.stderr)
