@@ -18,8 +18,9 @@ LISTED = {
 }  # fmt: skip
 HEADER = """# Map
 
-Every file, and the first sentence of what it says of itself. `make map` writes this page; `tests/test_map.py` holds it to the
-files. `tests/` has a folder for each of `rlhf_ray/`, and `system/`, where the real commands run.
+Every file, and the first sentence of what it says of itself. `make map` writes this page;
+`tests/test_map.py` holds it to the files. `tests/` has a folder for each of `rlhf_ray/`, and `system/`, where the real
+commands run.
 
 """
 
