@@ -30,6 +30,7 @@ from rlhf_ray.roles.protocols import Roles, Sampling
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.storage import written_whole
 from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
 
@@ -44,8 +45,9 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     config = on_device(config, hardware.device)
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
+        config = frozen_clock(config, directory)
         tokenizer, train_prompts, held_out = check_inputs(config, directory)
-    run = Recorder(config, directory, train_prompts.fingerprint)
+    run = Recorder(config, directory, sources_of(config, train_prompts, held_out))
     try:
         run.progress.note(
             f"device: {hardware}; generator: {config.generator.engine}; learner: {config.learner.engine}"
@@ -189,7 +191,7 @@ def _check_positions(path: str, shape: Any, longest: int, new: int) -> None:
 def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
     """(training prompts, held-out prompts). Of one file other rows each; a prompt that has two rows may be in both."""
     data = config.data
-    options = prompt_options(data)
+    options = prompt_options(data, config.clock)
     references = config.rollout.reference_field if config.rollout.reference_answers else None
     prompts = load_prompts(
         data.path, tokenizer, split=data.split, limit=data.limit, reference_field=references, **options
@@ -204,6 +206,14 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
         )
     cut = len(prompts) - data.eval_size
     return prompts.slice(0, cut), prompts.slice(cut, cut + config.eval.size)
+
+
+def sources_of(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> dict[str, str]:
+    """Fingerprints of all the rows that the run reads, by source."""
+    data, found = config.data, {config.data.path: train_prompts.read}
+    if data.eval_path is not None or is_task(data.path):
+        found[f"{data.eval_path or data.path}, the first {config.eval.size} held out"] = held_out.read
+    return found
 
 
 def left_out(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> list[str]:

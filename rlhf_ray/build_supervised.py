@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.supervised_factory import make_trainer
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.storage import written_whole
 from rlhf_ray.run.supervised_recorder import SupervisedRecorder
 
@@ -53,11 +54,12 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
                 f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no text "
                 "could end; set eos_token in its tokenizer_config.json"
             )
+        config = frozen_clock(config, directory)
         splits, plain = load_splits(config, tokenizer, reports.append)
         check_model_fits(config, tokenizer, splits)
     batches = batches_of(config, len(splits["train"]) - plain, plain)
     config = with_steps(config, batches)
-    run = SupervisedRecorder(config, directory)
+    run = SupervisedRecorder(config, directory, sources_of(reports))
     try:
         for report in reports:
             run.progress.note(str(report))
@@ -76,6 +78,18 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         run.fail(error)
         raise
     return directory.read_summary()
+
+
+def sources_of(reports: Sequence[CleaningReport]) -> dict[str, str]:
+    """Fingerprints of all the rows that the run reads, by source, in the order of reading."""
+    found: dict[str, str] = {}
+    for report in reports:
+        name, number = report.source, 1
+        while name in found:  # another split of it
+            number += 1
+            name = f"{report.source}, reading {number}"
+        found[name] = report.read
+    return found
 
 
 def batches_of(config: SupervisedConfig, rows: int, plain: int) -> Batches:

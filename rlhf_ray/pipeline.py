@@ -29,6 +29,7 @@ from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
 from rlhf_ray.errors import ConfigError, StageError, Terminated
 from rlhf_ray.run.directory import RunDirectory, ended_by
+from rlhf_ray.run.resume import begun
 from rlhf_ray.run.storage import write_atomically
 
 # What a shell says of a process that Ctrl-C has ended.
@@ -54,6 +55,7 @@ def run_pipeline(
     planned = resolve(pipeline, root, Path("."), of_stages)  # complains before a folder is made
     require(need for stage in planned for need in needs_of(stage.config))
     directory = RunDirectory.open(pipeline.name, run_dir, resume=resume)
+    pipeline = pipeline.model_copy(update={"clock": pipeline.clock or begun(directory)})  # all stages have one date
     stages = resolve(pipeline, root, directory.path.resolve(), of_stages)
     done = [stage.name for stage in stages if _finished(stage, stages, directory)]
     directory.write_config(dump_config(pipeline))

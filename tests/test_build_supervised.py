@@ -247,6 +247,40 @@ def test_resume_refuses_other_rows(config, tmp_path):
         run_supervised(config("sft", "steps=4", "learner.batch_size=4"), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("command", ["sft", "rm", "dpo", "classifier"])
+def test_resume_refuses_rows_that_have_changed(config, tmp_path, command):
+    """Of the training data, of the held-out rows and of the test rows; a changed number of epochs is told."""
+    whole, run = config(command, "epochs=1", "checkpoint.every=1"), tmp_path / "run"
+    data = Path(whole.data.path)
+    others = {name: tmp_path / f"{name}.jsonl" for name in ("held", "test")}
+    for path in others.values():
+        path.write_text("".join(data.read_text().splitlines(keepends=True)[:3]))
+    settings = [f"data.eval_path={others['held']}", f"eval.test_path={others['test']}", "data.eval_size=0"]
+    run_supervised(config(command, "steps=1", *settings), run)
+    for path in (data, *others.values()):
+        content = path.read_text()
+        longer = config(command, "steps=2", *settings)  # which writes the training data anew
+        path.write_text("".join(content.splitlines(keepends=True)[::-1]))
+        with pytest.raises(DataError, match=rf"run: the data has changed .*: {path} .*restore the data, or start anew"):
+            run_supervised(longer, run, resume=True)
+        path.write_text(content)
+    assert run_supervised(config(command, "steps=2", *settings), run, resume=True)["steps"] == 2
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert "steps 1 -> 2" in next(event["reason"] for event in events if event["event"] == "length_changed")
+
+
+def test_resume_refuses_plain_text_that_has_changed_or_is_new(config, tmp_path):
+    plain, run = tmp_path / "plain.jsonl", tmp_path / "run"
+    plain.write_text("".join(json.dumps({"text": f"{n}+{n}"}) + "\n" for n in range(8)))
+    settings = [f"plain_text.data.path={plain}", "plain_text.data.max_length=16", "plain_text.share=0.5"]
+    run_supervised(config("sft", "steps=1", *settings), run)
+    plain.write_text(plain.read_text().replace("7+7", "7+8"))
+    with pytest.raises(DataError, match=rf"the data has changed .*: {plain} .8 rows as before"):
+        run_supervised(config("sft", "steps=2", *settings), run, resume=True)
+    with pytest.raises(ConfigError, match="plain_text has changed"):
+        run_supervised(config("sft", "steps=2"), run, resume=True)
+
+
 def test_the_best_weights_outlive_newer_checkpoints_and_their_loss_is_told(config, tmp_path):
     settings = [*OVERFITTING, "checkpoint.every=2", "checkpoint.keep=1"]
     summary = run_supervised(config("classifier", *settings), tmp_path / "run")

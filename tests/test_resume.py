@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,10 +104,57 @@ def test_a_data_file_that_has_changed_is_noticed(config, tmp_path):
     data, run = tmp_path / "data.jsonl", tmp_path / "run"
     data.write_text("".join(rows))
     run_rl(config(f"data.path={data}", "data.field=prompt"), run)
-    data.write_text("".join(rows[1:]))
     before = {path.name: path.read_text() for path in run.glob("*.*") if path.is_file()}
-    with pytest.raises(DataError, match="the prompts have changed since its checkpoint"):
-        run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)
+    for rows_now, said in ((rows[1:], "6 rows then, 5 now"), (rows[::-1], "6 rows as before, with other content or")):
+        data.write_text("".join(rows_now))
+        with pytest.raises(DataError, match=rf"the data has changed since the run began: {data} .{said}"):
+            run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)
     assert {path.name: path.read_text() for path in run.glob("*.*") if path.is_file()} == before
     data.write_text("".join(rows))
     assert run_rl(config(f"data.path={data}", "data.field=prompt", "steps=2"), run, resume=True)["steps"] == 2
+
+
+@pytest.mark.slow
+def test_answers_that_have_changed_are_noticed_too(config, tmp_path):
+    """No prompt shows them, and the reward reads them; nor does the run learn from what it is tested on."""
+    data, held_out, run = tmp_path / "data.jsonl", tmp_path / "held.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"say {word}", "answer": word} for word in ("abc", "abd")]
+    for path in (data, held_out):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (f"data.path={data}", "data.field=prompt", f"data.eval_path={held_out}")
+    run_rl(config(*settings), run)
+    for path in (data, held_out):
+        whole = path.read_text()
+        path.write_text(whole.replace('"answer": "abd"', '"answer": "abe"'))
+        with pytest.raises(DataError, match=rf"the data has changed since the run began: {path}"):
+            run_rl(config(*settings, "steps=2"), run, resume=True)
+        path.write_text(whole)
+    # Others are asked from now on: allowed, and told.
+    assert run_rl(config(*settings, "steps=2", "eval.size=1"), run, resume=True)["steps"] == 2
+    events = RunDirectory(run, resume=True).read_events()
+    (said,) = [event["reason"] for event in events if event["event"] == "data_changed"]
+    assert said.endswith(f"{held_out}, the first 1 held out")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_date_in_its_prompts(config, tmp_path, monkeypatch):
+    """A chat template that prints today's date, and a run that goes on the next day."""
+    data, template, run = tmp_path / "data.jsonl", tmp_path / "dated.jinja", tmp_path / "run"
+    data.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("abc", "abd", "abe", "abf")))
+    template.write_text("{{ strftime_now('%d.%m') }} {% for m in messages %}{{ m.content }}{% endfor %}")
+    settings = (f"data.path={data}", "data.template=chat", f"data.chat_template={template}", "steps=2",
+                "model.tokenizer.alphabet='abcdefsy .0123456789'", "data.max_prompt_tokens=24")  # fmt: skip
+    whole = run_rl(config(*settings, "clock=2031-05-06T23:59:00"), tmp_path / "whole")
+
+    def today(day: int) -> None:
+        now = datetime(2031, 5, day, 12)
+        clock = SimpleNamespace(now=lambda: now, fromisoformat=datetime.fromisoformat)
+        monkeypatch.setattr("rlhf_ray.run.resume.datetime", clock)
+
+    today(6)
+    run_rl(config(*settings, "steps=1"), run)
+    today(7)
+    parts = run_rl(config(*settings), run, resume=True)
+    shown = [json.loads(line)["prompt"] for line in (run / "rollouts" / "step_2.jsonl").read_text().splitlines()]
+    assert len(shown) == 4 and all(prompt.startswith("06.05 say ") for prompt in shown)
+    assert parts["before"] == whole["before"] and parts["after"] == whole["after"], "the same prompts, the same numbers"

@@ -11,7 +11,7 @@ from rlhf_ray.config.checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, SafetyConfig
-from rlhf_ray.config.sections import Section, Seed
+from rlhf_ray.config.sections import Clock, Section, Seed
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -96,6 +96,7 @@ class SampledRunConfig(Section):
     seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
+    clock: Clock = None
     data: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     generator: GeneratorConfig = GeneratorConfig()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from rlhf_ray.config.schema import RewardConfig
-from rlhf_ray.config.sections import Section, Seed
+from rlhf_ray.config.sections import Clock, Section, Seed
 
 
 class JudgeConfig(Section):
@@ -28,6 +28,7 @@ class JudgeConfig(Section):
     attempts: int = Field(3, gt=0, description="endpoint: how often it is asked until its reply can be read")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="local judge")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="local judge")
+    clock: Clock = None
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

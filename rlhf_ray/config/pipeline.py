@@ -23,7 +23,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import apply_override, parse_config, read_yaml, set_value
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sections import Clock, Section
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
 
@@ -35,7 +35,7 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "eval": {"report": "eval.json", "dir": "."},
 }
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
-_SHARED = ("seed", "executor", "device", "dtype")
+_SHARED = ("seed", "executor", "device", "dtype", "clock")
 
 
 class StageConfig(Section):
@@ -48,13 +48,14 @@ class StageConfig(Section):
 
 
 class PipelineConfig(Section):
-    """`seed`, `executor`, `device` and `dtype`, where given, hold for every stage that has such a setting."""
+    """`seed`, `executor`, `device`, `dtype` and `clock`, where given, hold for every stage that has such a setting."""
 
     name: str = "pipeline"
     seed: int | None = Field(None, ge=0, lt=1 << 32)
     executor: Literal["local", "ray"] | None = None
     device: Literal["auto", "cuda", "mps", "cpu"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    clock: Clock = None
     values: dict[str, str | int | float] = Field({}, description="`${name}` in a stage's settings stands for its value")
     stages: list[StageConfig] = Field(min_length=1)
 

@@ -5,6 +5,7 @@ Sections are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -12,6 +13,10 @@ from pydantic_core import PydanticCustomError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what every random generator takes
+Clock = Annotated[
+    datetime | None,
+    Field(description="what chat templates take for now; empty: the run's first start, which its config.yaml keeps"),
+]
 
 
 class Section(BaseModel):
@@ -132,6 +137,7 @@ class TrainingRunConfig(Section):
     executor: Literal["local", "ray"] = "local"
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    clock: Clock = None
     model: ModelConfig
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -21,13 +21,17 @@ SHORT, LONG, TIED, UNWANTED = "answer too short", "too long", "equal scores", "l
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """Of `rows` rows of `source`, `kept` examples were made; `dropped` counts the others by reason, `cut` those cut."""
+    """Of `rows` rows of `source`, `kept` examples were made; `dropped` counts the others by reason, `cut` those cut.
+
+    `read` is the fingerprint of the rows as they stand there.
+    """
 
     source: str
     rows: int
     kept: int
     dropped: Mapping[str, int]
     cut: int = 0
+    read: str = ""
 
     def __str__(self) -> str:
         left_out = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
@@ -112,5 +116,5 @@ class Cleaner:
         self.cut += 1
         return shortened
 
-    def report(self, source: str, kept: int) -> CleaningReport:
-        return CleaningReport(source, self.rows, kept, dict(self.dropped), self.cut)
+    def report(self, source: str, kept: int, read: str) -> CleaningReport:
+        return CleaningReport(source, self.rows, kept, dict(self.dropped), self.cut, read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.cleaning import TIED, UNWANTED, Cleaner, CleaningReport
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.trees import TreeForm, tree_form
@@ -38,15 +40,16 @@ def ignore(report: CleaningReport) -> None:
 
 
 def load_supervised(
-    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore
-) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
+    clock: datetime | None = None,
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:  # fmt: skip
     """(train, held out) sequences: answers, assistant turns or whole texts are learned, EOS included.
 
     Of a preference the chosen answer is learned, of a ranking the best, of unpaired answers the good ones. `on_report`
-    gets one report a source. The tokenizer gets `data.chat_template` if that is set.
+    gets one report a source. The tokenizer gets `data.chat_template` if that is set; `clock` is what it takes for now.
     Raises DataError, which names file and line.
     """
-    encoder = make_encoder(data, tokenizer)
+    encoder = make_encoder(data, tokenizer, clock)
 
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedExample]:
         with placed(where):
@@ -59,13 +62,14 @@ def load_supervised(
 
 
 def load_pairs(
-    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore
-) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
+    clock: datetime | None = None,
+) -> tuple[list[TokenizedPair], list[TokenizedPair]]:  # fmt: skip
     """(train, held out) pairs; K ranked answers make C(K, 2) of them, whose margin is the difference of their scores.
 
     Both sequences begin with the same prompt tokens, of which none is learned. See `load_supervised` for the rest.
     """
-    encoder = make_encoder(data, tokenizer)
+    encoder = make_encoder(data, tokenizer, clock)
 
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedPair]:
         for pair in _comparisons(record, cleaner, where):
@@ -78,8 +82,9 @@ def load_pairs(
 
 
 def load_labelled(
-    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore
-) -> tuple[list[LabelledText], list[LabelledText]]:
+    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
+    clock: datetime | None = None,
+) -> tuple[list[LabelledText], list[LabelledText]]:  # fmt: skip
     """(train, held out) texts with their class, as a classifier reads them: the tokenizer's special tokens, no EOS.
 
     A prompt and its completion are judged as one text, as reward models judge them. A text longer than
@@ -99,7 +104,9 @@ def load_labelled(
     return _load(data, encode, seed, on_report)
 
 
-def make_encoder(data: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def make_encoder(
+    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, clock: datetime | None = None
+) -> Encoder:
     """What `data` says about templates; the tokenizer gets its chat template."""
     set_chat_template(tokenizer, data.chat_template)
     return Encoder(
@@ -108,6 +115,7 @@ def make_encoder(data: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Enc
         system_prompt=data.system_prompt,
         chat_template_args=data.chat_template_args,
         learn=data.learn,
+        clock=clock,
     )
 
 
@@ -181,13 +189,14 @@ def _read(
 ) -> list[tuple[str, Item]]:
     """(prompt, item) of everything usable in one source."""
     cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong)
-    form = tree_form(data.type, trees_as)
-    rows = itertools.islice(read_rows(source, split=split, trees_as=form, dropped=cleaner.dropped), limit)
+    form, read = tree_form(data.type, trees_as), Fingerprint()
+    found = read_rows(source, split=split, trees_as=form, dropped=cleaner.dropped)
+    rows = read.watching(itertools.islice(found, limit))
     items = []
     for row, record in cleaner.records(rows, None if data.type == "auto" else data.type, data.columns):
         prompt = repr(prompt_of(record))
         items += [(prompt, item) for item in encode(record, cleaner, row.where)]
-    report = cleaner.report(source, len(items))
+    report = cleaner.report(source, len(items), read.value)
     if not items:
         raise DataError(f"nothing usable in {report}; check the file and data.* limits")
     on_report(report)

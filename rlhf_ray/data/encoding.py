@@ -9,6 +9,7 @@ same pieces make the prompts of reinforcement learning, so both see the same tok
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,9 @@ class Encoder:
     """Prompts, answers, conversations and texts as token ids of one tokenizer, under one template.
 
     `style`: `chat` puts everything that has a prompt into the chat template, `alpaca` into the instruction template,
-    `none` takes texts as they are, `auto` decides by what the row is. DataErrors from here name no place: add it.
+    `none` takes texts as they are, `auto` decides by what the row is. `clock` is what a chat template takes for now
+    (None: the present moment); a variable of its own, such as Llama's date_string, goes before it. DataErrors from here
+    name no place: add it.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class Encoder:
         system_prompt: str | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
         learn: Literal["all", "last"] = "all",
+        clock: datetime | None = None,
     ):
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no EOS token, so no answer could end; set eos_token in its config")
         self._tokenizer, self._style = tokenizer, style
         self._system_prompt, self._learn = system_prompt, learn
-        self._chat_args = chat_template_args or {}
+        # A name that is given hides the one that Transformers' templates have, which reads the time anew each time.
+        self._chat_args = {"strftime_now": (clock or datetime.now()).strftime, **(chat_template_args or {})}
         self._chat: ChatTemplate | None = None
         self._marks_beginnings = _marks_beginnings(tokenizer)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.columns import Columns, EmptyRowError
 from rlhf_ray.data.encoding import Encoder, Style
+from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
@@ -46,12 +47,16 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Usable prompts, their token ids, and how many rows were left out and why."""
+    """Usable prompts, their token ids, and how many rows were left out and why.
+
+    `read` is the fingerprint of the rows that they come from, as they stand in the data.
+    """
 
     examples: tuple[Example, ...]
     token_ids: tuple[tuple[int, ...], ...]
     dropped: dict[str, int]
     answers: tuple[tuple[tuple[int, ...], ...], ...] = ()  # token ids of each prompt's reference answers, if asked for
+    read: str = ""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -61,18 +66,10 @@ class PromptSet:
         """What was dropped, for people; empty where everything is there."""
         return _explain(self.dropped) if self.dropped else ""
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of the token ids, in their order: a position in a stream means nothing in a stream of others."""
-        digest = hashlib.blake2b(digest_size=16)
-        for ids in self.token_ids:
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-        return digest.hexdigest()
-
     def slice(self, start: int, end: int) -> PromptSet:
         """Rows start..end-1; what was dropped counts for the whole."""
         part = slice(start, end)
-        return PromptSet(self.examples[part], self.token_ids[part], self.dropped, self.answers[part])
+        return PromptSet(self.examples[part], self.token_ids[part], self.dropped, self.answers[part], self.read)
 
 
 def load_prompts(
@@ -90,6 +87,7 @@ def load_prompts(
     chat_template: str | None = None,
     system_prompt: str | None = None,
     chat_template_args: Mapping[str, Any] | None = None,
+    clock: datetime | None = None,
 ) -> PromptSet:
     """Prompts of a file, a Hugging Face dataset or a built-in task (`task:arithmetic`).
 
@@ -102,11 +100,11 @@ def load_prompts(
     """
     set_chat_template(tokenizer, chat_template)
     encoder = Encoder(
-        tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args
+        tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args, clock=clock
     )
-    dropped = Counter(short=0, long=0, empty=0)
+    dropped, read = Counter(short=0, long=0, empty=0), Fingerprint()
     examples, ids, answers = [], [], []
-    for prompt, columns, where in _asked(source, field, split, dropped):
+    for prompt, columns, where in _asked(source, field, split, dropped, read):
         if prompt_words is not None:
             if not isinstance(prompt, str):
                 raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
@@ -130,7 +128,7 @@ def load_prompts(
     if not examples:
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
     counts = {why: count for why, count in dropped.items() if count}
-    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers))
+    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value)
 
 
 def _fits(tokens: Sequence[int], limit: int | None, overlong: str, where: str) -> bool:
@@ -144,7 +142,7 @@ def _fits(tokens: Sequence[int], limit: int | None, overlong: str, where: str) -
     )
 
 
-def prompt_options(data: PromptsConfig) -> dict[str, Any]:
+def prompt_options(data: PromptsConfig, clock: datetime | None) -> dict[str, Any]:
     """What `load_prompts` needs to know of the settings, for training and held-out prompts alike."""
     return {
         "field": data.field,
@@ -155,6 +153,7 @@ def prompt_options(data: PromptsConfig) -> dict[str, Any]:
         "chat_template": data.chat_template,
         "chat_template_args": data.chat_template_args,
         "system_prompt": data.system_prompt,
+        "clock": clock,
     }
 
 
@@ -183,16 +182,18 @@ def first_words(text: str, count: int) -> str | None:
 
 
 def _asked(
-    source: str, field: str | None, split: str, dropped: Counter[str]
+    source: str, field: str | None, split: str, dropped: Counter[str], read: Fingerprint
 ) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
     """(prompt, the row's other columns, where) of every prompt of a source."""
     if is_task(source):
         for pair in load_task(source).split(split):
-            yield pair.prompt, dict(pair.columns), f"{source}:{pair.prompt}"
+            where = f"{source}:{pair.prompt}"
+            read.add({**pair.columns, "prompt": pair.prompt}, where)
+            yield pair.prompt, dict(pair.columns), where
         return
     names = ColumnsConfig(prompt=field)
     kind: DataType | None = None if field is None else "prompt"
-    for row in read_rows(source, split=split, trees_as="prompt", dropped=dropped):
+    for row in read.watching(read_rows(source, split=split, trees_as="prompt", dropped=dropped)):
         if kind is None:
             detected = detect(row, names)
             kind = _ASKED_AS.get(detected, detected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -58,8 +59,9 @@ def requests_for(prompts: PromptSet, seed: int, samples: int = 1) -> list[Reques
     ]
 
 
-def read_prompts(data: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    return load_prompts(data.path, tokenizer, split=data.split, limit=data.limit, **prompt_options(data))
+def read_prompts(data: PromptsConfig, tokenizer: PreTrainedTokenizerBase, clock: datetime | None) -> PromptSet:
+    """`clock`: what a chat template takes for now."""
+    return load_prompts(data.path, tokenizer, split=data.split, limit=data.limit, **prompt_options(data, clock))
 
 
 def common_prompts(sets: dict[str, PromptSet]) -> dict[str, PromptSet]:

@@ -15,6 +15,7 @@ from rlhf_ray.evaluation.answers import Answers
 from rlhf_ray.evaluation.compare import Comparison, Report, compare
 from rlhf_ray.evaluation.ratings import export_ratings, import_ratings
 from rlhf_ray.run.directory import RunDirectory, ended_by
+from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.storage import append_line, to_json, write_atomically
 
 RESULT, KEY = "eval.json", "ratings_key.json"
@@ -29,6 +30,7 @@ def run_eval(
     rating sheet with its key. Raises RlhfRayError.
     """
     directory = RunDirectory.open(config.name, run_dir)
+    config = frozen_clock(config, directory)
     directory.write_config(dump_config(config))
     started = time.monotonic()
     summary: dict[str, Any] = {"name": config.name, "run_dir": str(directory.path), "steps": 0}

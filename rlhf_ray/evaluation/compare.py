@@ -57,10 +57,12 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
     require(needs_of(config))
     _check_names(config, check_rewards(config))
     tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
-    prompts = common_prompts({name: read_prompts(config.data, t) for name, t in tokenizers.items()})
+    prompts = common_prompts({name: read_prompts(config.data, t, config.clock) for name, t in tokenizers.items()})
     texts = _perplexity_texts(config)
-    red_team = {name: read_prompts(config.red_team, t) for name, t in tokenizers.items()} if config.red_team else {}
-    red_team = common_prompts(red_team) if red_team else {}
+    red_team = {}
+    if config.red_team:
+        read = {name: read_prompts(config.red_team, t, config.clock) for name, t in tokenizers.items()}
+        red_team = common_prompts(read)
     measured = {}
     for name, model in config.models.items():
         report(f"{name}: {len(prompts[name])} prompts x {config.sampling.samples_per_prompt}, {model.path}")

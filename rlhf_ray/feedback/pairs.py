@@ -40,6 +40,7 @@ from rlhf_ray.feedback.labelling import (
 )
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.run.directory import RunDirectory, ended_by
+from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.storage import to_json, write_atomically
 
 Report = Callable[[str], None]
@@ -62,6 +63,7 @@ def run_pairs(
     Returns what pairs.json holds, with `run_dir`. Raises RlhfRayError; DataError if no pair is left.
     """
     directory = RunDirectory.open(config.name, run_dir)
+    config = frozen_clock(config, directory)
     directory.write_config(dump_config(config))
     started = time.monotonic()
     summary: dict[str, Any] = {"name": config.name, "run_dir": str(directory.path), "steps": 0}
@@ -87,7 +89,7 @@ def make_pairs(config: PairsConfig, report: Report = lambda line: None) -> tuple
     """(rows of pairs.jsonl, pairs.json)."""
     require(needs_of(config))
     names = check_rewards(config)
-    prompts = read_prompts(config.data, tokenizer_of(config.model))
+    prompts = read_prompts(config.data, tokenizer_of(config.model), config.clock)
     human = human_pairs(config)
     require([AGREEMENT] if human else [])
     with open_model(config.model, config) as model:

@@ -213,8 +213,8 @@ class Rollouts:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the prompts of the next batch begin, and in which stream."""
-        return {"position": self.position, "prompts": self.prompts.fingerprint}
+        """Where the prompts of the next batch begin."""
+        return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.position = state["position"]

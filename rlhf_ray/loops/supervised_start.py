@@ -81,16 +81,17 @@ def load_splits(
         load = load_labelled
     elif not isinstance(config, SFTConfig):
         load = load_pairs
-    train, held_out = load(config.data, tokenizer, seed=config.seed, on_report=note)
+    options = {"seed": config.seed, "on_report": note, "clock": config.clock}
+    train, held_out = load(config.data, tokenizer, **options)
     splits, plain = {"train": train}, 0
     if held_out:
         splits["val"] = held_out
     if config.eval.test_path is not None:
         test = config.data.model_copy(update={"path": config.eval.test_path, "eval_path": None, "eval_size": 0,
                                               "limit": None, "split": config.data.eval_split})  # fmt: skip
-        splits["test"] = load(test, tokenizer, seed=config.seed, on_report=note)[0]
+        splits["test"] = load(test, tokenizer, **options)[0]
     if isinstance(config, SFTConfig) and config.plain_text is not None:
-        texts, _ = load_supervised(config.plain_text.data, tokenizer, seed=config.seed, on_report=note)
+        texts, _ = load_supervised(config.plain_text.data, tokenizer, **options)
         splits["train"], plain = [*train, *texts], len(texts)
     return splits, plain
 

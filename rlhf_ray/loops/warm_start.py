@@ -177,7 +177,7 @@ def _prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pro
         split=data.split,
         limit=data.limit,
         reference_field=config.warm_start.completion,
-        **prompt_options(data),
+        **prompt_options(data, config.clock),
     )
     cut = len(prompts) - _held_out(config, len(prompts))
     return prompts.slice(0, cut), prompts.slice(cut, len(prompts))

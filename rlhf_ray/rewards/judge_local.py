@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from datetime import datetime
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class LocalJudge:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
+        self.moment = config.clock or datetime.now()
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.keeps_last_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -108,7 +110,9 @@ class LocalJudge:
     def _encode(self, messages: list[Message], opening: str) -> list[int]:
         """The judge's prompt, up to where its verdict stands."""
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=self.moment.strftime
+            )
             # The template has written its special tokens already.
             return self.tokenizer(text + opening, add_special_tokens=False)["input_ids"]
         text = "\n\n".join(message["content"] for message in messages)

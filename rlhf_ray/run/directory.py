@@ -1,6 +1,6 @@
 """The run directory: one folder that holds everything a run leaves behind.
 
-    config.yaml  metrics.jsonl  events.jsonl  summary.json  before.json
+    config.yaml  data.json  metrics.jsonl  events.jsonl  summary.json  before.json
     rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/
 """
 
@@ -24,7 +24,7 @@ from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines,
 
 LOCK = ".lock"
 CONTENTS = (
-    "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
+    "config.yaml", "data.json", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "rollouts", "checkpoints", "tensorboard",
     *(f"{folder}{state}" for folder in ("start", "model") for state in ("", ".unfinished", ".old")),
 )  # fmt: skip
@@ -68,6 +68,11 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def data_file(self) -> Path:
+        """Fingerprints of the data's rows, by source."""
+        return self.path / "data.json"
 
     @property
     def metrics_file(self) -> Path:

@@ -20,7 +20,7 @@ from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.metrics import Metrics
 from rlhf_ray.run.progress import Progress
-from rlhf_ray.run.resume import refuse_other_beginnings, refuse_other_prompts
+from rlhf_ray.run.resume import changes_to_say, refuse_other_beginnings
 from rlhf_ray.run.storage import to_json, write_atomically
 from rlhf_ray.run.timer import Timer
 
@@ -41,8 +41,10 @@ class ResumePoint:
 class Recorder:
     """The run directory, the loggers, the progress bar, the checkpoints and the clock of one run."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, prompts: str | None = None) -> None:
-        """`prompts`: fingerprint of the stream that a checkpoint's position counts in."""
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, data: Mapping[str, str] | None = None
+    ) -> None:
+        """`data`: fingerprints of the rows by source: what a resumed run must find unchanged."""
         self.config = config
         self.directory = directory
         self.timer = Timer()
@@ -53,17 +55,20 @@ class Recorder:
             refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
         found = self.checkpoints.latest() if directory.resumed else None
         self.resume_point = None if found is None else ResumePoint(*found)
-        if found is not None and prompts is not None:
-            refuse_other_prompts(self.resume_point.state["rollouts"], prompts, directory)
+        said = changes_to_say(config, data, directory) if directory.resumed else {}
         # A run that had finished keeps its results until a step is done that they know nothing of.
         self._results = _summary_of(directory) if directory.resumed else {}
         directory.write_config(dump_config(config))
+        if data is not None:
+            write_atomically(directory.data_file, to_json(data, indent=1) + "\n")
         step = self.resume_point.step if self.resume_point else None
         self.workload = Workload()
         self._spent_before = spent_before(directory) if directory.resumed else Spent()
         self.started = time.monotonic()
         if directory.resumed:
             directory.rewind(step or 0, **asdict(self._spent_before))
+            for kind, text in said.items():
+                directory.event(kind, reason=text)
         else:
             directory.event("started")
         self.metrics = Metrics(
@@ -71,6 +76,8 @@ class Recorder:
         )
         self.progress = Progress(config.name, config.steps, done=step or 0)
         self.progress.note(f"run directory: {directory.path}" + (f", from step {step}" if step else ""))
+        for text in said.values():
+            self.progress.note(text)
         self.steps_done = step or 0
 
     def warm_start_progress(self) -> Callable[[int, float], None]:

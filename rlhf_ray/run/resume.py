@@ -1,13 +1,16 @@
-"""What a resumed run may not change: the settings whose effect is already in its weights, or in its prompts."""
+"""What a resumed run may not change: the settings whose effect is already in its weights or prompts, and its data."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import yaml
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.clock import Dated, at_moment
+from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.run.directory import RunDirectory
 
@@ -20,9 +23,13 @@ STREAM = ("data", "plain_text", "rollout.prompts_per_step", "rollout.group_size"
 # The settings that decide how a checkpoint is laid out.
 LAYOUT = ("dtype", "learner.engine", "critic.engine")
 SHARDS = ("world_size", "zero_stage")
+# What chat templates take for now.
+DATE = ("clock",)
+# What a run directory may hold that was made from the rows of the data.
+MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference.json")
 
 
-def refuse_other_beginnings(config: RunConfig, directory: RunDirectory, checkpoint: bool = True) -> None:
+def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, checkpoint: bool = True) -> None:
     """Compare `config` with what the run in `directory` was last started with.
 
     Args:
@@ -30,13 +37,7 @@ def refuse_other_beginnings(config: RunConfig, directory: RunDirectory, checkpoi
     Raises:
         ConfigError: naming every setting that would silently not apply to what is there already.
     """
-    try:
-        old = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return  # the first attempt did not get that far
-    if not isinstance(old, dict):
-        return
-    new, problems = config.model_dump(mode="json"), []
+    old, new, problems = _old_config(directory), config.model_dump(mode="json"), []
     if changed := _changed(old, new, POLICY):
         problems.append(f"goes on with the policy that is there, and {_have(changed)} since it was made")
     if changed := _changes_of_stream(old, new):
@@ -46,6 +47,8 @@ def refuse_other_beginnings(config: RunConfig, directory: RunDirectory, checkpoi
         )
     if checkpoint and (changed := _changes_of_layout(old, new)):
         problems.append(f"goes on from a checkpoint that other settings cannot read, and {_have(changed)} since")
+    if changed := _changed(old, new, DATE):
+        problems.append(f"goes on with prompts of the date that they had at its start, and {_have(changed)} since")
     if problems:
         raise ConfigError(
             f"{directory.path}: --resume auto {'; it also '.join(problems)} (see its config.yaml); "
@@ -53,23 +56,90 @@ def refuse_other_beginnings(config: RunConfig, directory: RunDirectory, checkpoi
         )
 
 
-def refuse_other_prompts(rollouts: Mapping[str, Any], prompts: str, directory: RunDirectory) -> None:
-    """`rollouts`: that part of the checkpoint's state. `prompts`: the fingerprint of today's.
+def changes_to_say(
+    config: TrainingRunConfig, data: Mapping[str, str] | None, directory: RunDirectory
+) -> dict[str, str]:
+    """What is another in the resumed run, and allowed: by kind of event, for people.
 
-    Raises DataError where the position in the checkpoint counts in another stream.
+    Args:
+        data: fingerprints of today's rows, by source; None: nobody has read any.
+    Raises:
+        DataError: something is there already that was made from other rows.
     """
-    if rollouts.get("prompts", prompts) != prompts:  # an older checkpoint does not know
+    said = {}
+    if length := _other_length(config, directory):
+        said["length_changed"] = length
+    if data is not None and (rows := _other_rows(data, directory)):
+        said["data_changed"] = rows
+    return said
+
+
+def frozen_clock(config: Dated, directory: RunDirectory) -> Dated:
+    """`config` at the moment that its chat templates take for now: set by hand, or that of the run's first start."""
+    return at_moment(config, begun(directory))
+
+
+def begun(directory: RunDirectory) -> datetime:
+    """When the run first started. Its config.yaml says so; where an older version kept no clock, its first event."""
+    moment = None
+    if directory.resumed:
+        events = directory.read_events()
+        moment = _moment_in(_old_config(directory), "clock") or _moment_in(events[0] if events else {}, "time")
+    return moment or datetime.now().replace(microsecond=0)
+
+
+def _moment_in(tree: Mapping[str, Any], name: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(tree.get(name)))
+    except ValueError:
+        return None
+
+
+def _other_rows(data: Mapping[str, str], directory: RunDirectory) -> str | None:
+    made = [name for name in MADE_FROM_ROWS if (directory.path / name).exists()]
+    try:
+        old = json.loads(directory.data_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        unknown = "this run kept no fingerprint of its data, so whether that is still the same is not known"
+        return unknown if made else None
+    changed = [_said(name, old[name], value) for name, value in data.items() if old.get(name, value) != value]
+    if changed and made:
         raise DataError(
-            f"{directory.path}: the prompts have changed since its checkpoint was written, so that some would be left "
-            "out and others used twice; restore the data file, or start anew in another --run-dir"
+            f"{directory.path}: the data has changed since the run began: {'; '.join(changed)}. Going on, some rows "
+            "would be left out and others used twice, and what was measured before could not be compared; restore the "
+            "data, or start anew in another --run-dir"
         )
+    if changed:
+        return f"the data has changed since the run began, and nothing was made from it yet: {'; '.join(changed)}"
+    if others := [name for name in data if name not in old]:
+        return f"read now and not when the run began, so what is measured on it cannot be compared: {', '.join(others)}"
+    return None
+
+
+def _said(name: str, before: str, now: str) -> str:
+    counts = [text.partition(" ")[0] for text in (before, now)]
+    if counts[0] != counts[1]:
+        return f"{name} ({counts[0]} rows then, {counts[1]} now)"
+    return f"{name} ({counts[0]} rows as before, with other content or in another order)"
+
+
+def _other_length(config: TrainingRunConfig, directory: RunDirectory) -> str | None:
+    old, new = _old_config(directory), config.model_dump(mode="json")
+    changed = _changed(old, new, ("epochs", "steps"))
+    if not changed:
+        return None
+    pairs = ", ".join(f"{name} {_at(old, name)} -> {_at(new, name)}" for name in changed)
+    schedule = _at(new, "learner.lr_schedule")
+    follows = "" if schedule == "constant" else f"; the rate ({schedule}) is that of the new length from here on"
+    return f"the run's length has changed since it began: {pairs}{follows}"
 
 
 def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     names: list[str] = []
     for name in STREAM:
         section = _at(new, name)
-        names += [f"{name}.{key}" for key in section] if isinstance(section, dict) else [name]
+        both = isinstance(section, dict) and isinstance(_at(old, name), dict)
+        names += [f"{name}.{key}" for key in section] if both else [name]
     changed = _changed(old, new, names)
     if _at(old, "data.overlong_prompts") == "error" == _at(new, "data.overlong_prompts"):
         # None was left out for its length, so a higher limit changes nothing.
@@ -87,6 +157,15 @@ def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     if "auto" in (_at(old, "dtype"), _at(new, "dtype")):
         names.remove("dtype")  # what it stood for is not known here; the engines compare what they hold
     return _changed(old, new, [*names, *(f"{role}.{shard}" for role in sharded for shard in SHARDS)])
+
+
+def _old_config(directory: RunDirectory) -> dict[str, Any]:
+    """What the run was last started with; empty where the first attempt did not get that far."""
+    try:
+        old = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return old if isinstance(old, dict) else {}
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -44,7 +44,8 @@ def test_the_run_directory(path, answers, tmp_path):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} - {".lock"} == {
         "config.yaml", "eval.json", "summary.json", "answers", "ratings.csv", "ratings_key.json"}  # fmt: skip
-    assert load_config(run / "config.yaml", [], EvalRunConfig) == config
+    kept = load_config(run / "config.yaml", [], EvalRunConfig)
+    assert kept == config.model_copy(update={"clock": kept.clock}) and kept.clock is not None
     saved = json.loads((run / "eval.json").read_text())
     assert saved == {name: value for name, value in result.items() if name != "run_dir"}
     assert saved["models"]["tuned"]["metrics"]["reward"] == 1

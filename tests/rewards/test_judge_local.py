@@ -143,3 +143,13 @@ def test_a_real_folder_with_and_without_kept_logits(kind, tokenizer, tmp_path):
 def test_no_such_model(tmp_path):
     with pytest.raises(RewardError, match=r"no such folder.*set judge\.endpoint"):
         open_judge(JudgeConfig(model=str(tmp_path / "nowhere")))
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_clock(tokenizer):
+    judge, model = judge_with(tokenizer, {":": {" ": 1.0}, " ": {"1": 1.0}}, scale=(1, 3), clock="2031-05-06T00:00:00")
+    tokenizer.chat_template = "[{{ strftime_now('%d %m %Y') }}]" + CHAT
+    try:
+        run(judge.score(["p"], ["c"]))
+    finally:
+        tokenizer.chat_template = None
+    assert tokenizer.decode(model.seen[0][0][0]).startswith("[06 05 2031]")

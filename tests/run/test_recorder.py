@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime, timedelta
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import SFTConfig
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder, rollout_rows
+from rlhf_ray.run.resume import frozen_clock
 
 ROWS = Rows(prompt_id=(3, 3), lengths=(5, 3), response_lengths=(4, 2), truncated=(True, False), weight_version=(0, 0))
 SCORES = Scores(torch.tensor([1.0, 0.5]), {"exact": torch.tensor([1.0, 0.0])}, (("p", "one"), ("p", "two")))
@@ -227,3 +229,68 @@ def test_other_settings_may_change_and_are_noted(recorder):
     changes = [e["changes"] for e in resumed.directory.read_events() if e["event"] == "config_changed"]
     assert changes == [["-  lr: 1.0e-06", "+  lr: 0.5"]]
     assert run.directory.config_file.read_text() == dump_config(resumed.config)
+
+
+# ---- what a resumed run must find as it was ---------------------------------------------------------------------
+
+
+def with_rows(tmp_path, resume: bool = False, config: RunConfig | None = None, **rows: str) -> Recorder:
+    return Recorder(config or settings(), RunDirectory(tmp_path / "run", resume=resume), rows)
+
+
+def events_of(run: Recorder, kind: str) -> list[str]:
+    return [event["reason"] for event in run.directory.read_events() if event["event"] == kind]
+
+
+def test_rows_that_have_changed_are_refused_by_name_once_something_was_made_of_them(tmp_path, capsys):
+    with_rows(tmp_path, train="9 rows aa", test="4 rows bb")
+    assert not events_of(with_rows(tmp_path, resume=True, train="9 rows aa", test="4 rows bb"), "data_changed")
+    early = with_rows(tmp_path, resume=True, train="8 rows cc", test="4 rows bb")
+    (said,) = events_of(early, "data_changed")
+    assert said.endswith("nothing was made from it yet: train (9 rows then, 8 now)") and said in capsys.readouterr().out
+    early.remember("before", dict)
+    kept = {path.name: path.read_text() for path in (tmp_path / "run").glob("*.*") if path.is_file()}
+    with pytest.raises(DataError, match=r"run: the data has changed .*: test \(4 rows as before, with other content"):
+        with_rows(tmp_path, resume=True, train="8 rows cc", test="4 rows dd")
+    assert {path.name: path.read_text() for path in (tmp_path / "run").glob("*.*") if path.is_file()} == kept
+    with_rows(tmp_path, resume=True, train="8 rows cc", test="4 rows bb")
+
+
+def test_a_source_that_is_new_and_a_run_that_kept_no_fingerprints_are_told(tmp_path):
+    first = with_rows(tmp_path, train="9 rows aa")
+    first.remember("before", dict)
+    (said,) = events_of(with_rows(tmp_path, resume=True, train="9 rows aa", other="1 rows bb"), "data_changed")
+    assert said.endswith("cannot be compared: other")
+    first.directory.data_file.unlink()  # as a version left it that wrote none
+    (_, said) = events_of(with_rows(tmp_path, resume=True, train="8 rows cc"), "data_changed")
+    assert said.startswith("this run kept no fingerprint of its data")
+    with pytest.raises(DataError, match="the data has changed"):
+        with_rows(tmp_path, resume=True, train="9 rows aa")
+
+
+def test_another_length_is_told(tmp_path, capsys):
+    def start(resume: bool, **changes) -> Recorder:
+        tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": []}, "steps": 20, "epochs": 2}
+        return Recorder(SFTConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
+
+    start(False)
+    assert not events_of(start(True), "length_changed")
+    (said,) = events_of(start(True, epochs=3, steps=30), "length_changed")
+    assert "epochs 2.0 -> 3.0, steps 20 -> 30; the rate (linear) is that of the new length from here on" in said
+    assert said in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_the_moment_of_its_start(tmp_path):
+    first = RunDirectory(tmp_path / "run")
+    moment = datetime(2020, 2, 3, 4, 5, 6)
+    Recorder(frozen_clock(settings(clock=moment), first), first)
+    again = RunDirectory(tmp_path / "run", resume=True)
+    assert frozen_clock(settings(), again).clock == moment
+    with pytest.raises(ConfigError, match="the date that they had at its start, and clock has changed since"):
+        Recorder(frozen_clock(settings(clock=datetime(2021, 1, 1)), again), again)
+    tree = yaml.safe_load(first.config_file.read_text())
+    del tree["clock"]  # an older version
+    first.config_file.write_text(yaml.safe_dump(tree))
+    started = datetime.fromisoformat(first.read_events()[0]["time"])
+    assert frozen_clock(settings(), again).clock == started
+    assert datetime.now() - frozen_clock(settings(), RunDirectory(tmp_path / "new")).clock < timedelta(minutes=1)
