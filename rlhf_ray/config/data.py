@@ -41,6 +41,10 @@ class ColumnsConfig(Section):
     instruction: str | None = None
     input: str | None = None
     output: str | None = None
+    system: str | None = Field(None, description="the system message, where it is no message of the row")
+    history: str | None = Field(None, description="earlier turns: a list of [user, assistant] pairs, or messages")
+    tools: str | None = Field(None, description="JSON schemas of the tools, a list or its JSON text")
+    chat_template_kwargs: str | None = Field(None, description="variables for the chat template")
 
 
 class CleaningConfig(Section):

@@ -1,4 +1,4 @@
-"""A conversation as a chat template gets it."""
+"""What a model is asked: a text, a conversation as a chat template gets it, or an instruction."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ class Chat:
     def with_messages(self, messages: Messages) -> Chat:
         """The same tools and variables around other messages."""
         return replace(self, messages=messages)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What an instruction template fills in; `input` may be empty."""
+
+    instruction: str
+    input: str = ""
+
+
+Prompt: TypeAlias = str | Chat | Instruction

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_ray.config.data import CleaningConfig, ColumnsConfig, DataType
-from rlhf_ray.data.columns import EmptyRowError
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import PreferenceRow, Record, detect, parse
+from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 
 # Reasons, as reports and logs name them.
@@ -24,6 +24,7 @@ class CleaningReport:
     """Of `rows` rows of `source`, `kept` examples were made; `dropped` counts the others by reason, `cut` those cut.
 
     `read` is the fingerprint of the rows as they stand there.
+    `unused` counts the rows that have a column, or a key of their messages, which nothing reads.
     """
 
     source: str
@@ -32,6 +33,7 @@ class CleaningReport:
     dropped: Mapping[str, int]
     cut: int = 0
     read: str = ""
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left_out = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
@@ -40,7 +42,16 @@ class CleaningReport:
             parts.append(f"left out: {left_out}")
         if self.cut:
             parts.append(f"cut at max_length: {self.cut}")
+        if self.unused:
+            parts.append(explain_unused(self.unused))
         return f"{self.source}: {'; '.join(parts)}"
+
+
+def explain_unused(unused: Mapping[str, int]) -> str:
+    """`unused: id (12 rows)`, the most frequent first."""
+    return "unused: " + ", ".join(
+        f"{name} ({count} rows)" for name, count in sorted(unused.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 class Cleaner:
@@ -50,6 +61,7 @@ class Cleaner:
         self._settings, self._max_length, self._overlong = settings, max_length, overlong
         self.rows, self.cut = 0, 0
         self.dropped: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
         self._seen: set[bytes] = set()
 
     def records(self, rows: Iterable[Row], kind: DataType | None, names: ColumnsConfig) -> Iterator[tuple[Row, Record]]:
@@ -66,7 +78,7 @@ class Cleaner:
     def wanted(self, row: Row, kind: DataType, names: ColumnsConfig) -> list[Record]:
         """The records of one row that are to be used. Raises as `records` does."""
         try:
-            records = parse(row, kind, names)
+            records = parse(row, kind, names, self.unused)
         except EmptyRowError:
             if not self._settings.empty:
                 raise
@@ -117,4 +129,4 @@ class Cleaner:
         return shortened
 
     def report(self, source: str, kept: int, read: str) -> CleaningReport:
-        return CleaningReport(source, self.rows, kept, dict(self.dropped), self.cut, read)
+        return CleaningReport(source, self.rows, kept, dict(self.dropped), self.cut, read, dict(self.unused))

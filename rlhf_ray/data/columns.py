@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig
-from rlhf_ray.data.chat import Messages
+from rlhf_ray.data.calls import tools_of
+from rlhf_ray.data.chat import Message, Messages
+from rlhf_ray.data.messages import read_message, read_messages
 from rlhf_ray.data.rows import Row
+from rlhf_ray.data.values import EmptyRowError, check_text, from_json, plain, says_something, shown
 from rlhf_ray.errors import DataError
 
 Text: TypeAlias = str | Messages
 
 USUAL = ColumnsConfig()
-_ALSO_CALLED = {"messages": "conversations"}  # ShareGPT's name, whose messages say `from` and `value`
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-_EXAMPLE = 'write a list like [{"role": "user", "content": "Hello"}]'
-
-
-class EmptyRowError(DataError):
-    """A row whose text is empty: the one fault that cleaning may leave out and count."""
+_MOST_CLASSES = 1 << 20  # more than any classifier has: such a number is an identity, no class
+# Other names of a role, where the row has no column of the usual name and exactly one of these.
+_ALSO_CALLED = {
+    "messages": ("conversations", "conversation"),  # ShareGPT's, whose messages say `from` and `value`
+    "prompt": ("question", "query"),
+    "completion": ("response", "answer"),
+    "output": ("response", "answer"),
+    "input": ("context",),
+    "label": ("kto_tag",),
+}
 
 
 class Columns:
-    """A row as its type reads it: each role's value, under the name that the settings give or the usual one."""
+    """A row as its type reads it: each role's value, under the name that the settings give or the usual one.
+
+    `unused()` tells what of the row nobody asked for.
+    """
 
     def __init__(self, row: Row, names: ColumnsConfig = USUAL):
         self.row, self._names = row, names
+        self._read: set[str] = set()
+        self._unused_keys: Counter[str] = Counter()
+
+    def unused(self) -> Counter[str]:
+        """The columns that nothing has read and that say something, and keys of messages that have no use."""
+        left = (name for name, value in self.row.fields.items() if name not in self._read and says_something(value))
+        return Counter([*map(str, left), *self.unused_keys()])
+
+    def unused_keys(self) -> Counter[str]:
+        """Keys of messages that have no use."""
+        return Counter(list(self._unused_keys))  # however many messages of the row have it: rows are counted
+
+    def also_unused(self, part: Columns, prefix: str) -> None:
+        """What is unused of an object inside this row."""
+        self._unused_keys.update(prefix + name for name in part.unused())
 
     def name(self, role: str) -> str:
         given = getattr(self._names, role) if role in ColumnsConfig.model_fields else None
-        other = _ALSO_CALLED.get(role)
-        if given is None and other in self.row.fields and role not in self.row.fields:
-            return other
-        return given or role
+        if given is not None or role in self.row.fields:
+            return given or role
+        others = [other for other in _ALSO_CALLED.get(role, ()) if self.row.fields.get(other) is not None]
+        return others[0] if len(others) == 1 else role
 
     def has(self, role: str) -> bool:
         return self.row.fields.get(self.name(role)) is not None  # a table has None where a row lacks the column
+
+    def has_by_name(self, role: str) -> bool:
+        """Whether it is there under its usual name or the one that was given, not under a guessed one."""
+        return self.has(role) and self.name(role) not in _ALSO_CALLED.get(role, ())
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.row.where}: {problem}")
@@ -53,6 +82,7 @@ class Columns:
                 f"no field {name!r}; the row has {', '.join(map(repr, self.row.fields)) or 'none'}; "
                 "name another with data.columns (data.field for prompts), or mend the row"
             )
+        self._read.add(name)
         return self.row.fields[name]
 
     def text(self, role: str) -> str:
@@ -68,13 +98,43 @@ class Columns:
         return self.checked(self.value(role), role)
 
     def messages(self, role: str) -> Messages:
-        return self._messages(_from_json(self.value(role)), role)
+        value = self._listed_in_json(role)
+        with self._placed(role):
+            return read_messages(value, self._unused_keys)
 
     def listed(self, role: str) -> Sequence[Any]:
-        value = _from_json(self.value(role))
+        value = self._listed_in_json(role)
         if not isinstance(value, (list, tuple)):
             raise self.error(f"field {self.name(role)!r} is of type {type(value).__name__}, not a list")
         return value
+
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """The JSON schemas of the tools; none where the row has none."""
+        if not says_something(self.row.fields.get(self.name("tools"))):
+            return ()
+        with self._placed("tools"):
+            return tools_of(self.value("tools"))
+
+    def template_args(self) -> Mapping[str, Any] | None:
+        """Variables for the chat template, in TRL's column `chat_template_kwargs`."""
+        if not says_something(self.row.fields.get(self.name("chat_template_kwargs"))):
+            return None
+        with self._placed("chat_template_kwargs"):
+            value = self.value("chat_template_kwargs")
+            value = plain(from_json(value) if isinstance(value, str) else value)
+            if not isinstance(value, dict):
+                raise DataError(f"is {shown(value)}, not an object such as {{\"enable_thinking\": false}}")
+            return value
+
+    def history(self) -> Messages:
+        """Turns before the prompt: LLaMA-Factory's list of [user, assistant] pairs, or messages."""
+        if not says_something(self.row.fields.get(self.name("history"))):
+            return ()
+        value = self._listed_in_json("history")
+        with self._placed("history"):
+            if isinstance(value, (list, tuple)) and all(isinstance(turn, Mapping) for turn in value):
+                return read_messages(value, self._unused_keys)
+            return _paired(value)
 
     def number(self, role: str) -> float:
         return self.checked_number(self.value(role), role)
@@ -84,28 +144,33 @@ class Columns:
         value = self.value(role)
         if isinstance(value, str):  # a CSV file has nothing but text
             word = value.strip().lower()
-            value = int(word) if word.isdecimal() else {"true": 1, "false": 0}.get(word, value)
+            value = int(word) if word.isdecimal() and len(word) < 10 else {"true": 1, "false": 0}.get(word, value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or value < 0:
+        if not isinstance(value, int) or not 0 <= value < _MOST_CLASSES:
             raise self.error(
-                f"field {self.name(role)!r} is {value!r}; a label is true, false, or a class 0, 1, 2, ...; "
+                f"field {self.name(role)!r} is {shown(value)}; a label is true, false, or a class 0, 1, 2, ...; "
                 "mend it, or set the type to one that reads no label"
             )
         return int(value)
 
     def checked(self, value: Any, role: str) -> Text:
+        """A text, messages, or one message for itself."""
+        if isinstance(value, Mapping):
+            with self._placed(role):
+                return (self._message(value),)
         if isinstance(value, (list, tuple)):
-            return self._messages(value, role)
+            with self._placed(role):
+                return read_messages(value, self._unused_keys)
         return self.checked_text(value, role)
 
     def checked_number(self, value: Any, role: str) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise self.error(f"field {self.name(role)!r} has {value!r}, not a finite number; mend the row")
+            raise self.error(f"field {self.name(role)!r} has {shown(value)}, not a finite number; mend the row")
         return number
 
     def checked_text(self, value: Any, role: str) -> str:
@@ -116,51 +181,41 @@ class Columns:
             )
         if not value.strip():
             raise self.empty(f"field {name!r} is empty")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise self.error(
-                f"field {name!r} holds half of a character (position {error.start}), which no tokenizer reads; "
-                "remove it, or write the file again from its source"
-            ) from error
+        with self._placed(role):
+            check_text(value)
         return value
 
-    def _messages(self, value: Any, role: str) -> Messages:
-        name = self.name(role)
-        if not isinstance(value, (list, tuple)):
-            raise self.error(f"field {name!r} is of type {type(value).__name__}, not a list of messages; {_EXAMPLE}")
-        if not value:
-            raise self.empty(f"field {name!r} is an empty list of messages")
-        return tuple(self._message(message, role) for message in value)
+    def _message(self, value: Mapping[str, Any]) -> Message:
+        return read_message(value, self._unused_keys)
 
-    def _message(self, message: Any, role: str) -> Mapping[str, Any]:
-        name = self.name(role)
-        message = _openai(message) if isinstance(message, dict) else message
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise self.error(f"field {name!r} holds a message without a role; {_EXAMPLE}")
-        content = message.get("content")
-        if message.get("tool_calls") and not content:
-            return message
-        if isinstance(content, str) and not content.strip():
-            raise self.empty(f"field {name!r} holds a message without content")
-        if not isinstance(content, str):
-            raise self.error(f"field {name!r} holds a message without content that is text; {_EXAMPLE}")
-        self.checked_text(content, role)
-        return message
+    def _listed_in_json(self, role: str) -> Any:
+        """A CSV file has no lists: there they are written as JSON."""
+        value = self.value(role)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            with self._placed(role):
+                return from_json(value)
+        return value
 
-
-def _from_json(value: Any) -> Any:
-    """A CSV file has no lists: there they are written as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    @contextmanager
+    def _placed(self, role: str) -> Iterator[None]:
+        """What is wrong in here is wrong in the column of this role."""
         try:
-            return json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            return value
-    return value
+            yield
+        except EmptyRowError as error:
+            raise self.empty(f"field {self.name(role)!r} {error}") from error
+        except DataError as error:
+            raise self.error(f"field {self.name(role)!r} {error}") from error
 
 
-def _openai(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of ShareGPT's in OpenAI's words; a table's None values are left out (no tool calls is not `None`)."""
-    if "from" in message and "value" in message:
-        return {"role": _SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
-    return {key: value for key, value in message.items() if value is not None}
+def _paired(value: Any) -> Messages:
+    pairs = value if isinstance(value, (list, tuple)) else [value]
+    messages: list[Message] = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise DataError(f"holds {shown(pair)}, which is no pair of texts; write [[\"question\", \"answer\"], ...]")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            check_text(said)
+            if not said.strip():
+                raise EmptyRowError("holds a turn without text")
+            messages.append({"role": role, "content": said})
+    return tuple(messages)

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.data.chat import Chat, Messages
+from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
 from rlhf_ray.data.columns import Text
 from rlhf_ray.data.dialogues import ASSISTANT, dialogue_messages, is_dialogue
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.templates import ChatTemplate, Piece, alpaca_prompt
-from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import DataError, ModelError
 
 Style = Literal["auto", "chat", "alpaca", "none"]

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -14,21 +14,19 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.config.schema import PromptsConfig
-from rlhf_ray.data.columns import Columns, EmptyRowError
+from rlhf_ray.data.chat import Prompt
+from rlhf_ray.data.cleaning import explain_unused
+from rlhf_ray.data.columns import Columns
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.types import Prompt, detect, parse, prompt_of, texts_of
+from rlhf_ray.data.types import detect, parse, prompt_column, prompts_in, texts_of
+from rlhf_ray.data.values import EmptyRowError, says_something
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.words import segment_spans
 
-# What else such rows hold (an answer, a label) is for the reward functions to read: it need not be there.
-_ASKED_AS: dict[DataType, DataType] = {
-    "labelled": "text", "prompt_completion": "prompt", "unpaired": "prompt", "ranked": "prompt"
-}  # fmt: skip
-_PROMPT_COLUMN: dict[DataType, str] = {"text": "text", "messages": "messages"}
 _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions get these from the rollout
 
 
@@ -57,19 +55,23 @@ class PromptSet:
     dropped: dict[str, int]
     answers: tuple[tuple[tuple[int, ...], ...], ...] = ()  # token ids of each prompt's reference answers, if asked for
     read: str = ""
+    unused: Mapping[str, int] = field(default_factory=dict)  # rows by column or key of messages that nothing reads
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @property
     def left_out(self) -> str:
-        """What was dropped, for people; empty where everything is there."""
-        return _explain(self.dropped) if self.dropped else ""
+        """What was dropped and what nothing reads, for people; empty where everything is there."""
+        parts = [_explain(self.dropped)] if self.dropped else []
+        return "; ".join([*parts, *([explain_unused(self.unused)] if self.unused else [])])
 
     def slice(self, start: int, end: int) -> PromptSet:
         """Rows start..end-1; what was dropped counts for the whole."""
         part = slice(start, end)
-        return PromptSet(self.examples[part], self.token_ids[part], self.dropped, self.answers[part], self.read)
+        return PromptSet(
+            self.examples[part], self.token_ids[part], self.dropped, self.answers[part], self.read, self.unused
+        )
 
 
 def load_prompts(
@@ -103,8 +105,9 @@ def load_prompts(
         tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args, clock=clock
     )
     dropped, read = Counter(short=0, long=0, empty=0), Fingerprint()
+    unused: Counter[str] = Counter()
     examples, ids, answers = [], [], []
-    for prompt, columns, where in _asked(source, field, split, dropped, read):
+    for prompt, columns, where in _asked(source, field, split, dropped, unused, read):
         if prompt_words is not None:
             if not isinstance(prompt, str):
                 raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
@@ -128,7 +131,7 @@ def load_prompts(
     if not examples:
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
     counts = {why: count for why, count in dropped.items() if count}
-    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value)
+    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value, unused)
 
 
 def _fits(tokens: Sequence[int], limit: int | None, overlong: str, where: str) -> bool:
@@ -182,7 +185,8 @@ def first_words(text: str, count: int) -> str | None:
 
 
 def _asked(
-    source: str, field: str | None, split: str, dropped: Counter[str], read: Fingerprint
+    source: str, field: str | None, split: str, dropped: Counter[str], unused: Counter[str],
+    read: Fingerprint,
 ) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
     """(prompt, the row's other columns, where) of every prompt of a source."""
     if is_task(source):
@@ -194,20 +198,19 @@ def _asked(
     names = ColumnsConfig(prompt=field)
     kind: DataType | None = None if field is None else "prompt"
     for row in read.watching(read_rows(source, split=split, trees_as="prompt", dropped=dropped)):
-        if kind is None:
-            detected = detect(row, names)
-            kind = _ASKED_AS.get(detected, detected)
-        copied = Columns(row, names).name(_PROMPT_COLUMN.get(kind, "prompt"))
+        kind = kind or detect(row, names)
+        copied = prompt_column(row, kind, names)
         columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
         try:
-            records = parse(row, kind, names)
+            prompts = prompts_in(row, kind, names, unused)
         except EmptyRowError:
             if kind != "preference":
                 raise
             dropped["empty"] += 1  # one of its two answers: nobody's mistake, and no reason to stop
             continue
-        for record in records:
-            yield prompt_of(record), columns, row.where
+        unused.update(name for name in _TAKEN_NAMES if name != copied and says_something(row.fields.get(name)))
+        for prompt in prompts:
+            yield prompt, columns, row.where
 
 
 def _reference_answers(prompt: Prompt, value: Any, encoder: Encoder) -> tuple[tuple[int, ...], ...]:

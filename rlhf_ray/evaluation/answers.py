@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
 from rlhf_ray.config.schema import DataConfig, PromptsConfig, RewardConfig, RolloutConfig, RunConfig
 from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
-from rlhf_ray.data.chat import Chat, Messages
+from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
+from rlhf_ray.data.messages import readable
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
-from rlhf_ray.data.types import Instruction, Prompt
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
@@ -98,10 +99,11 @@ def prompt_text(asked: Prompt | Messages) -> str:
         return asked
     if isinstance(asked, Instruction):
         return "\n\n".join(part for part in (asked.instruction, asked.input) if part)
-    messages = asked.messages if isinstance(asked, Chat) else asked
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    messages, tools = (asked.messages, asked.tools) if isinstance(asked, Chat) else (asked, ())
+    if len(messages) == 1 and not tools:
+        return readable(messages[0])
+    offered = [f"tools: {json.dumps(list(tools), ensure_ascii=False)}"] if tools else []
+    return "\n\n".join([*offered, *(f"{message['role']}: {readable(message)}" for message in messages)])
 
 
 class AnsweringModel:

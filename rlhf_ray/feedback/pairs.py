@@ -13,11 +13,12 @@ from typing import Any
 from rlhf_ray.config.extras import AGREEMENT, needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config
-from rlhf_ray.data.columns import EmptyRowError
+from rlhf_ray.data.chat import Instruction
 from rlhf_ray.data.prompts import Example
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
-from rlhf_ray.data.types import Instruction, PreferenceRow, detect, parse
+from rlhf_ray.data.types import PreferenceRow, detect, parse
+from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.answers import (
     AnsweringModel,
@@ -195,15 +196,23 @@ def _row(
     example = answers.prompts[candidate.prompt]
     order = (candidate.first, candidate.second) if label.winner == "first" else (candidate.second, candidate.first)
     chosen, rejected = (answers.completions[row] for row in order)
-    row: dict[str, Any] = {"prompt": _prompt_field(example), "chosen": chosen, "rejected": rejected}
+    row: dict[str, Any] = {**_prompt_fields(example), "chosen": chosen, "rejected": rejected}
     if label.margin is not None:
         # `margin` is in units of a reward, and `rm` demands it of its own scores; nats of a judge are none.
         row["judge_margin" if config.labelled_by_judge else "margin"] = label.margin
     return {**row, "source": example.where, **lineage}
 
 
-def _prompt_field(example: Example) -> Any:
-    """Messages stay messages, so that the template is written once, by whoever learns from them."""
-    if isinstance(example.asked, Instruction):
-        return example.prompt
-    return example.asked if isinstance(example.asked, str) else list(example.asked.messages)
+def _prompt_fields(example: Example) -> dict[str, Any]:
+    """A conversation stays one, with its tools, so that the template is written once, by whoever learns from it."""
+    asked = example.asked
+    if isinstance(asked, Instruction):
+        return {"prompt": example.prompt}
+    if isinstance(asked, str):
+        return {"prompt": asked}
+    fields: dict[str, Any] = {"prompt": list(asked.messages)}
+    if asked.tools:
+        fields["tools"] = list(asked.tools)
+    if asked.template_args:
+        fields["chat_template_kwargs"] = dict(asked.template_args)
+    return fields

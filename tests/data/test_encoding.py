@@ -10,12 +10,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config.data import DatasetConfig
-from rlhf_ray.data.chat import Chat
+from rlhf_ray.data.chat import Chat, Instruction
 from rlhf_ray.data.datasets import load_pairs, load_supervised
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.templates import CHAT_TEMPLATES, alpaca_prompt
-from rlhf_ray.data.types import Instruction
 from rlhf_ray.errors import DataError, ModelError
 from rlhf_ray.models.tokenizers import bpe_tokenizer, char_tokenizer
 

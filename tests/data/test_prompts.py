@@ -31,8 +31,10 @@ def test_the_field_is_found_or_named(write, tokenizer):
     both = write({"text": "ab", "question": "cd"})
     named = load_prompts(both, tokenizer, field="question").examples[0]
     assert (named.prompt, named.columns) == ("cd", {"text": "ab"})
-    with pytest.raises(DataError, match=r"data\.jsonl:1: none of the fields .*'question'.*data\.field"):
-        load_prompts(write({"question": "cd"}), tokenizer)
+    usual = load_prompts(write({"question": "cd", "answer": 4}), tokenizer).examples[0]
+    assert (usual.prompt, usual.columns) == ("cd", {"answer": 4})
+    with pytest.raises(DataError, match=r"data\.jsonl:1: none of the fields .*'puzzle'.*data\.field"):
+        load_prompts(write({"puzzle": "cd"}), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,8 @@ def test_the_field_is_found_or_named(write, tokenizer):
         ({"prompt": 3}, "is of type int, not text"),
         ({"prompt": None}, "is of type NoneType, not text"),
         ({"prompt": []}, "an empty list of messages"),
-        ({"prompt": ["hello"]}, "a message without a role"),
+        ({"prompt": ["hello"]}, "'hello', which is no message"),
+        ({"prompt": [{"content": "hello"}]}, "a message without a role"),
         ({"prompt": [{"role": "user", "content": ""}]}, "a message without content"),
         ({"prompt": [{"role": "assistant", "content": "hi"}]}, "an answer but no question"),
     ],

@@ -7,13 +7,11 @@ from typing import get_args
 import pytest
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
-from rlhf_ray.data.chat import Chat
-from rlhf_ray.data.columns import EmptyRowError
+from rlhf_ray.data.chat import Chat, Instruction
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import (
     AnswerRow,
     ConversationRow,
-    Instruction,
     PreferenceRow,
     PromptRow,
     RankedRow,
@@ -22,6 +20,7 @@ from rlhf_ray.data.types import (
     parse,
     prompt_of,
 )
+from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 
 ASK = {"role": "user", "content": "hi"}
@@ -116,9 +115,9 @@ def test_an_instruction_with_several_instances_makes_as_many_records():
 
 
 def test_columns_may_have_names_of_their_own():
-    fields = {"question": "a", "answer": "b"}
-    assert read(fields, prompt="question", completion="answer") == (AnswerRow("a", "b"),)
-    with pytest.raises(DataError, match=r"f\.jsonl:7: none of the fields .*'question', 'answer'.*data\.columns"):
+    fields = {"puzzle": "a", "solution": "b"}
+    assert read(fields, prompt="puzzle", completion="solution") == (AnswerRow("a", "b"),)
+    with pytest.raises(DataError, match=r"f\.jsonl:7: none of the fields .*'puzzle', 'solution'.*data\.columns"):
         detect(row(fields))
 
 
@@ -153,7 +152,8 @@ def test_the_prompt_of_each_record():
         ({"instruction": "a", "instances": ["b"]}, None, "field 'instances' is no list of objects"),
         ({"data_source": "d", "prompt": [ASK], "reward_model": "x"}, None, "no object with a 'ground_truth'"),
         ({"messages": [SAY]}, None, "an answer but no question"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "without content that is text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "a part of type 'image'"),
+        ({"messages": [{"role": "user", "content": 3}]}, None, "without content that is text"),
         ({"messages": "hello"}, None, "of type str, not a list of messages"),
         ({"text": "half \ud800"}, None, r"half of a character .position 5."),
     ],
@@ -184,4 +184,5 @@ def test_an_empty_row_is_told_from_a_wrong_one(fields):
 def test_a_message_may_call_a_tool_instead_of_speaking():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     (record,) = read({"messages": [ASK, call]})
-    assert record.chat.messages[1] == {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    function = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert record.chat.messages[1] == {"role": "assistant", "content": None, "tool_calls": [function]}
