@@ -279,6 +279,7 @@ def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sam
     make: Callable[..., Rollouts] = Rollouts
     options: dict[str, Any] = {
         "algorithm": config.algorithm,
+        "steps": config.steps,
         "seed": config.seed,
         "timer": run.timer,
         "texts": max(3, config.logging.rollouts),
@@ -286,7 +287,7 @@ def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sam
     }
     if config.rollout.max_staleness > 0:
         make = OverlappedRollouts
-        options |= {"start": run.resume_point.step if run.resume_point else 0, "steps": config.steps}
+        options["start"] = run.resume_point.step if run.resume_point else 0
     return make(roles.generator, roles.reward, prompts, config.rollout, sampling, **options)
 
 

@@ -77,6 +77,26 @@ class FixedKL:
 
 
 @dataclass(frozen=True)
+class LinearKL:
+    """A coefficient that moves in a straight line from `start` to `end` over `span` units of n."""
+
+    start: float
+    end: float
+    span: float
+    elapsed: float = 0.0
+
+    @property
+    def coef(self) -> float:
+        return self.start + (self.end - self.start) * min(self.elapsed / self.span, 1.0)
+
+    def update(self, kl: float, n: int = 1) -> LinearKL:
+        return replace(self, elapsed=self.elapsed + n)
+
+    def state_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class AdaptiveKL:
     """Proportional control in log space (Ziegler et al. 2019, section 2.2): steer the measured KL towards
     `target`.
@@ -125,4 +145,4 @@ class ScheduledKL:
         return asdict(self)
 
 
-KLController = FixedKL | AdaptiveKL | ScheduledKL
+KLController = FixedKL | LinearKL | AdaptiveKL | ScheduledKL

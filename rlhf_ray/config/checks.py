@@ -284,6 +284,7 @@ def _generation(config: RunConfig, device: str) -> list[str]:
         )
     temperatures = {
         "rollout.temperature": config.rollout.temperature,
+        "rollout.temperature_end": config.rollout.temperature_end or 0.0,
         "rollout.temperatures": max(config.rollout.temperatures, default=0.0),
         "eval.temperature": config.eval.temperature,
     }

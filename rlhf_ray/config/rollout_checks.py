@@ -33,6 +33,11 @@ def group_problems(config: RunConfig) -> list[str]:
             f"rollout.temperatures has {len(rollout.temperatures)} entries for {sampled} sampled members of a group, "
             "so some would never be used; shorten it or raise rollout.group_size"
         )
+    if rollout.temperature_end is not None and rollout.temperatures:
+        problems.append(
+            "rollout.temperature_end moves rollout.temperature, and rollout.temperatures gives each member of a group "
+            "its own; set one of the two"
+        )
     return problems
 
 
@@ -40,6 +45,16 @@ def shaping_problems(config: RunConfig) -> list[str]:
     """Rewards, baselines and the KL controller."""
     algorithm = config.algorithm
     problems = []
+    if algorithm.kl_controller != "fixed" and algorithm.kl_coef_end is not None:
+        problems.append(
+            f"algorithm.kl_controller={algorithm.kl_controller} decides the coefficient from the KL it sees, and "
+            "algorithm.kl_coef_end by the step; remove kl_coef_end, or set kl_controller=fixed"
+        )
+    if config.learner.stop_kl is not None and config.learner.epochs * config.learner.minibatches == 1:
+        problems.append(
+            f"learner.stop_kl={config.learner.stop_kl} ends a step's further passes, and there is only one optimiser "
+            "step; set learner.epochs or learner.minibatches above 1, or leave stop_kl empty"
+        )
     if algorithm.kl_controller != "fixed" and algorithm.kl_coef == 0:
         problems.append(
             f"algorithm.kl_controller={algorithm.kl_controller} multiplies algorithm.kl_coef, which is 0 and would "

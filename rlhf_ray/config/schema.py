@@ -53,6 +53,7 @@ class RolloutConfig(Section):
     group_size: int = Field(8, gt=0, description="answers sampled for each prompt")
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, gt=0)
+    temperature_end: float | None = Field(None, gt=0, description="the temperature moves here over the run")
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         [], description="of the members of a group, in turn; empty: all at temperature"
     )
@@ -180,8 +181,10 @@ class AlgorithmConfig(Section):
     dual_clip: float | None = Field(None, gt=1)
     aggregation: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
     entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef_end: float | None = Field(None, ge=0, description="entropy_coef moves here over the run")
     kl_in: Literal["loss", "reward"] = "loss"
     kl_coef: float = Field(0.0, ge=0, description="0: the reference model is not even loaded")
+    kl_coef_end: float | None = Field(None, ge=0, description="kl_controller=fixed: kl_coef moves here over the run")
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
     kl_controller: Literal["fixed", "adaptive", "scheduled"] = "fixed"
     kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL of a whole completion, in nats")
@@ -222,6 +225,10 @@ class AlgorithmConfig(Section):
 class LearnerConfig(TrainEngineConfig):
     epochs: int = Field(1, gt=0, description="passes over each step's rollouts")
     minibatches: int = Field(1, gt=0, description="optimiser steps in each pass")
+    stop_kl: float | None = Field(
+        None, gt=0, description="end a step's passes early, once the policy is this far from the one that wrote the "
+        "rollouts: KL in nats a token, mean over a minibatch (`target_kl` elsewhere)"
+    )  # fmt: skip
     share_prompts: bool = Field(
         False,
         description="compute a prompt once for all of its answers, where that is cheaper: they stand behind it in one "
@@ -276,7 +283,7 @@ class RunConfig(TrainingRunConfig):
     @property
     def uses_reference(self) -> bool:
         """With an adaptive controller the coefficient can grow from its start, so the model is needed."""
-        return self.algorithm.kl_coef > 0
+        return self.algorithm.kl_coef > 0 or bool(self.algorithm.kl_coef_end)
 
     @property
     def judge_paths(self) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, ScheduledKL
+from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, LinearKL, ScheduledKL
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
@@ -104,14 +104,15 @@ def push_weights(
 
 
 def new_controller(config: RunConfig) -> KLController:
-    algorithm = config.algorithm
+    algorithm, span = config.algorithm, config.steps * config.samples_per_step
     if algorithm.kl_controller == "adaptive":
         return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
     if algorithm.kl_controller == "scheduled":
-        span = config.steps * config.samples_per_step
         return ScheduledKL(
             algorithm.kl_coef, algorithm.kl_target, algorithm.kl_target_end, span, algorithm.kl_horizon
         )  # fmt: skip
+    if algorithm.kl_coef_end is not None:
+        return LinearKL(algorithm.kl_coef, algorithm.kl_coef_end, span)
     return FixedKL(algorithm.kl_coef)
 
 
@@ -140,7 +141,7 @@ def restore(config: RunConfig, roles: Roles, rollouts: Rollouts, run: Recorder) 
     roles.advantages.load_state_dict(found.state["advantages"])
     rollouts.load_state_dict(found.state["rollouts"])
     kl = new_controller(config)
-    if config.algorithm.kl_controller != "fixed":  # a fixed coefficient is whatever the config says today
+    if not isinstance(kl, FixedKL):  # a fixed coefficient is whatever the config says today
         moving = {"coef", "elapsed"} & found.state["kl"].keys() & kl.state_dict().keys()
         kl = replace(kl, **{name: found.state["kl"][name] for name in moving})
     return found.step, kl

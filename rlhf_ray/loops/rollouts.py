@@ -20,6 +20,7 @@ import torch
 
 from rlhf_ray.algo.groups import informative_groups
 from rlhf_ray.algo.policy_losses import combine_stats
+from rlhf_ray.algo.schedules import linear
 from rlhf_ray.algo.shaping import overlong_penalty
 from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
@@ -89,6 +90,7 @@ class Rollouts:
         sampling: Sampling,
         *,
         algorithm: AlgorithmConfig,
+        steps: int,
         seed: int,
         timer: Timer,
         texts: int,
@@ -101,6 +103,7 @@ class Rollouts:
         self.config = config
         self.sampling = sampling
         self.algorithm = algorithm
+        self.steps = steps
         self.seed = seed
         self.timer = timer
         self.texts = texts
@@ -121,7 +124,7 @@ class Rollouts:
         chosen: set[int] = set()
         while len(chosen) < wanted and len(rounds) <= resample:
             missing = wanted - len(chosen)
-            judged = self._judge(range(position, position + missing))
+            judged = self._judge(range(position, position + missing), step)
             position += missing
             rounds.append(judged)
             usable |= judged.judged_prompts()
@@ -144,9 +147,9 @@ class Rollouts:
             metrics["reward/overlong_penalty"] = float(scores.by_function["overlong_penalty"].mean())
         return Scored(batch, scores, metrics, position)
 
-    def _judge(self, positions: Sequence[int]) -> Judged:
+    def _judge(self, positions: Sequence[int], step: int) -> Judged:
         """Answers to these prompts of the stream, and their rewards."""
-        requests = self.requests(positions)
+        requests = self.requests(positions, step)
         with self._generating(), self.timer("generate"):
             self.generator.wake()
             batch = self.generator.generate(requests, self.sampling)
@@ -165,7 +168,7 @@ class Rollouts:
         columns = {"score": scores.score}
         if self.algorithm.advantage == "remax":
             columns["baseline"] = torch.cat([judged.greedy_scores(rows) for judged, rows in parts])
-        if self.config.temperatures:
+        if self.config.temperatures or self.config.temperature_end:
             own = [judged.requests[row].temperature for judged, rows in parts for row in rows]
             columns["temperature"] = torch.tensor([self.sampling.temperature if t is None else t for t in own])
         judged, rows = parts[0]
@@ -184,16 +187,18 @@ class Rollouts:
         """Answers to each prompt: the group, and for ReMax the greedy one."""
         return self.config.group_size + (self.algorithm.advantage == "remax")
 
-    def requests(self, positions: Sequence[int]) -> list[Request]:
+    def requests(self, positions: Sequence[int], step: int = 0) -> list[Request]:
         """`members` requests for each position of the prompt stream."""
-        return [self._request(position, member) for position in positions for member in range(self.members)]
+        config = self.config
+        moved = config.temperature_end and linear(config.temperature, config.temperature_end, step, self.steps)
+        return [self._request(position, member, moved) for position in positions for member in range(self.members)]
 
-    def _request(self, position: int, member: int) -> Request:
+    def _request(self, position: int, member: int, temperature: float | None) -> Request:
         config = self.config
         epoch, index = self.stream[position]
         example = self.prompts.examples[index]
         sampled = config.group_size - config.reference_answers
-        temperature, answer = None, None
+        answer = None
         if member == config.group_size:
             temperature = 0.0
         elif member >= sampled:
@@ -238,7 +243,7 @@ class OverlappedRollouts(Rollouts):
     """Generates ahead in a thread, at most `max_staleness` weight versions behind the learner."""
 
     def __init__(self, *args: Any, start: int, steps: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, steps=steps, **kwargs)
         # Nothing yet: until the first sync the generator holds the weights it was loaded with, and a resumed run
         # would learn from those.
         self._version: int | None = None

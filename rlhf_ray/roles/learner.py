@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from rlhf_ray.algo.kl import kl_estimate, kl_loss
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.algo.policy_losses import ratio_stats
 from rlhf_ray.algo.registry import POLICY_LOSSES
+from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
 from rlhf_ray.models.engine import TrainEngine
@@ -82,17 +83,38 @@ class Learner(Trainer):
             skipped and counted in `skipped_steps`.
         """
         lr = self.learning_rate(step)
+        entropy_coef = linear(self.algorithm.entropy_coef, self.algorithm.entropy_coef_end, step, self.total_steps)
         totals, grad_norms = Totals(), []
+        loss = partial(self._loss, kl_coef=kl_coef, entropy_coef=entropy_coef)
+        for epoch, share in self._passes(batch):
+            grad_norm, stats = self.optimiser_step(batch, share, partial(loss, first_epoch=epoch == 0), lr)
+            grad_norms.append(grad_norm)
+            totals.add(stats.values)
+            if self._is_far(stats):
+                break
+        metrics = self._metrics(totals.over_ranks(self.engine), grad_norms, lr)
+        if self.config.stop_kl is not None:
+            metrics["optimiser_steps"] = float(len(grad_norms))
+        return metrics
+
+    def _passes(self, batch: Batch) -> Iterator[tuple[int, Share]]:
+        """(inner epoch, this rank's part) of each optimiser step."""
         for epoch in range(self.config.epochs):
-            loss = partial(self._loss, kl_coef=kl_coef, first_epoch=epoch == 0)
-            for share in self.shares(batch):
-                grad_norm, stats = self.optimiser_step(batch, share, loss, lr)
-                grad_norms.append(grad_norm)
-                totals.add(stats.values)
-        return self._metrics(totals.over_ranks(self.engine), grad_norms, lr)
+            yield from ((epoch, share) for share in self.shares(batch))
+
+    def _is_far(self, stats: Totals) -> bool:
+        """Whether the policy has moved far enough from the one that wrote the rollouts; all ranks say the same.
+
+        A minibatch is measured before its own optimiser step: the step that finds the policy too far is the last.
+        Collective, where it can end the passes at all.
+        """
+        if self.config.stop_kl is None:
+            return False
+        totals = stats.over_ranks(self.engine)
+        return totals["approx_kl_sum"] / totals["count"] > self.config.stop_kl
 
     def _loss(
-        self, micro: MicroBatch, share: Share, *, kl_coef: float, first_epoch: bool
+        self, micro: MicroBatch, share: Share, *, kl_coef: float, entropy_coef: float, first_epoch: bool
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         algorithm, device = self.algorithm, self.engine.device
         mask_BT = micro.response_mask.to(device)
@@ -103,7 +125,7 @@ class Learner(Trainer):
         given_BT = micro.weight_version.to(device) < 0
         gen_BT = torch.where(given_BT, old_BT, micro.logp_gen.to(device))
         advantage_BT = micro.advantages.to(device)
-        with torch.set_grad_enabled(algorithm.entropy_coef > 0):
+        with torch.set_grad_enabled(entropy_coef > 0):
             entropy_BT = predictions.entropies()
 
         policy_BT = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, **self.policy_loss_options)
@@ -121,8 +143,8 @@ class Learner(Trainer):
         loss = parts["policy"]
         if micro.logp_ref is not None and algorithm.kl_in == "loss":
             loss = loss + kl_coef * parts["kl"]
-        if algorithm.entropy_coef > 0:
-            loss = loss + algorithm.entropy_coef * parts["entropy"]
+        if entropy_coef > 0:
+            loss = loss + entropy_coef * parts["entropy"]
 
         stats = {f"loss/{name}": value.detach() for name, value in parts.items()}
         stats["entropy_sum"] = entropy_BT.detach().sum()

@@ -48,7 +48,7 @@ def rollouts(generator, prompts):
         config = RolloutConfig(**{"prompts_per_step": 2, "group_size": 2, **rollout})
         return Rollouts(
             generator, ScriptedReward(by_prompt), dataclasses.replace(prompts, answers=answers), config, SAMPLING,
-            algorithm=AlgorithmConfig(**(algorithm or {})), seed=7, timer=Timer(), texts=9,
+            algorithm=AlgorithmConfig(**(algorithm or {})), seed=7, timer=Timer(), texts=9, steps=5,
         )  # fmt: skip
 
     return make

@@ -19,7 +19,7 @@ def rollouts(generator, reward, prompts):
         config = RolloutConfig(prompts_per_step=3, group_size=2)
         made = Rollouts(
             generator, reward, prompts, config, SAMPLING,
-            algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3,
+            algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3, steps=20,
         )  # fmt: skip
         made.load_state_dict({"position": position})
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,28 @@ def test_members_of_different_temperatures(tiny_config, tmp_path, read_rows, est
     assert batch.temperature.tolist() == pytest.approx([0.3, 1.0, 3.0, 0.3] * 4)
     certain = batch.logp_gen.sum(1)
     assert certain[batch.temperature < 0.5].mean() > certain[batch.temperature > 2].mean()
+
+
+@pytest.mark.slow
+def test_a_temperature_that_moves_over_the_run(tiny_config, tmp_path, read_rows, estimated):
+    """Generator, learner and reference follow it, and so does a run that stopped in between."""
+    settings = ("rollout.temperature=2.0", "rollout.temperature_end=0.5", "eval.size=2", "algorithm.kl_coef=0.01")
+    run_rl(tiny_config(*settings, "steps=4"), tmp_path / "a")
+    assert [set(batch.temperature.tolist()) for batch in estimated] == [{2.0}, {1.5}, {1.0}, {0.5}]
+    for row in read_rows(tmp_path / "a"):
+        assert row["mismatch/absdiff_max"] < 1e-5 and row["ratio/max"] == 1
+    run_rl(tiny_config(*settings, "steps=4", "checkpoint.every=2"), tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_4")
+    run_rl(tiny_config(*settings, "steps=4"), tmp_path / "b", resume=True)
+    whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_kl_coefficient_that_moves_over_the_run(tiny_config, tmp_path, read_rows):
+    settings = ("algorithm.kl_coef=0.0", "algorithm.kl_coef_end=0.4", "eval.size=2", "steps=5")
+    run_rl(tiny_config(*settings), tmp_path / "a")
+    assert [row["kl_coef"] for row in read_rows(tmp_path / "a")] == pytest.approx([0.0, 0.08, 0.16, 0.24, 0.32])
 
 
 @pytest.mark.slow

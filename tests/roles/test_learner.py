@@ -59,7 +59,7 @@ def test_the_first_of_several_minibatches_is_exact_and_the_later_ones_move(
     batch = with_advantages(ragged)
     batch = batch.replace(logp_old=learner.logprobs(batch))
     first, second = learner.shares(batch)[:2]
-    loss = lambda micro, share: learner._loss(micro, share, kl_coef=0.0, first_epoch=True)  # noqa: E731
+    loss = lambda micro, share: learner._loss(micro, share, kl_coef=0.0, entropy_coef=0.0, first_epoch=True)  # noqa: E731
     _, totals = learner.optimiser_step(batch, first, loss, 1e-2)
     assert totals.values["approx_kl_sum"] == 0.0 and totals.values["ratio_max"] == 1.0
     _, totals = learner.optimiser_step(batch, second, loss, 1e-2)
@@ -409,6 +409,36 @@ def test_entropy_is_that_of_the_sampling_distribution(tiny, learner_of, ragged, 
             total += float(-(p * p.log()).sum().detach())
         metrics = learner_of(tiny(), temperature=temperature).update(with_advantages(ragged), 0, 0.0)
         assert metrics["entropy"] == pytest.approx(total / 21, rel=1e-4)
+
+
+def test_the_entropy_coefficient_moves_over_the_run(tiny, learner_of, ragged, with_advantages):
+    """Ten steps from 0 to 0.9: the third one's update is that of a constant 0.2."""
+    weights = []
+    for settings in ({"entropy_coef_end": 0.9}, {"entropy_coef": 0.2}, {}):
+        model = tiny()
+        learner_of(model, settings).update(with_advantages(ragged), 2, 0.0)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+    assert (weights[0] - weights[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("stop_kl", "made"), [(1e9, 6), (1e-9, 2), (None, 6)])
+def test_the_passes_end_once_the_policy_is_far_enough(tiny, learner_of, ragged, with_advantages, stop_kl, made):
+    """The first minibatch is measured on the old policy itself, the second after one optimiser step."""
+    engine = CountingSteps(tiny(), max_grad_norm=1e9)
+    learner = learner_of(None, engine=engine, epochs=3, minibatches=2, lr=1e-2, stop_kl=stop_kl)
+    batch = with_advantages(ragged)
+    metrics = learner.update(batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
+    assert engine.calls == made
+    assert metrics.get("optimiser_steps") == (None if stop_kl is None else made)
+
+
+class CountingSteps(TorchEngine):
+    calls = 0
+
+    def step(self, lr):
+        self.calls += 1
+        return super().step(lr)
 
 
 # ---- trouble --------------------------------------------------------------------------------------------------
