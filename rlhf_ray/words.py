@@ -42,7 +42,8 @@ CHARACTER = rf"{SINGLE}{_MARKS}{_STACKED}"
 # A word may hold inner apostrophes and hyphens ("doesn't", "low-key"), and joiners.
 WORD = rf"{CHARACTER}|{_LETTER}+(?:['’{_JOINERS}-]{_LETTER}+)*"
 # What is printed without a blank on either side: such a character, and the punctuation that goes with it.
-WIDE = rf"[{_NAMED}\u3001-\u303f\u30fb\u30fc\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
+_SIGNS = r"\u3001-\u303f\u3099\u309a\u30fb\u30fc\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uff9e\uff9f"
+WIDE = rf"[{_NAMED}{_SIGNS}]"
 
 _OPENING = r"[\p{Ps}\p{Pi}]*"
 # The zero width space U+200B divides words of Thai and Khmer where an author wants it; U+001C to U+001F are blanks for

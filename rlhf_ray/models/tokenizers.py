@@ -15,15 +15,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.words import WIDE, WORD
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 TokenizerKind = Literal["char", "word", "bpe"]
 
-# A word may hold inner apostrophes and hyphens ("doesn't", "low-key"); a run of one punctuation mark is one
-# token ("...", "--"), because different marks side by side ("?)") mean different things.
-_WORD = r"\w+(?:['’-]\w+)*|([^\w\s])\1*"
-_CLOSING = r" (?=[.,!?;:%)\]}’]|\.\.\.)"
-_AFTER_OPENING = r"(?<=[(\[{$]) "
+# Words and characters are those of words.py. A run of one punctuation mark is one token ("...", "--"), because
+# different marks side by side ("?)") mean different things. A blank beside a script without blanks is a token, for
+# there nothing else says that it was written.
+_TOKEN = rf"{WORD}|\s(?=\s*{WIDE})|(?<={WIDE})\s|(?<={WIDE}\s)\s|([^\w\s])\1*"
+# Decoding writes a blank before every token, and takes away those that nobody writes.
+_CLOSING = r" (?=[.,!?;:%)\]}’”]|\.\.\.)"
+_AFTER_OPENING = r"(?<=[(\[{$“]) "
+# Two characters that no text may hold stand for a blank that is a token, and for nothing at all: WordPiece's decoder
+# glues what begins with its prefix, usually "##", to the word before.
+_BLANK_TOKEN, _NO_PREFIX = "\ufdd0", "\ufdd1"
+_BESIDE_WIDE = rf"[{WIDE}{_BLANK_TOKEN}[\s&&[^ ]]]"
 
 
 def build_tokenizer(
@@ -72,11 +79,13 @@ def char_tokenizer(alphabet: str | Iterable[str], *, max_length: int = 1024) -> 
 def word_tokenizer(
     texts: Iterable[str], *, max_size: int | None = None, max_length: int = 1024
 ) -> PreTrainedTokenizerFast:
-    """One token a word or punctuation mark: the `max_size` most frequent ones, all others `<unk>`.
+    """One token a word or punctuation mark (in scripts without blanks: a character): the `max_size` most frequent
+    ones, all others `<unk>`.
 
-    Decoding joins with spaces and closes them up before `. , ! ?` and after `( [ {`.
+    Decoding joins with spaces and closes them up before `. , ! ?` and after `( [ {`. It writes none beside a character
+    of a script without blanks, where each blank of the text is a token: Chinese comes back as it went in.
     """
-    splitter = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
+    splitter = pre_tokenizers.Split(Regex(_TOKEN), "removed", invert=True)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in splitter.pre_tokenize_str(text))
@@ -91,10 +100,13 @@ def word_tokenizer(
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Sequence(
         [
-            decoders.WordPiece(prefix="##", cleanup=False),  # puts a space before every token but the first
+            decoders.Replace(" ", _BLANK_TOKEN),
+            decoders.WordPiece(prefix=_NO_PREFIX, cleanup=False),  # puts a space before every token but the first
             decoders.Fuse(),
             decoders.Replace(Regex(_CLOSING), ""),
             decoders.Replace(Regex(_AFTER_OPENING), ""),
+            decoders.Replace(Regex(rf"(?<={_BESIDE_WIDE}) | (?={_BESIDE_WIDE})"), ""),
+            decoders.Replace(_BLANK_TOKEN, " "),
         ]
     )
     return _wrap(tokenizer, unk=True, max_length=max_length)

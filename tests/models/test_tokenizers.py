@@ -6,6 +6,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from rlhf_ray.data.prompts import load_texts
@@ -55,6 +56,60 @@ def test_word_tokens_and_spacing():
         *["great", "...", "low-key", "--", "<unk>", "!"],
     ]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the movie doesn't work, (not) great... low-key --!"
+
+
+def test_word_tokens_of_chinese_are_characters():
+    # The twin of the test above: a character for each word, full-width marks, and no blanks.
+    tokenizer = word_tokenizer(["这片不行，它是（非）妙……真！", "这片是一低——完"])
+    ids = tokenizer("这片不行，（非）妙……低——好！").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        *["这", "片", "不", "行", "，", "（", "非", "）"],
+        *["妙", "……", "低", "——", "<unk>", "！"],
+    ]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "这片不行，（非）妙……低——！"
+
+
+MIXED = [
+    "今天天气很好，我们去公园。", "他说：“GPT模型（新）很好！”\n第2章", "我 喜欢 GPT-4　很 好", " 好\n\n好 ",
+    "สวัสดี ครับ ที่นี่ดี", "ラーメン、食べたい？か\u3099", "می\u200cخواهم سلام", "हिन्दी में", "한국어 문장 漢字",
+    "the word 好 is good",
+]  # fmt: skip
+
+
+def test_word_tokens_of_scripts_without_blanks_come_back_as_they_went_in(tmp_path):
+    word_tokenizer(MIXED).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.batch_decode(tokenizer(MIXED).input_ids) == MIXED
+    ids = tokenizer("我 喜欢GPT-4").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["我", " ", "喜", "欢", "GPT-4"]
+
+
+CHINESE = word_tokenizer(["好坏，。（“”…）ที่か1好GPT 好\n\t　好"])
+
+
+PIECES = [*"好坏か \n\t　", "好，", "。好", "（坏", "ที่", "好“好”好", "好…好", "好GPT坏", "好1 好"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_any_chinese_comes_back(text):
+    text = f"好{text}好"
+    assert CHINESE.decode(CHINESE(text).input_ids) == text
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.characters(max_codepoint=0x0DFF, exclude_categories=["Cs", "No"], exclude_characters="˪˫")))
+def test_word_tokens_of_scripts_with_blanks_do_not_change(text):
+    """The pattern is that of the time before there were others: English vocabularies and their ids stay."""
+    before = pre_tokenizers.Split(Regex(r"\w+(?:['’-]\w+)*|([^\w\s])\1*"), "removed", invert=True)
+    now = CHINESE.backend_tokenizer.pre_tokenizer
+    assert now.pre_tokenize_str(text) == before.pre_tokenize_str(text)
+
+
+def test_a_token_that_begins_with_two_hashes_keeps_them():
+    tokenizer = word_tokenizer(["## heading ###", "“a” b"])
+    assert tokenizer.decode(tokenizer("heading ## heading").input_ids) == "heading ## heading"
+    assert tokenizer.decode(tokenizer("b “a” b").input_ids) == "b “a” b"
 
 
 def test_word_keeps_the_most_frequent_and_breaks_ties_by_spelling():
