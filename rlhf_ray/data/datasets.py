@@ -54,6 +54,7 @@ def load_supervised(
     def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedExample]:
         with placed(where):
             examples = _demonstrations(record, encoder, cleaner)
+        cleaner.unused.update(encoder.take_unused())
         for example in examples:
             if cleaner.is_answered(example) and (kept := cleaner.fitting(example, where=where)):
                 yield kept[0]
@@ -77,6 +78,7 @@ def load_pairs(
                 chosen, rejected = (encoder.answer(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
             if cleaner.is_answered(chosen, rejected) and (kept := cleaner.fitting(chosen, rejected, where=where)):
                 yield TokenizedPair(*kept, margin=pair.margin)
+        cleaner.unused.update(encoder.take_unused())
 
     return _load(data, encode, seed, on_report, trees_as="ranked")
 

@@ -19,6 +19,7 @@ from rlhf_ray.data.columns import Text
 from rlhf_ray.data.dialogues import ASSISTANT, dialogue_messages, is_dialogue
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.templates import ChatTemplate, Piece, alpaca_prompt
+from rlhf_ray.data.written import check_written
 from rlhf_ray.errors import DataError, ModelError
 
 Style = Literal["auto", "chat", "alpaca", "none"]
@@ -52,6 +53,7 @@ class Encoder:
         self._chat_args = {"strftime_now": (clock or datetime.now()).strftime, **(chat_template_args or {})}
         self._chat: ChatTemplate | None = None
         self._marks_beginnings = _marks_beginnings(tokenizer)
+        self._unused: set[str] = set()
 
     def prompt(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """(text, token ids) that the generator gets. Raises DataError for a prompt without tokens."""
@@ -61,6 +63,8 @@ class Encoder:
         text = "".join(piece.text for piece in pieces)
         if not ids:
             raise DataError(f"the prompt {text!r} has no tokens; remove the row")
+        if chat is not None:
+            self._unused |= check_written(chat, text)
         return text, ids
 
     def answer(self, prompt: Prompt, answer: Text) -> TokenizedExample:
@@ -74,6 +78,7 @@ class Encoder:
         sequences = self._template().conversation(whole, _to_learn(whole, len(chat.messages)))
         if len(sequences) > 1:
             raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
+        self._check_written(whole, sequences, [len(whole.messages) - 1])
         return self._encode(sequences[0], templated=True, end=True)
 
     def completion(self, prompt: Prompt, answer: Text) -> tuple[int, ...]:
@@ -86,13 +91,30 @@ class Encoder:
         """Sequences in which the assistant's turns (all, or the last) are learned; see ChatTemplate.conversation."""
         chat = self._with_system_prompt(chat)
         turns = _to_learn(chat, 1)
-        sequences = self._template().conversation(chat, turns if self._learn == "all" else turns[-1:])
+        turns = turns if self._learn == "all" else turns[-1:]
+        sequences = self._template().conversation(chat, turns)
+        self._check_written(chat, sequences, turns)
         return [self._encode(pieces, templated=True, end=True) for pieces in sequences]
+
+    def take_unused(self) -> set[str]:
+        """Names of what the template has left out without harm since the last call; see data/written.py."""
+        taken, self._unused = self._unused, set()
+        return taken
 
     def text(self, text: str) -> TokenizedExample:
         """A whole text and EOS, all learned."""
         ids = [*self._beginning(text), self._tokenizer.eos_token_id]
         return TokenizedExample(tuple(ids), (True,) * len(ids))
+
+    def _check_written(self, chat: Chat, sequences: Sequence[Sequence[Piece]], turns: Sequence[int]) -> None:
+        """Whether the sequences hold what the chat says up to the last of `turns`; each ends with one, if several."""
+        since = 0
+        for pieces, last in zip(sequences, turns[-len(sequences) :], strict=True):
+            part = chat.with_messages(chat.messages[: last + 1])
+            self._unused |= check_written(part, "".join(piece.text for piece in pieces), since)
+            since = last + 1
+        if any(message["role"] != "system" for message in chat.messages[since:]):
+            self._unused.add("messages[] after the last answer that is learned")
 
     def _template(self) -> ChatTemplate:
         if self._style in ("alpaca", "none"):

@@ -118,6 +118,7 @@ def load_prompts(
                 continue
         with placed(where):
             text, tokens = encoder.prompt(prompt)
+        unused.update(encoder.take_unused())
         if not _fits(tokens, max_prompt_tokens, overlong, where):
             dropped["long"] += 1
             continue
