@@ -26,7 +26,8 @@ from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
-from rlhf_ray.roles.protocols import Roles, Sampling
+from rlhf_ray.roles.protocols import Learner, Roles, Sampling
+from rlhf_ray.roles.reference import AdapterFreeReference, Reference
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
@@ -245,13 +246,19 @@ def open_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
             reward=make_reward(config, assets),
             learner=learner,
             advantages=AdvantageEstimator(config.algorithm),
-            reference=make_reference(config, assets) if config.uses_reference else None,
+            reference=_reference(config, assets, learner),
             critic=make_critic(config, assets) if config.uses_critic else None,
             replicas=(generator,),
             device_name=device_name(assets.hardware.device),
         )
     finally:
         generator.close()
+
+
+def _reference(config: RunConfig, assets: Assets, learner: Learner) -> Reference | AdapterFreeReference | None:
+    if config.holds_reference:
+        return make_reference(config, assets)
+    return AdapterFreeReference(learner) if config.uses_reference else None
 
 
 def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:

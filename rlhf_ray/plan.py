@@ -115,7 +115,7 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         PlannedRole("generator", generator.engine, generator.count, generator.tensor_parallel, shard),
         _trainer("learner", config.learner, hardware, policy),
     ]
-    if config.uses_reference:
+    if config.holds_reference:
         roles.append(PlannedRole("reference", "hf", 1, 1, weights))
     if config.uses_critic:
         size = policy and Size(policy.base, policy.base)  # LoRA is the policy's alone

@@ -286,6 +286,11 @@ class RunConfig(TrainingRunConfig):
         return self.algorithm.kl_coef > 0 or bool(self.algorithm.kl_coef_end)
 
     @property
+    def holds_reference(self) -> bool:
+        """Whether a model of its own is the reference: a LoRA policy without its adapter is the one it began as."""
+        return self.uses_reference and self.model.lora is None
+
+    @property
     def judge_paths(self) -> list[str]:
         """Where the networks come from that the reward role holds."""
         return [judge.path for judge in (self.reward_model, self.safety) if judge is not None]

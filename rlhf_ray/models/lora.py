@@ -69,6 +69,11 @@ def apply_lora(
     return adapted
 
 
+def without_adapter(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, a model that `apply_lora` made computes what it did before: the weights that it began with."""
+    return model.disable_adapter()
+
+
 def quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained` that hold the frozen weights in 4 bits; none for `none`.
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.batch import Rows
@@ -210,9 +211,16 @@ class RemoteLearner(RemoteTrainer):
         super().__init__(group)
         # The learner's own calls end by the sync's deadline; it needs a little longer to say which one did not.
         self.push_deadline = Deadline(sync_deadline.seconds + REPORT_S, sync_deadline.setting)
+        # The loop asks for both columns at once, and all ranks must hear of them in the same order.
+        self._turn = Lock()
 
     def logprobs(self, batch: RemoteBatch) -> RemoteColumn:
-        return RemoteColumn(self.group.keep(LearnerHost.logprobs, *batch.arguments()))
+        with self._turn:
+            return RemoteColumn(self.group.keep(LearnerHost.logprobs, *batch.arguments()))
+
+    def reference_logprobs(self, batch: RemoteBatch) -> RemoteColumn:
+        with self._turn:
+            return RemoteColumn(self.group.keep(LearnerHost.reference_logprobs, *batch.arguments()))
 
     def update(self, batch: RemoteBatch, step: int, kl_coef: float) -> dict[str, float]:
         return self.group.call(LearnerHost.update, step, kl_coef, *batch.arguments())

@@ -122,6 +122,11 @@ class LearnerHost(TrainerHost):
         return self.kept(self.role.logprobs(joined(*batch)))
 
     @reported
+    @ray.method(num_returns=2)
+    def reference_logprobs(self, *batch: Any) -> Kept:
+        return self.kept(self.role.reference_logprobs(joined(*batch)))
+
+    @reported
     def update(self, step: int, kl_coef: float, *batch: Any) -> dict[str, float]:
         return self.role.update(joined(*batch), step, kl_coef)
 

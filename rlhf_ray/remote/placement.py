@@ -108,7 +108,7 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
     roster += [(f"generator {i}", generator.tensor_parallel) for i in range(generator.count)]
     if config.uses_critic:
         roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
-    if config.uses_reference:
+    if config.holds_reference:
         roster.append(("reference", 1))
     return [*roster, ("reward", int(config.reward_needs_gpu)), ("batches", 0)]
 

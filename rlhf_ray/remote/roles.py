@@ -33,6 +33,7 @@ from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed
 from rlhf_ray.remote.split import even_pieces, fixed_pieces
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.protocols import Roles
+from rlhf_ray.roles.reference import AdapterFreeReference
 
 HOSTS: dict[str, type[Host]] = {
     "learner": LearnerHost,
@@ -151,12 +152,14 @@ def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     def group(role: str) -> Group:
         return Group(crew, crew.named(role), deadline)
 
+    learner = RemoteLearner(group("learner"), _sync_deadline(config))
+    reference = RemoteReference(group("reference")) if config.holds_reference else AdapterFreeReference(learner)
     return Roles(
         generator=generators,
         reward=RemoteReward(crew, reward, deadline),
-        learner=RemoteLearner(group("learner"), _sync_deadline(config)),
+        learner=learner,
         advantages=RemoteAdvantages(crew, batcher, config.algorithm, deadline),
-        reference=RemoteReference(group("reference")) if config.uses_reference else None,
+        reference=reference if config.uses_reference else None,
         critic=RemoteCritic(group("critic")) if config.uses_critic else None,
         replicas=generators.replicas,
         gather=RemoteGather(crew, batcher, deadline),

@@ -82,6 +82,7 @@ def _longest_sequence(config: RunConfig, assets: Assets) -> int:
 
 
 def make_reference(config: RunConfig, assets: Assets) -> Reference:
+    """A model of its own; `config.holds_reference` says whether the run needs one."""
     return Reference(
         _policy(config, assets),
         temperature=config.rollout.temperature,

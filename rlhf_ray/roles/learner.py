@@ -21,6 +21,7 @@ from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
 from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.models.lora import without_adapter
 from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
@@ -67,6 +68,11 @@ class Learner(Trainer):
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] response log-probabilities under the current weights, at the sampling temperature."""
         return self.per_token(batch, lambda micro: self._predict(micro).logprobs())
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] as `logprobs`, without the LoRA adapter: under the policy that the run began with."""
+        with without_adapter(self.engine.module):
+            return self.logprobs(batch)
 
     def _predict(self, micro: MicroBatch) -> Predictions:
         return predict(self.engine, micro, temperature=self.temperature, device=self.engine.device)

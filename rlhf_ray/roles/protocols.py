@@ -166,6 +166,9 @@ class Learner(Protocol):
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] log-probabilities under the current policy, at the sampling temperature."""
 
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] the same under the policy that the run began with, where that is this one without its adapter."""
+
     def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
         """One policy update (all inner epochs and minibatches); metrics by their final names."""
 

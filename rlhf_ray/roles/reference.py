@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.batch import Batch
 from rlhf_ray.roles.forward import batched_logprobs
+from rlhf_ray.roles.protocols import Learner
 from rlhf_ray.roles.shared_prompts import PromptSharing
 
 
@@ -33,3 +34,14 @@ class Reference:
             device=self.model.device,
             sharing=self.sharing,
         )
+
+
+class AdapterFreeReference:
+    """The reference of a LoRA policy: the learner itself, without its adapter. No second copy of the weights."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """As `Reference.logprobs`."""
+        return self.learner.reference_logprobs(batch)

@@ -280,8 +280,11 @@ def test_other_small_models(tiny_config, tmp_path, read_rows, kind):
 def test_lora(tiny_config, tmp_path, read_rows, quantize):
     if quantize != "none":
         pytest.importorskip("bitsandbytes")
-    run_rl(tiny_config("model.lora.r=2", f"model.lora.quantize={quantize}", "steps=2", "eval.size=2"), tmp_path / "a")
+    settings = ("model.lora.r=2", f"model.lora.quantize={quantize}", "learner.lr=0.01", "algorithm.kl_coef=0.01")
+    run_rl(tiny_config(*settings, "steps=2", "eval.size=2"), tmp_path / "a")
     assert all(row["sync/canary_absdiff"] < 1e-5 for row in read_rows(tmp_path / "a"))
+    first, second = (row["kl_ref"] for row in read_rows(tmp_path / "a"))
+    assert abs(first) < 1e-6 < abs(second), "the policy without its adapter is the reference"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     assert not [name for name, _ in model.named_parameters() if "lora" in name], "merged"
 

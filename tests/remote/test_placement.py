@@ -63,6 +63,8 @@ def test_reward_functions_need_no_gpu_and_no_reference_no_seat(tiny_config):
     plan = plan_seats(tiny_config("executor=ray", "device=cuda", *VLLM), "cuda", "nccl")
     assert plan.by_role("GPU") == {"learner": 1, "generator": 1}
     assert "reference" not in seats_of(plan) and "critic rank 0" not in seats_of(plan)
+    adapted = tiny_config("executor=ray", "model.lora.r=2", "algorithm.kl_coef=0.1")
+    assert "reference" not in seats_of(plan_seats(adapted, "cuda", "nccl")), "the learner is its own reference"
 
 
 def test_a_safety_classifier_needs_a_gpu_as_a_reward_model_does(tiny_config):

@@ -63,7 +63,8 @@ def test_ray_gives_the_numbers_of_a_local_run(tiny_config, tmp_path):
 
 def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp_path):
     """What is sampled depends neither on where, nor on the number of generators, nor on a stop in between."""
-    options, on_ray = ("logging.rollouts=24", *PPO), ("executor=ray", "generator.count=2")
+    # LoRA: the learner is its own reference, and is asked for both policies at once.
+    options, on_ray = ("logging.rollouts=24", "model.lora.r=2", *PPO), ("executor=ray", "generator.count=2")
     run_rl(tiny_config(*options), tmp_path / "local")
     run_rl(tiny_config(*options, *on_ray, "steps=2"), tmp_path / "ray")
     run_rl(tiny_config(*options, *on_ray), tmp_path / "ray", resume=True)

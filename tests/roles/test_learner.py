@@ -528,6 +528,16 @@ def test_after_a_push_generator_and_learner_agree(tiny, learner_of, ragged, with
             assert mine == pytest.approx(others, abs=1e-6) and mine != pytest.approx(old, abs=1e-4)
 
 
+def test_a_lora_policy_without_its_adapter_is_the_reference(tiny, learner_of, ragged, with_advantages):
+    learner, began = learner_of(apply_lora(tiny(), r=2)), learner_of(tiny())
+    batch = with_advantages(ragged)
+    for step in range(2):
+        learner.update(batch, step, 0.0)
+    assert (learner.reference_logprobs(batch) - began.logprobs(batch)).abs().max() < 1e-6
+    moved = learner.logprobs(batch)
+    assert (moved - began.logprobs(batch)).abs().max() > 1e-3, "and afterwards the adapter is there again"
+
+
 def test_lora_trains_adapters_and_pushes_the_merged_weights(tiny, learner_of, ragged, with_advantages):
     base = tiny(sharpness=1.0)
     frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
