@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
-from rlhf_ray.data.cleaning import TIED, UNWANTED, Cleaner, CleaningReport
+from rlhf_ray.data.cleaning import Cleaner, CleaningReport
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
-from rlhf_ray.data.rows import placed, read_rows
+from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.trees import TreeForm, tree_form
-from rlhf_ray.data.types import (
-    AnswerRow,
-    ConversationRow,
-    PreferenceRow,
-    RankedRow,
-    Record,
-    TextRow,
-    prompt_of,
-)
+from rlhf_ray.data.trees import tree_form
+from rlhf_ray.data.types import prompt_of
+from rlhf_ray.data.uses import Comparisons, Demonstrations, Labelled, Use
 from rlhf_ray.errors import DataError
 
 Item = TypeVar("Item")
 OnReport = Callable[[CleaningReport], None]
-# From one record to what training reads; `where` is for complaints.
-Encode = Callable[[Record, Cleaner, str], Iterator[Item]]
 
 
 def ignore(report: CleaningReport) -> None:
@@ -49,17 +40,7 @@ def load_supervised(
     gets one report a source. The tokenizer gets `data.chat_template` if that is set; `clock` is what it takes for now.
     Raises DataError, which names file and line.
     """
-    encoder = make_encoder(data, tokenizer, clock)
-
-    def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedExample]:
-        with placed(where):
-            examples = _demonstrations(record, encoder, cleaner)
-        cleaner.unused.update(encoder.take_unused())
-        for example in examples:
-            if cleaner.is_answered(example) and (kept := cleaner.fitting(example, where=where)):
-                yield kept[0]
-
-    return _load(data, encode, seed, on_report)
+    return _load(data, Demonstrations(make_encoder(data, tokenizer, clock)), seed, on_report)
 
 
 def load_pairs(
@@ -70,17 +51,7 @@ def load_pairs(
 
     Both sequences begin with the same prompt tokens, of which none is learned. See `load_supervised` for the rest.
     """
-    encoder = make_encoder(data, tokenizer, clock)
-
-    def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedPair]:
-        for pair in _comparisons(record, cleaner, where):
-            with placed(where):
-                chosen, rejected = (encoder.answer(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
-            if cleaner.is_answered(chosen, rejected) and (kept := cleaner.fitting(chosen, rejected, where=where)):
-                yield TokenizedPair(*kept, margin=pair.margin)
-        cleaner.unused.update(encoder.take_unused())
-
-    return _load(data, encode, seed, on_report, trees_as="ranked")
+    return _load(data, Comparisons(make_encoder(data, tokenizer, clock)), seed, on_report)
 
 
 def load_labelled(
@@ -92,18 +63,7 @@ def load_labelled(
     A prompt and its completion are judged as one text, as reward models judge them. A text longer than
     `data.max_length` is refused, dropped or truncated as `data.overlong` says. See `load_supervised` for the rest.
     """
-
-    def encode(record: Record, cleaner: Cleaner, where: str) -> Iterator[LabelledText]:
-        text, label = _labelled_text(record, where)
-        ids = tokenizer(text)["input_ids"]
-        if data.overlong == "truncate" and len(ids) > data.max_length:
-            # By the tokenizer itself: it keeps the special token at the end, where many classifiers look.
-            ids = tokenizer(text, truncation=True, max_length=data.max_length)["input_ids"]
-            cleaner.cut += 1
-        if cleaner.fitting(TokenizedExample(tuple(ids), (True,) * len(ids)), where=where) is not None:
-            yield LabelledText(tuple(ids), label)
-
-    return _load(data, encode, seed, on_report)
+    return _load(data, Labelled(data, tokenizer), seed, on_report)
 
 
 def make_encoder(
@@ -121,61 +81,14 @@ def make_encoder(
     )
 
 
-def _labelled_text(record: Record, where: str) -> tuple[str, int]:
-    label = getattr(record, "label", None)
-    if isinstance(record, TextRow) and label is not None:
-        return record.text, label
-    texts = (record.prompt, record.completion) if isinstance(record, AnswerRow) and label is not None else ()
-    if texts and all(isinstance(text, str) for text in texts):
-        return "".join(texts), label
-    raise DataError(f"{where}: a classifier needs a text and its label; name them with data.columns")
-
-
-def _demonstrations(record: Record, encoder: Encoder, cleaner: Cleaner) -> Sequence[TokenizedExample]:
-    if isinstance(record, TextRow):
-        return [encoder.text(record.text)]
-    if isinstance(record, ConversationRow):
-        return encoder.conversation(record.chat)
-    if isinstance(record, AnswerRow):
-        if record.label == 0:
-            cleaner.dropped[UNWANTED] += 1
-            return []
-        return [encoder.answer(record.prompt, record.completion)]
-    if isinstance(record, PreferenceRow):
-        return [encoder.answer(record.prompt, record.chosen)]
-    if isinstance(record, RankedRow):
-        return [encoder.answer(record.prompt, record.completions[0])]
-    raise DataError(
-        "a prompt without an answer (type prompt), so there is nothing to learn; add a field 'completion', or name "
-        "the one that has it with data.columns.completion"
-    )
-
-
-def _comparisons(record: Record, cleaner: Cleaner, where: str) -> Iterator[PreferenceRow]:
-    if isinstance(record, PreferenceRow):
-        yield record
-        return
-    if not isinstance(record, RankedRow):
-        raise DataError(
-            f"{where}: no pair of answers; preferences need the fields chosen and rejected (and prompt), or prompt and "
-            "a list of completions; name them with data.columns"
-        )
-    for better, worse in itertools.combinations(range(len(record.completions)), 2):
-        margin = 0.0 if record.scores is None else record.scores[better] - record.scores[worse]
-        if record.scores is not None and margin == 0:
-            cleaner.dropped[TIED] += 1
-            continue
-        yield PreferenceRow(record.prompt, record.completions[better], record.completions[worse], margin)
-
-
 def _load(
-    data: DatasetConfig, encode: Encode[Item], seed: int, on_report: OnReport, trees_as: TreeForm = "messages"
+    data: DatasetConfig, use: Use[Item], seed: int, on_report: OnReport
 ) -> tuple[list[Item], list[Item]]:
     """(train, held out): the rows of `eval_path`, or `eval_size` rows of `path`."""
-    items = _read(data, data.path, data.split, data.limit, encode, on_report, trees_as)
+    items = _read(data, data.path, data.split, data.limit, use, on_report)
     if data.eval_path is not None:
         limit = data.eval_size or None
-        held_out = _read(data, data.eval_path, data.eval_split, limit, encode, on_report, trees_as)
+        held_out = _read(data, data.eval_path, data.eval_split, limit, use, on_report)
         return [item for _, item in items], [item for _, item in held_out]
     return _split(items, data, seed)
 
@@ -185,19 +98,18 @@ def _read(
     source: str,
     split: str,
     limit: int | None,
-    encode: Encode[Item],
+    use: Use[Item],
     on_report: OnReport,
-    trees_as: TreeForm,
 ) -> list[tuple[str, Item]]:
     """(prompt, item) of everything usable in one source."""
     cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong)
-    form, read = tree_form(data.type, trees_as), Fingerprint()
+    form, read = tree_form(data.type, use.trees_as), Fingerprint()
     found = read_rows(source, split=split, trees_as=form, dropped=cleaner.dropped)
     rows = read.watching(itertools.islice(found, limit))
     items = []
     for row, record in cleaner.records(rows, None if data.type == "auto" else data.type, data.columns):
         prompt = repr(prompt_of(record))
-        items += [(prompt, item) for item in encode(record, cleaner, row.where)]
+        items += [(prompt, item) for item in use(record, cleaner, row.where)]
     report = cleaner.report(source, len(items), read.value)
     if not items:
         raise DataError(f"nothing usable in {report}; check the file and data.* limits")

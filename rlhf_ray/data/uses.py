@@ -1,0 +1,155 @@
+"""What each command makes of a record: sequences to learn, pairs to compare, texts with a class.
+
+The loaders (data/datasets.py) and `validate-data` call the same code, so that they agree on every row. Without an
+encoder or tokenizer a use checks what can be said before there are tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.data.chat import Chat
+from rlhf_ray.data.cleaning import TIED, UNWANTED, Cleaner
+from rlhf_ray.data.encoding import Encoder
+from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.data.rows import placed
+from rlhf_ray.data.trees import TreeForm
+from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, RankedRow, Record, TextRow
+from rlhf_ray.errors import DataError
+
+Item = TypeVar("Item", covariant=True)
+
+
+class Use(Protocol[Item]):
+    """From one record to what training reads; `where` is for complaints. Raises DataError, which names the place."""
+
+    trees_as: TreeForm
+
+    def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[Item]: ...
+
+
+class Demonstrations:
+    """For `sft`: answers, assistant turns or whole texts. Of a preference the chosen answer, of a ranking the best."""
+
+    trees_as: TreeForm = "messages"
+
+    def __init__(self, encoder: Encoder | None):
+        self._encoder = encoder
+
+    def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedExample]:
+        with placed(where):
+            shown = _demonstration(record)
+        if isinstance(shown, AnswerRow) and shown.label == 0:
+            cleaner.dropped[UNWANTED] += 1
+            return
+        if self._encoder is None:
+            return
+        with placed(where):
+            examples = _learned(shown, self._encoder)
+        cleaner.unused.update(self._encoder.take_unused())
+        for example in examples:
+            if cleaner.is_answered(example) and (kept := cleaner.fitting(example, where=where)):
+                yield kept[0]
+
+
+class Comparisons:
+    """For `rm` and `dpo`: K ranked answers make C(K, 2) pairs, whose margin is the difference of their scores."""
+
+    trees_as: TreeForm = "ranked"
+
+    def __init__(self, encoder: Encoder | None):
+        self._encoder = encoder
+
+    def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedPair]:
+        for pair in _comparisons(record, cleaner, where):
+            if self._encoder is None:
+                continue
+            with placed(where):
+                chosen, rejected = (
+                    self._encoder.answer(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
+                )
+            if cleaner.is_answered(chosen, rejected) and (kept := cleaner.fitting(chosen, rejected, where=where)):
+                yield TokenizedPair(*kept, margin=pair.margin)
+        if self._encoder is not None:
+            cleaner.unused.update(self._encoder.take_unused())
+
+
+class Labelled:
+    """For `classifier`: texts with their class, as a classifier reads them: the tokenizer's special tokens, no EOS."""
+
+    trees_as: TreeForm = "messages"
+
+    def __init__(self, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None):
+        self._data, self._tokenizer = data, tokenizer
+
+    def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[LabelledText]:
+        text, label = _labelled_text(record, where)
+        if self._tokenizer is None:
+            return
+        ids, longest = self._tokenizer(text)["input_ids"], self._data.max_length
+        if self._data.overlong == "truncate" and len(ids) > longest:
+            # By the tokenizer itself: it keeps the special token at the end, where many classifiers look.
+            ids = self._tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+            cleaner.cut += 1
+        if cleaner.fitting(TokenizedExample(tuple(ids), (True,) * len(ids)), where=where) is not None:
+            yield LabelledText(tuple(ids), label)
+
+
+def _demonstration(record: Record) -> TextRow | ConversationRow | AnswerRow:
+    """What is to be learned of a record. Raises DataError, without a place, where nothing is."""
+    if isinstance(record, ConversationRow) and not _holds_answer(record.chat):
+        raise DataError("the conversation holds no answer of the assistant, so there is nothing to learn")
+    if isinstance(record, (TextRow, ConversationRow, AnswerRow)):
+        return record
+    if isinstance(record, PreferenceRow):
+        return AnswerRow(record.prompt, record.chosen)
+    if isinstance(record, RankedRow):
+        return AnswerRow(record.prompt, record.completions[0])
+    raise DataError(
+        "a prompt without an answer (type prompt), so there is nothing to learn; add a field 'completion', or name "
+        "the one that has it with data.columns.completion"
+    )
+
+
+def _holds_answer(chat: Chat) -> bool:
+    return any(message["role"] == "assistant" for message in chat.messages[1:])
+
+
+def _learned(shown: TextRow | ConversationRow | AnswerRow, encoder: Encoder) -> list[TokenizedExample]:
+    if isinstance(shown, TextRow):
+        return [encoder.text(shown.text)]
+    if isinstance(shown, ConversationRow):
+        return encoder.conversation(shown.chat)
+    return [encoder.answer(shown.prompt, shown.completion)]
+
+
+def _comparisons(record: Record, cleaner: Cleaner, where: str) -> Iterator[PreferenceRow]:
+    if isinstance(record, PreferenceRow):
+        yield record
+        return
+    if not isinstance(record, RankedRow):
+        raise DataError(
+            f"{where}: no pair of answers; preferences need the fields chosen and rejected (and prompt), or prompt and "
+            "a list of completions; name them with data.columns"
+        )
+    for better, worse in itertools.combinations(range(len(record.completions)), 2):
+        margin = 0.0 if record.scores is None else record.scores[better] - record.scores[worse]
+        if record.scores is not None and margin == 0:
+            cleaner.dropped[TIED] += 1
+            continue
+        yield PreferenceRow(record.prompt, record.completions[better], record.completions[worse], margin)
+
+
+def _labelled_text(record: Record, where: str) -> tuple[str, int]:
+    label = getattr(record, "label", None)
+    if isinstance(record, TextRow) and label is not None:
+        return record.text, label
+    texts = (record.prompt, record.completion) if isinstance(record, AnswerRow) and label is not None else ()
+    if texts and all(isinstance(text, str) for text in texts):
+        return "".join(texts), label
+    raise DataError(f"{where}: a classifier needs a text and its label; name them with data.columns")
