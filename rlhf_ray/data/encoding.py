@@ -8,17 +8,19 @@ same pieces make the prompts of reinforcement learning, so both see the same tok
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
+from rlhf_ray.data.chat import Chat, Instruction, Message, Messages, Prompt
 from rlhf_ray.data.columns import Text
 from rlhf_ray.data.dialogues import ASSISTANT, dialogue_messages, is_dialogue
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.templates import ChatTemplate, Piece, alpaca_prompt
+from rlhf_ray.data.turn_end import TurnEnd, end_of_turn, turn_end_ids
 from rlhf_ray.data.written import check_written
 from rlhf_ray.errors import DataError, ModelError
 
@@ -73,19 +75,25 @@ class Encoder:
         if chat is None:
             if not isinstance(answer, str):
                 raise DataError("the answer is messages, but the prompt is not; write both alike")
-            return self._encode([Piece(self._plain(prompt)), Piece.answer(answer)], templated=False, end=True)
-        whole = chat.with_messages((*chat.messages, *_answer_messages(prompt, answer)))
-        sequences = self._template().conversation(whole, _to_learn(whole, len(chat.messages)))
+            pieces = [Piece(self._plain(prompt)), Piece.answer(answer)]
+            return self._encode(pieces, templated=False, end=not self._is_ended(answer))
+        answers, begun = _answer_messages(prompt, answer), None
+        if chat.messages[-1]["role"] == "assistant":  # an unfinished turn, which the answer goes on with
+            begun = chat.messages[-1]
+            answers = (_continued(begun, answers[0]), *answers[1:])
+            chat = chat.with_messages(chat.messages[:-1])
+        whole = chat.with_messages((*chat.messages, *answers))
+        sequences = self._template().conversation(whole, _to_learn(whole, len(chat.messages)), begun)
         if len(sequences) > 1:
             raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
         self._check_written(whole, sequences, [len(whole.messages) - 1])
-        return self._encode(sequences[0], templated=True, end=True)
+        return self._encode(sequences[0], templated=True)
 
     def completion(self, prompt: Prompt, answer: Text) -> tuple[int, ...]:
-        """The answer's tokens alone, as a policy would write them after `prompt`: EOS is the last."""
+        """The answer's tokens alone, as a policy would write them after `prompt`: what ends its turn is the last."""
         example = self.answer(prompt, answer)
         ids = example.token_ids[len(self.prompt(prompt)[1]) :]
-        return ids[: ids.index(self._tokenizer.eos_token_id) + 1]
+        return ids[: next((place + 1 for place, token in enumerate(ids) if token in self._stops), len(ids))]
 
     def conversation(self, chat: Chat) -> list[TokenizedExample]:
         """Sequences in which the assistant's turns (all, or the last) are learned; see ChatTemplate.conversation."""
@@ -94,7 +102,7 @@ class Encoder:
         turns = turns if self._learn == "all" else turns[-1:]
         sequences = self._template().conversation(chat, turns)
         self._check_written(chat, sequences, turns)
-        return [self._encode(pieces, templated=True, end=True) for pieces in sequences]
+        return [self._encode(pieces, templated=True) for pieces in sequences]
 
     def take_unused(self) -> set[str]:
         """Names of what the template has left out without harm since the last call; see data/written.py."""
@@ -103,8 +111,26 @@ class Encoder:
 
     def text(self, text: str) -> TokenizedExample:
         """A whole text and EOS, all learned."""
-        ids = [*self._beginning(text), self._tokenizer.eos_token_id]
-        return TokenizedExample(tuple(ids), (True,) * len(ids))
+        return self._encode([Piece.answer(text)], templated=False, end=not self._is_ended(text))
+
+    @functools.cached_property
+    def _end(self) -> TurnEnd:
+        """What ends a turn under the chat template; plain texts that somebody has rendered with it end so too."""
+        return end_of_turn(self._tokenizer) if self._chat is None else self._chat.end
+
+    @functools.cached_property
+    def _stops(self) -> frozenset[int]:
+        return frozenset(turn_end_ids(self._tokenizer, self._end))
+
+    def _is_rendered(self, text: str) -> bool:
+        """Whether a prompt has been through the chat template: what begins a text or ends a turn stands in it."""
+        bos, end = self._tokenizer.bos_token, self._end.answer
+        return bool((bos and text.startswith(bos)) or (end and end in text))
+
+    def _is_ended(self, text: str) -> bool:
+        """Whether what ends a turn stands at the end of a text already."""
+        ends = [end for end in (self._tokenizer.eos_token, self._end.answer, self._end.call) if end]
+        return text.rstrip().endswith(tuple(ends))
 
     def _check_written(self, chat: Chat, sequences: Sequence[Sequence[Piece]], turns: Sequence[int]) -> None:
         """Whether the sequences hold what the chat says up to the last of `turns`; each ends with one, if several."""
@@ -126,7 +152,7 @@ class Encoder:
     def _as_chat(self, prompt: Prompt) -> Chat | None:
         """The prompt as a conversation, where the chat template is to write it; else None."""
         if not isinstance(prompt, Chat):
-            if self._style != "chat":
+            if self._style != "chat" or (isinstance(prompt, str) and self._is_rendered(prompt)):
                 return None
             text = _joined(prompt) if isinstance(prompt, Instruction) else prompt
             prompt = Chat(dialogue_messages(text) if is_dialogue(text) else ({"role": "user", "content": text},))
@@ -146,7 +172,7 @@ class Encoder:
         return alpaca_prompt(prompt) if self._style == "alpaca" else prompt
 
     def _encode(self, pieces: Sequence[Piece], *, templated: bool, end: bool = False) -> TokenizedExample:
-        """The pieces' tokens, one piece after another; with `end`, EOS follows where the last piece has none."""
+        """The pieces' tokens, one piece after another; with `end`, EOS follows and is learned."""
         ids: list[int] = []
         learned: list[bool] = []
         for number, piece in enumerate(pieces):
@@ -157,10 +183,8 @@ class Encoder:
                 added = self._continuation(piece.text)
             ids += added
             learned += self._learned(piece, added)
-        eos = self._tokenizer.eos_token_id
-        # A template may end an answer with EOS and a line break.
-        if end and not (eos in added if templated else added[-1:] == [eos]):
-            ids.append(eos)
+        if end:
+            ids.append(self._tokenizer.eos_token_id)
             learned.append(True)
         return TokenizedExample(tuple(ids), tuple(learned))
 
@@ -181,12 +205,16 @@ class Encoder:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _beginning(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer puts before a text, but not those that it puts after it."""
-        ids = self._tokenizer(text)["input_ids"]
+        """With the special tokens that the tokenizer puts before a text, but not those that it puts after it.
+
+        A text that somebody has rendered begins with them already, and gets no second ones.
+        """
+        ids, plain = self._tokenizer(text)["input_ids"], self._plain_ids(text)
         eos = self._tokenizer.eos_token_id
-        if ids and ids[-1] == eos and self._plain_ids(text)[-1:] != [eos]:
-            return ids[:-1]
-        return ids
+        if ids and ids[-1] == eos and plain[-1:] != [eos]:
+            ids = ids[:-1]
+        before = len(ids) - len(plain)
+        return plain if before > 0 and plain[:before] == ids[:before] else ids
 
     def _continuation(self, text: str) -> list[int]:
         """Tokens of a text that goes on where another ended."""
@@ -229,7 +257,15 @@ def _answer_messages(prompt: Prompt, answer: Text) -> Messages:
         return answer
     if isinstance(prompt, str) and is_dialogue(prompt):
         return dialogue_messages(ASSISTANT + answer)
-    return ({"role": "assistant", "content": answer.strip()},)
+    return ({"role": "assistant", "content": answer},)
+
+
+def _continued(begun: Message, answer: Message) -> Message:
+    """An unfinished message of the assistant's and what follows it, as one. Raises DataError where they are no text."""
+    parts = [message.get("content") for message in (begun, answer)]
+    if not all(isinstance(part, str) for part in parts):
+        raise DataError("the prompt ends with an unfinished answer that is no text, so none can go on with it")
+    return {**answer, "content": "".join(parts)}
 
 
 def _joined(prompt: Instruction) -> str:

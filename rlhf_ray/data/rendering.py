@@ -103,10 +103,10 @@ class Renderer:
     def _wants_json_text(self) -> bool:
         """Whether the arguments of a call must be text: given an object, the template fails or writes Python."""
         for content in ("", None):
-            as_object = self._attempt(_QUESTION, called(_ARGUMENTS, content))
+            as_object = self._attempt(_QUESTION, _called(_ARGUMENTS, content))
             if as_object is not None and _KEY in as_object:
                 return repr(_ARGUMENTS) in as_object
-            as_text = self._attempt(_QUESTION, called(json.dumps(_ARGUMENTS), content))
+            as_text = self._attempt(_QUESTION, _called(json.dumps(_ARGUMENTS), content))
             if as_text is not None and _KEY in as_text:
                 return True
         return False
@@ -115,7 +115,7 @@ class Renderer:
     def _reads_null(self) -> bool:
         """Whether null content beside a call is read; else the template fails, or writes Python's None."""
         arguments = json.dumps(_ARGUMENTS) if self._wants_json_text else _ARGUMENTS
-        null, empty = (self._attempt(_QUESTION, called(arguments, content)) for content in (None, ""))
+        null, empty = (self._attempt(_QUESTION, _called(arguments, content)) for content in (None, ""))
         return empty is None or (null is not None and ("None" not in null or _KEY not in empty))
 
     @functools.cache  # noqa: B019 - one renderer an encoder
@@ -135,7 +135,7 @@ class Renderer:
             return None
 
 
-def called(arguments: Any, content: str | None = "") -> Message:
+def _called(arguments: Any, content: str | None = "") -> Message:
     """An assistant's message that calls a tool."""
     function = {"name": "probe_tool", "arguments": arguments}
     # Some templates want ids of nine letters or digits.

@@ -6,6 +6,7 @@ generator's prompt ends, and its tokens are the ones that the generator will see
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.data.chat import Chat, Message
 from rlhf_ray.data.rendering import Renderer, Span, joined_parts
+from rlhf_ray.data.turn_end import end_of_turn, special_pattern
 from rlhf_ray.errors import DataError
 
 # Taori et al., "Stanford Alpaca: An Instruction-following LLaMA model", 2023; the answer begins on a line of its own.
@@ -39,6 +41,8 @@ CHAT_TEMPLATES = {
     )
 }
 
+_THINK = "<think>"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -51,15 +55,6 @@ class Piece:
     def answer(cls, text: str) -> Piece:
         """All of it is learned."""
         return cls(text, ((0, len(text)),))
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """An answer in a rendered conversation lies in [prompt_end, end); `marks` are what is learned of it."""
-
-    prompt_end: int
-    end: int
-    marks: tuple[Span, ...]
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
@@ -90,76 +85,157 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
 class ChatTemplate:
     """A tokenizer's chat template, and where in its text the assistant's answers are.
 
-    Learned of an answer is what the template puts between `{% generation %}` marks, if it has them. Else it is what
-    the conversation up to the answer has more than the prompt before it (the text with the generation prompt), up to
-    EOS if that is in it.
+    Learned of an answer is what the template puts between `{% generation %}` marks, if it has them; else what the
+    conversation up to the answer has more than the prompt before it (the text with the generation prompt). In either
+    case what ends the turn is learned (data/turn_end.py): where it stands behind the marks they are extended, and where
+    the template does not write it, it is added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any]):
         self._render = Renderer(tokenizer, args)
+        self.end = end_of_turn(tokenizer, self._render)
+        self._special = special_pattern(tokenizer)
         self._eos = tokenizer.eos_token
 
     def prompt(self, chat: Chat) -> list[Piece]:
         """Pieces of what the generator sees; earlier answers are pieces of their own, as they are in training."""
-        text, marks = self._render(chat, ask=True)
-        return _cut(text, self._turns(chat, text, marks), learned=())
+        text, _ = self._render(chat, ask=True)
+        turns = {i: self._told(chat, i) for i in _answers(chat) if i < len(chat.messages) - 1}
+        return _cut(text, _standing(turns, text, len(chat.messages)), learned=())
 
-    def conversation(self, chat: Chat, learned: Sequence[int]) -> list[list[Piece]]:
+    def conversation(self, chat: Chat, learned: Sequence[int], begun: Message | None = None) -> list[list[Piece]]:
         """Sequences in which the answers at the positions `learned` of the messages are learned, one after another.
 
         One sequence, if the template writes each turn in the same way whatever follows it. Templates that leave the
-        reasoning out of earlier turns do not: then each answer has a sequence of its own, after the very prompt that
-        the generator would get. Raises DataError where the answer does not begin where that prompt ends.
+        reasoning out of earlier turns do not, and templates that end no turn: then each answer has a sequence of its
+        own, after the very prompt that the generator would get. `begun`: of the one learned answer, the part that
+        stands in the prompt. Raises DataError where the answer does not begin where that prompt ends.
         """
-        text, marks = self._render(chat)
-        turns = self._turns(chat, text, marks)
-        if all(i in turns for i in learned):
-            for i in learned:
-                _check_written(chat.messages[i], text[turns[i].prompt_end : turns[i].end])
-            end = turns[max(learned)].end
-            return [_cut(text[:end], {i: turn for i, turn in turns.items() if turn.end <= end}, learned)]
-        if list(learned) == [len(chat.messages) - 1]:
+        turns = {i: self._told(chat, i) for i in _answers(chat) if i <= max(learned) and i not in learned}
+        turns = dict(sorted({**turns, **{i: self._turn(chat, i, begun) for i in learned}}.items()))
+        if missing := [i for i in learned if turns[i] is None]:
             raise DataError(
                 "the text that the chat template writes with add_generation_prompt is not the beginning of its text "
-                "with the answer (or it marks no answer with {% generation %}), so a model would learn after a prompt "
-                "that it never gets; set data.chat_template_args (such as enable_thinking: false) or data.chat_template"
+                f"with the answer (message {missing[0] + 1}), or it marks no answer with {{% generation %}}, so a "
+                "model would learn after a prompt that it never gets; set data.chat_template_args (such as "
+                "enable_thinking: false) or data.chat_template"
             )
-        return [self.conversation(_until(chat, i + 1), [i])[0] for i in learned]
+        for i in learned:
+            _check_written(chat.messages[i], turns[i].text[0 if begun else turns[i].prompt_end :])
+        whole = turns[max(learned)].text
+        if all(turns[i].stands_in(whole) for i in learned):
+            return [_cut(whole, _standing(turns, whole, max(learned)), learned)]
+        return [_cut(turns[i].text, _standing(turns, turns[i].text, i), [i]) for i in learned]
 
-    def _turns(self, chat: Chat, text: str, marks: Sequence[Span]) -> dict[int, _Turn]:
-        """The answers whose place in `text` can be told, by position in the messages.
+    def _told(self, chat: Chat, i: int) -> _Turn | None:
+        """`_turn` of an answer that is not learned here: also None where the template ends no conversation with it."""
+        try:
+            return self._turn(chat, i)
+        except DataError:
+            return None
 
-        It depends on what stands before an answer only, so an answer in a prompt and in training has the same place.
+    def _turn(self, chat: Chat, i: int, begun: Message | None = None) -> _Turn | None:
+        """Answer i as the last of its conversation, as the generator would have written it.
+
+        None where its place in the text cannot be told. It depends on what stands before the answer only, so an answer
+        in a prompt and in training has the same place.
         """
-        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
-        prompts = [self._render(_until(chat, i), ask=True)[0] for i in answers]
-        limits = [*map(len, prompts), len(text)][1:]
-        has_marks = self._render.has_marks(chat)
-        turns = {}
-        for i, prompt, limit in zip(answers, prompts, limits, strict=True):
-            start = len(prompt)
-            if has_marks:
-                own = tuple(mark for mark in marks if start < mark[1] <= limit)
-            else:
-                end = self._end_of_answer(_until(chat, i + 1), text, start)
-                own = ((start, end),) if end > start else ()
-            if own and text.startswith(prompt):
-                turns[i] = _Turn(start, own[-1][1], own)
-        return turns
+        message, end = chat.messages[i], self.end.of(chat.messages[i]) or self._eos
+        prompt, _ = self._render(chat.with_messages((*chat.messages[:i], *([begun] if begun else []))), ask=True)
+        text, marks = self._render(chat.with_messages(chat.messages[: i + 1]))
+        start = len(prompt)
+        if (thought := _left_out_thought(message, prompt, text)) is not None:
+            text = prompt + thought + end
+            marks = [(start, len(text))]
+        elif text.startswith(prompt):
+            marks = [mark for mark in marks if mark[1] > start]
+        elif (moved := _behind_opened_thought(prompt, text, marks)) is not None:
+            text, marks = moved
+        else:
+            return None
+        if len(text) <= start:
+            return None
+        stop, written = self._stop(text, start, end), None
+        if stop < 0:  # nothing there stops the generator
+            text, written = text + end, len(text)
+            stop = len(text)
+        if not self._render.has_marks(chat):
+            return _Turn(start, stop, text[:stop], ((start, stop),), written)
+        own = [mark for mark in marks if mark[0] < stop]
+        if not own:
+            return None
+        begin, last = own[-1][0], max(own[-1][1], stop)
+        return _Turn(start, last, text[:last], (*own[:-1], (begin, last)), written)
 
-    def _end_of_answer(self, chat: Chat, text: str, start: int) -> int:
-        """Where the last message's answer ends in `text`; -1 where `text` does not begin with this conversation."""
-        whole, _ = self._render(chat)
-        if not text.startswith(whole):
-            return -1
-        # What stands after EOS is written by the template, not by the generator: it has stopped there.
-        eos = whole.rfind(self._eos, start)
-        return eos + len(self._eos) if eos >= 0 else len(whole)
+    def _stop(self, text: str, start: int, end: str) -> int:
+        """Where what ends the turn ends in `text`, -1 where it is not there."""
+        for token in (end, self._eos):
+            if (at := text.rfind(token, start)) >= 0:
+                return at + len(token)
+        # A turn that ends in another way than most: there a special token stands last.
+        last = [match.end() for match in self._special.finditer(text, start)] if self._special else []
+        return last[-1] if last and last[-1] >= len(text.rstrip()) else -1
 
 
-def _until(chat: Chat, end: int) -> Chat:
-    """The first `end` messages."""
-    return chat.with_messages(chat.messages[:end])
+@dataclass(frozen=True)
+class _Turn:
+    """An answer in [prompt_end, end) of `text`, which ends with it; `marks` are what is learned of it."""
+
+    prompt_end: int
+    end: int
+    text: str
+    marks: tuple[Span, ...]
+    written: int | None = None  # where the answer ends for the template, if what ends the turn was added behind that
+
+    def stands_in(self, text: str) -> bool:
+        """Whether a longer conversation is written as this one goes on."""
+        return text.startswith(self.text)
+
+    def without_added_end(self) -> _Turn:
+        end = self.end if self.written is None else self.written
+        return _Turn(self.prompt_end, end, self.text[:end], self.marks)
+
+
+def _answers(chat: Chat) -> list[int]:
+    return [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
+
+
+def _standing(turns: Mapping[int, _Turn | None], text: str, last: int) -> dict[int, _Turn]:
+    """The turns up to `last` that are written in `text` as they would be at its end."""
+    told = {i: turn for i, turn in turns.items() if i <= last and turn is not None}
+    placed = {i: turn if turn.stands_in(text) else turn.without_added_end() for i, turn in told.items()}
+    return {i: turn for i, turn in placed.items() if turn.stands_in(text)}
+
+
+def _left_out_thought(message: Message, prompt: str, text: str) -> str | None:
+    """What the model writes after the prompt, if the template leaves the thought out of the last answer too."""
+    content, reasoning = message.get("content"), message.get("reasoning_content")
+    if not isinstance(content, str) or message.get("tool_calls"):
+        return None
+    if isinstance(reasoning, str) and prompt.rstrip().endswith(_THINK):
+        content = f"{_THINK}\n{reasoning}\n</think>\n\n{content}"
+    thought = content.rpartition("</think>")[0].removeprefix(_THINK).strip()
+    if not thought or thought in text[len(os.path.commonprefix([prompt, text])) :]:
+        return None
+    # Where the prompt has opened the thought already, it is not opened twice.
+    opened = next((n for n in range(len(content), 0, -1) if prompt.endswith(content[:n])), 0)
+    return content[opened:]
+
+
+def _behind_opened_thought(prompt: str, text: str, marks: Sequence[Span]) -> tuple[str, list[Span]] | None:
+    """(text, the answer's marks) with the answer of `text` behind `prompt`, if they differ in an opened thought only.
+
+    Such a prompt ends with `<think>` and a line break, and the template writes an answer without a thought after
+    another (or none): the generator would get that prompt and go on with the rest.
+    """
+    opened = prompt.rfind(_THINK)
+    if opened < 0 or not text.startswith(prompt[:opened]):
+        return None
+    # Not in the middle of a token: `<think>` and `<|im_end|>` begin alike.
+    common = len(os.path.commonprefix([prompt, text])) if text.startswith(_THINK, opened) else opened
+    shift, own = len(prompt) - common, [mark for mark in marks if mark[1] > common]
+    moved = [(b, common) for b, _ in own if b < common]
+    return prompt + text[common:], [*moved, *((max(b, common) + shift, e + shift) for b, e in own)]
 
 
 def _cut(text: str, turns: Mapping[int, _Turn], learned: Sequence[int]) -> list[Piece]:

@@ -145,20 +145,22 @@ def test_training_sees_the_very_prompt_tokens_of_the_generator_also_where_tokens
     prompts.write_text(json.dumps({"messages": CHAT[:3]}) + "\n" + json.dumps({"messages": CHAT[:1]}))
     answers.write_text(json.dumps({"messages": CHAT}))
     long, short = load_prompts(str(prompts), merging).token_ids
-    (example,), _ = load_supervised(DatasetConfig(path=str(answers)), merging, seed=0)
+    examples, _ = load_supervised(DatasetConfig(path=str(answers)), merging, seed=0)
+    first, example = examples[0], examples[-1]  # one sequence, or one an answer
 
     assert example.token_ids[: len(long)] == long and example.token_ids[: len(short)] == short
     assert not example.learned[len(long) - 1] and all(example.learned[len(long) :])
-    assert not any(example.learned[: len(short)]) and example.learned[len(short)]
+    assert not any(first.learned[: len(short)]) and first.learned[len(short)]
     assert whole.startswith(merging.decode(long)), "and they spell what the template wrote"
     assert long != ids(merging, merging.decode(long)), "tokenized whole, the line breaks at the boundary merge"
 
 
 def test_a_template_without_eos_teaches_to_stop(merging):
     merging.chat_template = BARE
-    (example,) = Encoder(merging).conversation(Chat(CHAT))
-    assert example.token_ids[-1] == EOS and example.learned[-1]
-    assert learned_text(merging, example) == "\n\ncd\ncd\n<eos>"
+    """In every turn: in one sequence, an answer that another turn follows would have nothing that stops it."""
+    first, second = Encoder(merging).conversation(Chat(CHAT))
+    assert first.token_ids[-1] == second.token_ids[-1] == EOS and first.learned[-1] and second.learned[-1]
+    assert [learned_text(merging, e) for e in (first, second)] == ["\n\ncd\n<eos>", "cd\n<eos>"]
 
 
 def test_what_a_template_writes_after_eos_is_not_learned(chars):
@@ -239,8 +241,8 @@ def test_a_template_that_cannot_be_used(chars, template, says):
 
 def test_plain_prompts_and_answers_in_the_chat_template(chars):
     example = Encoder(chars, style="chat").answer("ab", " cd ")
-    assert chars.decode(example.token_ids) == "<|user|>\nab<eos>\n<|assistant|>\ncd<eos>"
-    assert learned_text(chars, example) == "cd<eos>"
+    assert chars.decode(example.token_ids) == "<|user|>\nab<eos>\n<|assistant|>\n cd <eos>"
+    assert learned_text(chars, example) == " cd <eos>", "an answer keeps its blanks"
 
 
 def test_a_dialogue_in_the_chat_template(chars):
