@@ -32,7 +32,7 @@ def template(answer, *, user="{{ m.content }}<|stop|>", prompt="<|me|>", last=""
     )
 
 
-CALLED = "{{ c.function.name }}:{{ c.function.arguments.at or c.function.arguments.key }}"
+CALLED = "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}:{{ k }}={{ v }}{% endfor %}"
 SAYS = "{{ m.content }}{% for c in m.tool_calls or [] %}" + CALLED + "{% endfor %}"
 
 
@@ -91,7 +91,7 @@ def test_the_next_roles_marker_is_learned_also_behind_the_last_answer(tokenizer)
     assert learned(tokenizer, [example]) == ["Low.<|you|>West.<|you|>"]
     called = Chat((TALK[0], CALL, RESULT, TALK[1]))
     (example,) = Encoder(tokenizer).conversation(called)
-    assert learned(tokenizer, [example]) == ["look:sky<|tool|>Low.<|you|>"]
+    assert learned(tokenizer, [example]) == ["look:at=sky<|tool|>Low.<|you|>"]
 
 
 def test_a_turn_that_ends_otherwise_in_the_middle_is_learned_as_the_last_of_its_own_sequence(tokenizer):
@@ -162,7 +162,7 @@ def test_an_answer_goes_on_with_an_unfinished_turn(tokenizer):
         assert example.token_ids[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("<|me|>It is ")
         assert tokenizer.decode(encoder.completion(begun, answer)) == "west.<|stop|>"
     with pytest.raises(DataError, match="unfinished answer that is no text"):
-        encoder.answer(Chat((TALK[0], CALL)), "west.")
+        encoder.answer(Chat((TALK[0], {**CALL, "content": None})), "west.")
 
 
 # ---- texts that are rendered already ------------------------------------------------------------------------
