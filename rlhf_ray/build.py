@@ -15,6 +15,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.prompts import PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.tasks import is_task
 from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.loops.best import BestPolicy
 from rlhf_ray.loops.evaluate import Evaluator
 from rlhf_ray.loops.rl import train
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
@@ -64,12 +65,14 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
-                seed=config.seed,
+                seed=config.seed, best=_best(config, roles, directory),
             )  # fmt: skip
             rollouts = _rollouts(config, roles, train_prompts, _sampling(config, stop), run)
             try:
                 canary = _canary(config, tokenizer, max(map(len, train_prompts.token_ids)), hardware)
                 result = train(config, roles, rollouts, evaluator, canary, run)
+                if evaluator.best is not None:
+                    result["best"] = evaluator.best.found
             finally:
                 rollouts.close()
             with written_whole("the model", directory.model) as unfinished:
@@ -253,6 +256,10 @@ def open_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
         )
     finally:
         generator.close()
+
+
+def _best(config: RunConfig, roles: Roles, directory: RunDirectory) -> BestPolicy | None:
+    return None if config.eval.best_by is None else BestPolicy(config.eval.best_by, roles.learner, directory)
 
 
 def _reference(config: RunConfig, assets: Assets, learner: Learner) -> Reference | AdapterFreeReference | None:

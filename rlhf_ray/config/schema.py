@@ -261,6 +261,10 @@ class EvalConfig(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     size: int = Field(256, gt=0, description="held-out prompts")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
+    best_by: str | None = Field(
+        None, description="reward, accuracy or reward/<name>: the policy that was best by this number of an evaluation "
+        "is kept in best_model/ beside the last one; empty: only the last"
+    )  # fmt: skip
 
 
 class RunConfig(TrainingRunConfig):

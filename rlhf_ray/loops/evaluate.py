@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.evaluation.answers import requests_for
 from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics
+from rlhf_ray.loops.best import BestPolicy
 from rlhf_ray.roles.protocols import Generator, Reward, Sampling
 
 SAMPLES_SHOWN = 10
@@ -17,17 +18,20 @@ class Evaluator:
     """One completion for each held-out prompt, judged by the run's own reward."""
 
     def __init__(
-        self, generator: Generator, reward: Reward, prompts: PromptSet, sampling: Sampling, *, seed: int
-    ) -> None:
+        self, generator: Generator, reward: Reward, prompts: PromptSet, sampling: Sampling, *, seed: int,
+        best: BestPolicy | None = None,
+    ) -> None:  # fmt: skip
+        """`best`: hears of every evaluation."""
         self.generator = generator
         self.reward = reward
         self.sampling = sampling
         self.requests = requests_for(prompts, seed)
+        self.best = best
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, step: int) -> dict[str, Any]:
         """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (the first function whose
         rewards are all 0 or 1), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, `distinct_1_tokens`,
-        `distinct_2_tokens`, and `samples` (prompt, completion, reward).
+        `distinct_2_tokens`, and `samples` (prompt, completion, reward). `step`: how many the policy has learned in.
         """
         self.generator.wake()
         batch = self.generator.generate(self.requests, self.sampling)
@@ -42,6 +46,8 @@ class Evaluator:
             {"prompt": prompt, "completion": completion, "reward": float(scores.score[i])}
             for i, (prompt, completion) in enumerate(scores.texts[:SAMPLES_SHOWN])
         ]
+        if self.best is not None:
+            self.best.consider(step, result)
         return result
 
 

@@ -32,7 +32,7 @@ def train(
     """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples."""
     start, kl = restore(config, roles, rollouts, run)
     push_weights(start, roles, rollouts, canary, run)
-    before = run.remember("before", evaluator.evaluate)
+    before = run.remember("before", lambda: evaluator.evaluate(start))
     run.begin()
     for step in range(start, config.steps):
         with run.timer("step"):
@@ -54,14 +54,14 @@ def train(
                 kl = kl.update(metrics["kl_ref"], config.samples_per_step)
             if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.steps:
                 with run.timer("eval"):
-                    metrics |= numbers_of(evaluator.evaluate(), "eval/")
+                    metrics |= numbers_of(evaluator.evaluate(step + 1), "eval/")
         run.log(step + 1, metrics, scored.batch.rows, scored.scores)
         # After the log (so its time counts with the next step): a kill between the two repeats a step and its row;
         # the other way round the row would be lost.
         due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
         if due or step + 1 == config.steps:
             save(step + 1, kl, roles, rollouts, run)
-    return {"before": before, "after": evaluator.evaluate()}
+    return {"before": before, "after": evaluator.evaluate(config.steps)}
 
 
 def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: Recorder) -> Batch:

@@ -1,7 +1,7 @@
 """The run directory: one folder that holds everything a run leaves behind.
 
     config.yaml  data.json  metrics.jsonl  events.jsonl  summary.json  before.json
-    rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/
+    rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/  best_model/  best.json
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines,
 LOCK = ".lock"
 CONTENTS = (
     "config.yaml", "data.json", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
+    "best.json",
     "rollouts", "checkpoints", "tensorboard",
-    *(f"{folder}{state}" for folder in ("start", "model") for state in ("", ".unfinished", ".old")),
+    *(f"{folder}{state}" for folder in ("start", "model", "best_model") for state in ("", ".unfinished", ".old")),
 )  # fmt: skip
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")  # any of these makes a folder a run
 
@@ -73,6 +74,15 @@ class RunDirectory:
     def data_file(self) -> Path:
         """Fingerprints of the data's rows, by source."""
         return self.path / "data.json"
+
+    @property
+    def best_file(self) -> Path:
+        """Which step's weights `best_model` holds, and the number that made them the best."""
+        return self.path / "best.json"
+
+    @property
+    def best_model(self) -> Path:
+        return self.path / "best_model"
 
     @property
     def metrics_file(self) -> Path:

@@ -16,7 +16,7 @@ def evaluator(generator, reward, prompts):
 
 
 def test_the_numbers_by_hand(evaluator, generator):
-    result = evaluator.evaluate()
+    result = evaluator.evaluate(0)
     samples = result.pop("samples")
     assert result == pytest.approx({
         "reward": 2.0, "reward/row": 2.0, "reward/half": 1.0, "response_len": 1.0, "truncated_frac": 0.0,
@@ -30,8 +30,8 @@ def test_the_numbers_by_hand(evaluator, generator):
 
 
 def test_every_evaluation_asks_the_same_and_no_training_step_does(evaluator, generator):
-    evaluator.evaluate()
-    evaluator.evaluate()
+    evaluator.evaluate(0)
+    evaluator.evaluate(0)
     assert generator.asked[0] == generator.asked[1]
     training = {sample_seed(3, position, member) for position in range(200) for member in range(8)}
     assert not training & {r.seed for r in generator.asked[0]}
@@ -40,7 +40,7 @@ def test_every_evaluation_asks_the_same_and_no_training_step_does(evaluator, gen
 def test_accuracy_where_rewards_are_0_or_1(evaluator, reward):
     right = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     reward.score = lambda batch, texts: Scores(right * 2, {"exact": right, "format": right * 0}, (("p", "c"),) * 5)
-    result = evaluator.evaluate()
+    result = evaluator.evaluate(0)
     assert result["accuracy"] == pytest.approx(0.6), "the first of such functions"
     assert result["reward"] == pytest.approx(1.2) and result["reward/format"] == 0.0
 
@@ -48,7 +48,7 @@ def test_accuracy_where_rewards_are_0_or_1(evaluator, reward):
 def test_a_function_called_reward_does_not_hide_the_sum(evaluator, reward):
     values = torch.ones(5)
     reward.score = lambda batch, texts: Scores(values * 0.5, {"reward": values * 3}, (("p", "c"),) * 5)
-    result = evaluator.evaluate()
+    result = evaluator.evaluate(0)
     assert result["reward"] == 0.5 and result["reward/reward"] == 3.0
 
 
@@ -56,7 +56,7 @@ def test_at_most_ten_samples_are_kept(generator, reward, prompts):
     from rlhf_ray.data.prompts import PromptSet
 
     many = PromptSet(prompts.examples * 3, prompts.token_ids * 3, {})
-    assert len(Evaluator(generator, reward, many, GREEDY, seed=0).evaluate()["samples"]) == 10
+    assert len(Evaluator(generator, reward, many, GREEDY, seed=0).evaluate(0)["samples"]) == 10
 
 
 def test_only_numbers_become_metrics():

@@ -1,0 +1,52 @@
+"""The best policy of a run by a number of its held-out evaluation: a model folder beside the last one's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.roles.protocols import Learner
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.storage import to_json, write_atomically, written_whole
+
+
+class BestPolicy:
+    """Exports the learner's weights whenever `by`, of which more is better, has not been so high before.
+
+    What it knows is in a file of the run directory, written after the folder that it describes. A resumed run repeats
+    the steps after its checkpoint, and with them their evaluations: one that was the best is exported once more.
+    """
+
+    def __init__(self, by: str, learner: Learner, directory: RunDirectory) -> None:
+        self.by = by
+        self.learner = learner
+        self.folder = directory.best_model
+        self._file = directory.best_file
+        self.found: dict[str, Any] = _read(self._file) if directory.resumed else {}
+
+    def consider(self, step: int, result: Mapping[str, Any]) -> None:
+        """`result`: an evaluation of the weights that the learner holds after `step` steps.
+
+        Raises ConfigError if it has no such number.
+        """
+        value = result.get(self.by)
+        if not isinstance(value, float):
+            numbers = ", ".join(name for name, number in result.items() if isinstance(number, float))
+            raise ConfigError(f"eval.best_by={self.by}: the evaluation has no such number; it has {numbers}")
+        # A repeated step is exported again: what lies there may be of a run that was killed after it. NaN is no better.
+        if value > self.found.get(self.by, float("-inf")) or step == self.found.get("step"):
+            with written_whole("the best model", self.folder) as unfinished:
+                self.learner.export_model(unfinished)
+            self.found = {"step": step, self.by: value}
+            write_atomically(self._file, to_json(self.found) + "\n")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # none yet, or cut off: the next evaluation writes it again
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.build import run_rl
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.loops.best import BestPolicy
+from rlhf_ray.run.directory import RunDirectory
+
+
+class Exporting:
+    """A learner whose model is the number of its step."""
+
+    def __init__(self):
+        self.step, self.exports = 0, 0
+
+    def export_model(self, folder):
+        (folder / "model").write_text(str(self.step))
+        self.exports += 1
+
+
+@pytest.fixture
+def learner():
+    return Exporting()
+
+
+def consider(best: BestPolicy, learner: Exporting, values: dict[int, float]) -> None:
+    for step, value in values.items():
+        learner.step = step
+        best.consider(step, {"reward": value, "samples": []})
+
+
+def test_the_highest_number_stays(learner, tmp_path):
+    best = BestPolicy("reward", learner, RunDirectory(tmp_path / "run"))
+    consider(best, learner, {0: 0.1, 10: 0.7, 20: float("nan"), 30: 0.7, 40: 0.6})
+    assert best.found == {"step": 10, "reward": 0.7} == json.loads((tmp_path / "run" / "best.json").read_text())
+    assert (tmp_path / "run" / "best_model" / "model").read_text() == "10" and learner.exports == 2
+
+
+def test_a_resumed_run_repeats_what_came_after_its_checkpoint(learner, tmp_path):
+    consider(BestPolicy("reward", learner, RunDirectory(tmp_path / "run")), learner, {0: 0.1, 10: 0.2, 20: 0.7})
+    (tmp_path / "run" / "config.yaml").write_text("")
+    best = BestPolicy("reward", learner, RunDirectory(tmp_path / "run", resume=True))
+    consider(best, learner, {10: 0.2, 20: 0.65})  # the same step came out otherwise
+    assert best.found == {"step": 20, "reward": 0.65}, "what lies there is what the file says"
+    consider(best, learner, {30: 0.6})
+    assert best.found["step"] == 20 and (tmp_path / "run" / "best_model" / "model").read_text() == "20"
+
+
+def test_a_number_that_is_not_there_is_refused_at_the_first_evaluation(learner, tmp_path):
+    best = BestPolicy("acuracy", learner, RunDirectory(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="eval.best_by=acuracy: the evaluation has no such number; it has reward"):
+        best.consider(0, {"reward": 1.0, "samples": []})
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_weights_of_its_best_evaluation(tiny_config, tmp_path, read_rows):
+    """A rate that wrecks the policy: the best evaluation is not the last one."""
+    settings = ("steps=4", "eval.every=1", "eval.size=16", "eval.best_by=reward", "checkpoint.every=1",
+                "checkpoint.keep=9", "learner.lr=0.3")  # fmt: skip
+    summary = run_rl(tiny_config(*settings), tmp_path / "a")
+    values = [summary["before"]["reward"], *(row["eval/reward"] for row in read_rows(tmp_path / "a")[:-1]),
+              summary["after"]["reward"]]  # fmt: skip
+    step = values.index(max(values))
+    assert summary["best"] == {"step": step, "reward": max(values)} and len(set(values)) > 2
+    kept = load_file(tmp_path / "a" / "best_model" / "model.safetensors")
+    last = load_file(tmp_path / "a" / "model" / "model.safetensors")
+    if step:
+        saved = torch.load(tmp_path / "a" / "checkpoints" / f"step_{step}" / "learner" / "torch_engine.pt")["module"]
+        assert all(torch.equal(kept[name], saved[name]) for name in kept)
+    assert step < 4 and any(not torch.equal(kept[name], last[name]) for name in kept)
