@@ -16,14 +16,14 @@ from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.chat import Prompt
 from rlhf_ray.data.cleaning import explain_unused
-from rlhf_ray.data.columns import Columns
+from rlhf_ray.data.columns import USUAL, Columns
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.fingerprint import Fingerprint
-from rlhf_ray.data.rows import placed, read_rows
+from rlhf_ray.data.rows import Row, placed, read_rows
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.types import detect, parse, prompt_column, prompts_in, texts_of
-from rlhf_ray.data.values import EmptyRowError, says_something
+from rlhf_ray.data.values import EmptyRowError, says_something, shown
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.words import segment_spans
 
@@ -104,46 +104,95 @@ def load_prompts(
     encoder = Encoder(
         tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args, clock=clock
     )
-    dropped, read = Counter(short=0, long=0, empty=0), Fingerprint()
-    unused: Counter[str] = Counter()
+    rows = PromptRows(encoder, field, prompt_words, max_prompt_tokens, overlong)
+    read, dropped = Fingerprint(), rows.dropped
     examples, ids, answers = [], [], []
-    for prompt, columns, where in _asked(source, field, split, dropped, unused, read):
-        if prompt_words is not None:
-            if not isinstance(prompt, str):
-                raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
-            columns = {**columns, "text": prompt}
-            prompt = first_words(prompt, prompt_words)
-            if prompt is None:
-                dropped["short"] += 1
-                continue
-        with placed(where):
-            text, tokens = encoder.prompt(prompt)
-        unused.update(encoder.take_unused())
-        if not _fits(tokens, max_prompt_tokens, overlong, where):
-            dropped["long"] += 1
+    for prompt, columns, where in _asked(source, rows, split, read):
+        if (made := rows.example(prompt, columns, where)) is None:
             continue
-        examples.append(Example(text, columns, where, prompt))
+        example, tokens = made
+        examples.append(example)
         ids.append(tokens)
         if reference_field is not None:
             with placed(where):
-                answers.append(_reference_answers(prompt, columns.get(reference_field), encoder))
+                answers.append(_reference_answers(example.asked, columns.get(reference_field), encoder))
         if len(examples) == limit:
             break
     if not examples:
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
     counts = {why: count for why, count in dropped.items() if count}
-    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value, unused)
+    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value, rows.unused)
 
 
-def _fits(tokens: Sequence[int], limit: int | None, overlong: str, where: str) -> bool:
-    if limit is None or len(tokens) <= limit:
-        return True
-    if overlong == "drop":
-        return False
-    raise DataError(
-        f"{where}: the prompt has {len(tokens)} tokens, the limit is {limit}; "
-        "raise data.max_prompt_tokens, shorten the prompt, or set data.overlong_prompts=drop"
-    )
+class PromptRows:
+    """Rows as a policy is asked them. The first one decides the type, unless `field` names the prompt's column.
+
+    Counts what it leaves out in `dropped`, by reason, and what has no use in `unused`, by name. Without an encoder
+    prompts are read and cut, and not tokenized.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        field: str | None = None,
+        prompt_words: int | None = None,
+        max_prompt_tokens: int | None = None,
+        overlong: str = "error",
+        names: ColumnsConfig = USUAL,
+        kind: DataType | None = None,
+    ):
+        self._encoder, self._words, self._limit, self._overlong = encoder, prompt_words, max_prompt_tokens, overlong
+        self._names = names if field is None else ColumnsConfig(prompt=field)
+        self.kind = kind if field is None else "prompt"
+        self.dropped: Counter[str] = Counter(short=0, long=0, empty=0)
+        self.unused: Counter[str] = Counter()
+
+    def asked(self, row: Row) -> list[tuple[Prompt, dict[str, Any]]]:
+        """(prompt, the row's other columns) of each prompt of a row. Raises DataError, which names file and line."""
+        self.kind = self.kind or detect(row, self._names)
+        copied = prompt_column(row, self.kind, self._names)
+        columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
+        try:
+            prompts = prompts_in(row, self.kind, self._names, self.unused)
+        except EmptyRowError:
+            if self.kind != "preference":
+                raise
+            self.dropped["empty"] += 1  # one of its two answers: nobody's mistake, and no reason to stop
+            return []
+        self.unused.update(name for name in _TAKEN_NAMES if name != copied and says_something(row.fields.get(name)))
+        return [(prompt, columns) for prompt in prompts]
+
+    def example(
+        self, prompt: Prompt, columns: dict[str, Any], where: str
+    ) -> tuple[Example, tuple[int, ...]] | None:
+        """A prompt with its token ids; None where it is left out. Raises DataError, which names file and line."""
+        if self._words is not None:
+            if not isinstance(prompt, str):
+                raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
+            columns = {**columns, "text": prompt}
+            prompt = first_words(prompt, self._words)
+            if prompt is None:
+                self.dropped["short"] += 1
+                return None
+        if self._encoder is None:
+            return Example("", columns, where, prompt), ()
+        with placed(where):
+            text, tokens = self._encoder.prompt(prompt)
+        self.unused.update(self._encoder.take_unused())
+        if not self._fits(tokens, where):
+            self.dropped["long"] += 1
+            return None
+        return Example(text, columns, where, prompt), tokens
+
+    def _fits(self, tokens: Sequence[int], where: str) -> bool:
+        if self._limit is None or len(tokens) <= self._limit:
+            return True
+        if self._overlong == "drop":
+            return False
+        raise DataError(
+            f"{where}: the prompt has {len(tokens)} tokens, the limit is {self._limit}; "
+            "raise data.max_prompt_tokens, shorten the prompt, or set data.overlong_prompts=drop"
+        )
 
 
 def prompt_options(data: PromptsConfig, clock: datetime | None) -> dict[str, Any]:
@@ -186,8 +235,7 @@ def first_words(text: str, count: int) -> str | None:
 
 
 def _asked(
-    source: str, field: str | None, split: str, dropped: Counter[str], unused: Counter[str],
-    read: Fingerprint,
+    source: str, rows: PromptRows, split: str, read: Fingerprint
 ) -> Iterator[tuple[Prompt, dict[str, Any], str]]:
     """(prompt, the row's other columns, where) of every prompt of a source."""
     if is_task(source):
@@ -196,21 +244,8 @@ def _asked(
             read.add({**pair.columns, "prompt": pair.prompt}, where)
             yield pair.prompt, dict(pair.columns), where
         return
-    names = ColumnsConfig(prompt=field)
-    kind: DataType | None = None if field is None else "prompt"
-    for row in read.watching(read_rows(source, split=split, trees_as="prompt", dropped=dropped)):
-        kind = kind or detect(row, names)
-        copied = prompt_column(row, kind, names)
-        columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
-        try:
-            prompts = prompts_in(row, kind, names, unused)
-        except EmptyRowError:
-            if kind != "preference":
-                raise
-            dropped["empty"] += 1  # one of its two answers: nobody's mistake, and no reason to stop
-            continue
-        unused.update(name for name in _TAKEN_NAMES if name != copied and says_something(row.fields.get(name)))
-        for prompt in prompts:
+    for row in read.watching(read_rows(source, split=split, trees_as="prompt", dropped=rows.dropped)):
+        for prompt, columns in rows.asked(row):
             yield prompt, columns, row.where
 
 
@@ -219,7 +254,7 @@ def _reference_answers(prompt: Prompt, value: Any, encoder: Encoder) -> tuple[tu
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise DataError(
-            f"the reference answer is {value!r}, not a text or a list of texts; mend the row, or set "
+            f"the reference answer is {shown(value)}, not a text or a list of texts; mend the row, or set "
             "rollout.reference_field to a column of the data"
         )
     begins = prompt if isinstance(prompt, str) else ""
