@@ -131,12 +131,16 @@ def validate_data(
     template: Annotated[str, typer.Option(help="with --model: auto, chat, alpaca or none")] = "auto",
     chat_template: Annotated[str | None, typer.Option(help="with --model: a .jinja file, or zephyr")] = None,
     max_length: Annotated[int | None, typer.Option(help="with --model: rows with more tokens are bad")] = None,
+    command: Annotated[
+        str | None, typer.Option("--for", help="the command: sft, rm, dpo, classifier, rl; empty: what the rows suit")
+    ] = None,
+    show: Annotated[int | None, typer.Option(help="with --model: line of the row to show; empty: a good one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check a dataset: file and line of every bad row, and what the good ones are. Exit status 1 if any is bad."""
     from rlhf_ray.config.data import DatasetConfig
     from rlhf_ray.config.load import parse_config
-    from rlhf_ray.data.validate import columns_from, validate
+    from rlhf_ray.data.validate import columns_from, command_from, validate
 
     given = {"path": path, "type": kind, "split": split, "template": template, "chat_template": chat_template}
     data = parse_config({**given, "columns": columns_from(column or [])}, DatasetConfig, source="validate-data")
@@ -145,8 +149,8 @@ def validate_data(
         from rlhf_ray.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model)
-    report = validate(data, tokenizer, max_length=max_length)
-    print(report.json() if as_json else report)
+    report = validate(data, tokenizer, max_length=max_length, command=command_from(command), show=show)
+    print(report.json() if as_json else report.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     raise typer.Exit(0 if report.is_good else 1)
 
 

@@ -1,100 +1,63 @@
-"""`rlhf-ray validate-data`: every bad row of a data source by file and line, and what the good ones are."""
+"""`rlhf-ray validate-data`: every bad row of a data source by file and line, and what a command makes of the good ones.
+
+Each row goes through the code that the command itself reads it with, so both take, leave out and refuse the same rows.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.data import CleaningConfig, DatasetConfig, DataType
+from rlhf_ray.config.data import DatasetConfig, DataType
 from rlhf_ray.data.cleaning import Cleaner
 from rlhf_ray.data.datasets import make_encoder
-from rlhf_ray.data.encoding import Encoder
-from rlhf_ray.data.rows import Row, placed, read_rows
-from rlhf_ray.data.trees import tree_form
-from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, RankedRow, Record, TextRow, detect
+from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.data.fingerprint import Fingerprint
+from rlhf_ray.data.prompts import PromptRows
+from rlhf_ray.data.rows import Row, read_rows
+from rlhf_ray.data.trees import TreeForm, tree_form
+from rlhf_ray.data.types import ConversationRow, PromptRow, Record, detect, parse
+from rlhf_ray.data.uses import Comparisons, Demonstrations, Labelled, Use
+from rlhf_ray.data.validation_report import RowNote, ShownRow, ShownSequence, ValidationReport
+from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 
-# Empty rows are complaints here, not something to leave out in silence.
-_CLEANING = CleaningConfig(empty=False)
-
-
-@dataclass(frozen=True)
-class BadRow:
-    where: str
-    why: str
-
-
-@dataclass(frozen=True)
-class ValidationReport:
-    """`types` counts the good rows, `left_out` those of them that training drops; `tokens` are of whole sequences."""
-
-    source: str
-    rows: int
-    types: dict[str, int]
-    bad: tuple[BadRow, ...]
-    left_out: dict[str, int]
-    tokens: dict[str, float] | None = None
-
-    @property
-    def is_good(self) -> bool:
-        return not self.bad and self.rows > 0
-
-    def __str__(self) -> str:
-        lines = [f"{bad.where}: {bad.why}" for bad in self.bad]
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.types.items()) or "none good"
-        lines.append(f"{self.source}: {self.rows} rows: {kinds}; {len(self.bad)} bad")
-        if self.left_out:
-            lines.append("training leaves out: " + ", ".join(f"{count} {why}" for why, count in self.left_out.items()))
-        if self.tokens:
-            lines.append("tokens a sequence: " + ", ".join(f"{name} {size:g}" for name, size in self.tokens.items()))
-        return "\n".join(lines)
-
-    def json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+Command = Literal["sft", "rm", "dpo", "classifier", "rl"]
+Named = tuple[str, TokenizedExample]
+_NO_LIMIT = 1 << 60
+_TREES: dict[Command, TreeForm] = {"rm": "ranked", "dpo": "ranked", "rl": "prompt"}
+# What a type is for, where that is one thing.
+_SUITED: dict[DataType, Command] = {
+    "preference": "rm", "ranked": "rm", "verl": "rl", "prompt": "rl", "labelled": "classifier",
+}  # fmt: skip
 
 
 def validate(
-    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None
+    data: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_length: int | None = None,
+    command: Command | None = None,
+    show: int | None = None,
 ) -> ValidationReport:
-    """Reads every row of `data.path` as training would; `type: auto` is that of the first row that has one.
+    """Reads every row of `data.path` as `command` would (None: as the one that the first good row suits).
 
     With a tokenizer the rows are tokenized too: what the template refuses is bad, and so is what has more than
-    `max_length` tokens. Raises DataError only for a source that cannot be opened.
+    `max_length` tokens (None: no length is). The report then shows one row with its learned tokens: the first good one,
+    or that of line (or number) `show`. Raises DataError only for a source that cannot be opened.
     """
-    encoder = tokenizer and make_encoder(data, tokenizer)
-    kind: DataType | None = None if data.type == "auto" else data.type
-    cleaner = Cleaner(_CLEANING, max_length=data.max_length, overlong="error")
-    bad: list[BadRow] = []
-    types: Counter[str] = Counter()
-    lengths: list[int] = []
-    rows = read_rows(
-        data.path,
-        split=data.split,
-        on_bad=lambda error: bad.append(_complaint(error)),
-        trees_as=tree_form(data.type, "messages"),
-        dropped=cleaner.dropped,
-    )
-    for row in rows:
-        try:
-            kind = kind or detect(row, data.columns)
-            sizes = [
-                size for record in cleaner.wanted(row, kind, data.columns) for size in _sizes(record, encoder, row)
-            ]
-            if max_length is not None and max(sizes, default=0) > max_length:
-                raise DataError(f"{row.where}: {max(sizes)} tokens, the limit is {max_length}; shorten the row")
-        except DataError as error:
-            bad.append(_complaint(error))
-            continue
-        types[kind] += 1
-        lengths += sizes
-    tokens = {"mean": round(sum(lengths) / len(lengths), 1), "max": float(max(lengths))} if lengths else None
-    good = sum(types.values())
-    return ValidationReport(data.path, good + len(bad), dict(types), tuple(bad), dict(cleaner.dropped), tokens)
+    data = data.model_copy(update={"max_length": max_length or _NO_LIMIT})
+    found = _Findings(data, tokenizer, command, show)
+    form = tree_form(data.type, _TREES.get(command or "sft", "messages"))
+    rows = read_rows(data.path, split=data.split, on_bad=found.refuse, trees_as=form, dropped=found.read_as)
+    for row in itertools.islice(rows, data.limit):
+        found.add(row)
+    return found.report()
 
 
 def columns_from(pairs: Sequence[str]) -> dict[str, str]:
@@ -104,31 +67,151 @@ def columns_from(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _complaint(error: DataError) -> BadRow:
-    where, why = str(error).split(": ", 1)
-    return BadRow(where, why)
+def command_from(name: str | None) -> Command | None:
+    """The command that `--for` names; `eval` and `pairs` ask as `rl` does. Raises DataError for another."""
+    if name is None or name in get_args(Command):
+        return name
+    if name in ("eval", "pairs"):
+        return "rl"
+    raise DataError(f"--for {name}: no command that reads rows; give one of {', '.join(get_args(Command))}")
 
 
-def _sizes(record: Record, encoder: Encoder | None, row: Row) -> list[int]:
-    """Tokens of each sequence that a record makes."""
-    if encoder is None:
-        return []
-    with placed(row.where):
-        if isinstance(record, TextRow):
-            return [len(encoder.text(record.text).token_ids)]
-        if isinstance(record, ConversationRow):
-            if any(message["role"] == "assistant" for message in record.chat.messages):
-                return [len(example.token_ids) for example in encoder.conversation(record.chat)]
-            return [len(encoder.prompt(record.chat)[1])]
-        answers = _answers(record)
-        if not answers:
-            return [len(encoder.prompt(record.prompt)[1])]
-        return [len(encoder.answer(record.prompt, answer).token_ids) for answer in answers]
+class _Findings:
+    """Sees each row once, in order."""
+
+    def __init__(
+        self, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None, command: Command | None, show: int | None
+    ):
+        self._data, self._tokenizer, self._command, self._show = data, tokenizer, command, show
+        self._reader: _Reader | None = None
+        self.read_as: Counter[str] = Counter()  # what reading itself leaves out, by reason
+        self._types: Counter[str] = Counter()
+        self._bad: list[RowNote] = []
+        self._left_out: list[RowNote] = []
+        self._lengths: list[int] = []
+        self._kept = 0
+        self._shown: ShownRow | None = None
+
+    def refuse(self, error: DataError) -> None:
+        where, _, why = str(error).partition(": ")
+        self._bad.append(RowNote(where, why))
+
+    def add(self, row: Row) -> None:
+        try:
+            Fingerprint().add(row.fields, row.where)  # a run takes one of its rows
+            if self._reader is None:
+                self._command = self._command or _suited(row, self._data)
+                self._reader = _reader(self._command, self._data, self._tokenizer)
+            before = Counter(self._reader.dropped)
+            records, sequences = self._reader.read(row)
+        except DataError as error:
+            self.refuse(error)
+            return
+        gone = [RowNote(row.where, reason) for reason in (self._reader.dropped - before).elements()]
+        self._left_out += gone
+        self._types[str(self._reader.kind)] += 1
+        self._kept += len(sequences) if self._tokenizer is not None else max(0, len(records) - len(gone))
+        self._lengths += [len(example.token_ids) for _, example in sequences]
+        if sequences and self._shown is None and self._show in (None, _number(row.where)):
+            shown = (ShownSequence.of(name, example, self._tokenizer) for name, example in sequences)
+            self._shown = ShownRow(row.where, tuple(shown))
+
+    def report(self) -> ValidationReport:
+        dropped, unused = (self._reader.dropped, self._reader.unused) if self._reader else (Counter(), Counter())
+        lengths = self._lengths
+        return ValidationReport(
+            source=self._data.path,
+            command=self._command or "sft",
+            rows=self._types.total() + len(self._bad),
+            types=dict(self._types),
+            bad=tuple(self._bad),
+            left_out=dict(dropped + self.read_as),
+            left_out_rows=tuple(self._left_out),
+            kept=self._kept,
+            unused=dict(unused),
+            tokens={"mean": round(sum(lengths) / len(lengths), 1), "max": float(max(lengths))} if lengths else None,
+            shown=self._shown,
+        )
 
 
-def _answers(record: Record) -> Sequence[Any]:
-    if isinstance(record, PreferenceRow):
-        return (record.chosen, record.rejected)
-    if isinstance(record, RankedRow):
-        return record.completions
-    return (record.completion,) if isinstance(record, AnswerRow) else ()
+class _Reader(Protocol):
+    """Rows as one command reads them. `kind` is their type, once it is known."""
+
+    kind: DataType | None
+    dropped: Counter[str]
+    unused: Counter[str]
+
+    def read(self, row: Row) -> tuple[list[Record], list[Named]]:
+        """(the records that are used, their sequences by name). Raises DataError."""
+        ...
+
+
+class _Supervised:
+    def __init__(self, data: DatasetConfig, use: Use[object]):
+        self._names, self._use = data.columns, use
+        self.kind: DataType | None = None if data.type == "auto" else data.type
+        self._cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong)
+        self.dropped, self.unused = self._cleaner.dropped, self._cleaner.unused
+
+    def read(self, row: Row) -> tuple[list[Record], list[Named]]:
+        self.kind = self.kind or detect(row, self._names)
+        records = self._cleaner.wanted(row, self.kind, self._names)
+        items = [item for record in records for item in self._use(record, self._cleaner, row.where)]
+        return records, [named for item in items for named in _named(item)]
+
+
+class _Asked:
+    def __init__(self, rows: PromptRows):
+        self._rows = rows
+        self.dropped, self.unused = rows.dropped, rows.unused
+
+    @property
+    def kind(self) -> DataType | None:
+        return self._rows.kind
+
+    def read(self, row: Row) -> tuple[list[Record], list[Named]]:
+        made = [self._rows.example(prompt, columns, row.where) for prompt, columns in self._rows.asked(row)]
+        used = [pair for pair in made if pair is not None]
+        sequences = [("", TokenizedExample(ids, (False,) * len(ids))) for _, ids in used if ids]
+        return [PromptRow(example.asked) for example, _ in used], sequences
+
+
+def _reader(command: Command, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None) -> _Reader:
+    if command == "classifier":
+        return _Supervised(data, Labelled(data, tokenizer))
+    encoder = None if tokenizer is None else make_encoder(data, tokenizer)
+    if command == "rl":
+        # As `data.field` does, a name of the prompt's column decides the type too.
+        field = data.columns.prompt if data.type == "auto" else None
+        kind = None if data.type == "auto" else data.type
+        return _Asked(PromptRows(encoder, field, None, data.max_length, names=data.columns, kind=kind))
+    return _Supervised(data, Demonstrations(encoder) if command == "sft" else Comparisons(encoder))
+
+
+def _suited(row: Row, data: DatasetConfig) -> Command:
+    """The command that rows such as this one are for. Raises DataError where the row is bad for any."""
+    kind = detect(row, data.columns) if data.type == "auto" else data.type
+    try:
+        record = parse(row, kind, data.columns)[0]
+    except EmptyRowError:
+        return _SUITED.get(kind, "sft")
+    is_asked = isinstance(record, PromptRow) or (
+        isinstance(record, ConversationRow) and all(said["role"] != "assistant" for said in record.chat.messages)
+    )
+    return "rl" if is_asked else _SUITED.get(kind, "sft")
+
+
+def _named(item: object) -> Iterator[Named]:
+    if isinstance(item, TokenizedPair):
+        yield "chosen", item.chosen
+        yield "rejected", item.rejected
+    elif isinstance(item, LabelledText):
+        yield f"label {item.label}", TokenizedExample(item.token_ids, (False,) * len(item.token_ids))
+    elif isinstance(item, TokenizedExample):
+        yield "", item
+
+
+def _number(where: str) -> int | None:
+    """The line of `file:line`, the index of `dataset:index`."""
+    found = re.search(r"(\d+)\]?$", where)
+    return int(found[1]) if found else None

@@ -28,17 +28,23 @@ def mixed(tmp_path):
 
 def test_every_bad_row_is_named_and_the_good_ones_are_counted(mixed):
     report = validate(DatasetConfig(path=mixed))
-    assert [bad.where.removeprefix(mixed) for bad in report.bad] == [":4", ":5", ":6", ":7", ":8"]
+    assert [bad.where.removeprefix(mixed) for bad in report.bad] == [":4", ":5", ":6", ":7"]
     whys = [bad.why for bad in report.bad]
-    for why, says in zip(
-        whys, ("no field 'completion'", "broken JSON", "a JSON list", "not UTF-8", "'completion' is empty"), strict=True
-    ):
+    for why, says in zip(whys, ("no field 'completion'", "broken JSON", "a JSON list", "not UTF-8"), strict=True):
         assert says in why
-    assert (report.rows, report.types, report.is_good) == (8, {"prompt_completion": 3}, False)
-    assert report.left_out == {"duplicate": 1}
+    assert (report.rows, report.types, report.is_good) == (8, {"prompt_completion": 4}, False)
+    assert report.left_out == {"duplicate": 1, "empty": 1}, "as training leaves them out: no mistake that stops it"
+    assert [(note.where.removeprefix(mixed), note.why) for note in report.left_out_rows] == [
+        (":3", "duplicate"), (":8", "empty")
+    ]  # fmt: skip
     lines = str(report).splitlines()
-    assert len(lines) == 7 and lines[0].startswith(f"{mixed}:4: no field 'completion'")
-    assert lines[5] == f"{mixed}: 8 rows: 3 prompt_completion; 5 bad"
+    assert lines[0].startswith(f"{mixed}:4: no field 'completion'")
+    assert lines[4:] == [
+        f"{mixed}: 8 rows: 4 prompt_completion; 4 bad (as sft reads them)",
+        "sft leaves out: 1 duplicate, 1 empty",
+        f"  {mixed}:3: duplicate",
+        f"  {mixed}:8: empty",
+    ]
 
 
 def test_a_csv_file_is_read_on_after_a_bad_row(tmp_path):
@@ -56,7 +62,7 @@ def test_with_a_tokenizer_the_template_and_the_length_are_checked(write):
     assert len(report.bad) == 2 and "no chat template" in report.bad[0].why
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     report = validate(DatasetConfig(path=rows), tokenizer, max_length=1)
-    assert [bad.why for bad in report.bad] == ["2 tokens, the limit is 1; shorten the row"]
+    assert [bad.why.partition(";")[0] for bad in report.bad] == ["the prompt has 2 tokens, the limit is 1"]
     assert report.tokens == {"mean": 1.0, "max": 1.0}
     pairs = write({"prompt": "a", "chosen": "bc", "rejected": "b"}, name="pairs.jsonl")
     assert validate(DatasetConfig(path=pairs), tokenizer).tokens == {"mean": 3.5, "max": 4.0}
@@ -72,6 +78,87 @@ def test_columns_from_the_command_line():
     for wrong in ("prompt", "prompt=", "=x"):
         with pytest.raises(DataError, match="no role=column pair"):
             columns_from([wrong])
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+ASK = {"role": "user", "content": "ab"}
+SAY = {"role": "assistant", "content": "cd"}
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "command"),
+    [
+        (PAIR, "rm"),
+        ({"prompt": "a", "completions": ["b", "c"]}, "rm"),
+        ({"prompt": "a"}, "rl"),
+        ({"messages": [ASK]}, "rl"),
+        ({"instruction": "a"}, "rl"),
+        ({"instruction": "a", "output": "b"}, "sft"),
+        ({"messages": [ASK, SAY]}, "sft"),
+        ({"text": "a", "label": 1}, "classifier"),
+        ({"text": "a"}, "sft"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "sft"),
+    ],
+)
+def test_a_type_is_checked_for_the_command_that_it_suits(write, row, command):
+    report = validate(DatasetConfig(path=write(row)))
+    assert (report.command, report.is_good) == (command, True)
+
+
+def test_a_row_may_be_right_for_one_command_and_useless_for_another(write):
+    data = DatasetConfig(path=write({"prompt": "a", "completion": "b"}, {"prompt": "b", "completion": 3}))
+    assert ["of type int" in bad.why for bad in validate(data, command="sft").bad] == [True]
+    first, second = (bad.why for bad in validate(data, command="rm").bad)
+    assert "no pair of answers" in first and "of type int" in second
+    assert validate(data, command="rl").is_good, "an answer is for the rewards to read"
+    assert len(validate(data, command="classifier").bad) == 2
+    good = DatasetConfig(path=write(PAIR, {**PAIR, "rejected": "b"}, name="pairs.jsonl"))
+    report = validate(good, command="dpo")
+    assert report.is_good and report.left_out == {"identical answers": 1}
+
+
+def test_rows_that_are_all_left_out_are_not_good(write):
+    report = validate(DatasetConfig(path=write({"prompt": "a", "completion": "b", "label": 0})))
+    assert not report.bad and not report.is_good and "sft would have no row to learn from" in str(report)
+
+
+def test_a_complaint_is_repeated_five_times_and_counted(write):
+    rows = [{"prompt": "a", "completion": number} for number in range(9)] + [{"prompt": [], "completion": "b"}]
+    source = write({"prompt": "a", "completion": "b"}, *rows)
+    report = validate(DatasetConfig(path=source))
+    lines = str(report).splitlines()
+    assert [line.split(": ")[0].removeprefix(source) for line in lines[:5]] == [":2", ":3", ":4", ":5", ":6"]
+    assert lines[5] == f"... and 4 more rows: same reason as {source}:2"
+    assert len(json.loads(report.json())["bad"]) == 9, "and JSON has them all"
+
+
+def test_a_row_is_shown_as_the_model_reads_it(write):
+    tokenizer = char_tokenizer("abcd")
+    tokenizer.chat_template = MARKED
+    source = write({"messages": [ASK]}, {"messages": [ASK, SAY, ASK, {**SAY, "content": "a"}], "note": "x"})
+    report = validate(DatasetConfig(path=source), tokenizer, command="sft")
+    assert len(report.bad) == 1 and str(report).splitlines()[-1] == "ab\u27e6cd<eos>\u27e7ab\u27e6a<eos>\u27e7"
+    assert "unused: note (1 rows)" in str(report)
+    assert report.text(colour=True).splitlines()[-1] == "ab\x1b[32mcd<eos>\x1b[0mab\x1b[32ma<eos>\x1b[0m"
+    pairs = write(PAIR, {**PAIR, "prompt": "cd"}, name="pairs.jsonl")
+    shown = str(validate(DatasetConfig(path=pairs), tokenizer, show=2)).split("\n\n")[1]
+    assert shown.splitlines()[0].startswith(f"{pairs}:2 as the model reads it")
+    assert shown.splitlines()[1:] == [
+        "--- chosen", "cd\u27e6b<eos>\u27e7", "--- rejected", "cd\u27e6c<eos>\u27e7"
+    ]  # fmt: skip
+    asked = validate(DatasetConfig(path=source), tokenizer, command="rl")
+    assert str(asked).splitlines()[-1] == "ab"
+
+
+def test_the_command_is_named(write):
+    assert run(write(PAIR), "--for", "dpo").exit_code == 0
+    assert "as rl reads them" in run(write(PAIR), "--for", "pairs").output
+    with pytest.raises(DataError, match="--for ppo: no command that reads rows; give one of sft, rm, dpo"):
+        CliRunner().invoke(app, ["validate-data", write(PAIR), "--for", "ppo"], catch_exceptions=False)
 
 
 def run(*arguments):
@@ -90,7 +177,9 @@ def test_the_command(mixed, write):
     }
     good = write({"question": "a", "answer": "b"})
     found = run(good, "--column", "prompt=question", "--column", "completion=answer")
-    assert found.exit_code == 0 and found.output == f"{good}: 1 rows: 1 prompt_completion; 0 bad\n"
+    assert found.exit_code == 0 and found.output == (
+        f"{good}: 1 rows: 1 prompt_completion; 0 bad (as sft reads them)\n"
+    )
     assert run(good, "--type", "prompt", "--column", "prompt=question").exit_code == 0
 
 
@@ -110,5 +199,5 @@ def test_a_wrong_option_is_told_with_the_right_ones(write):
 def test_real_dialogues(shared_data):
     source = str(shared_data / "hh_harmless.test.jsonl")
     report = validate(DatasetConfig(path=source))
-    assert report.types == {"preference": 399} and [bad.where for bad in report.bad] == [f"{source}:159"]
-    assert "field 'chosen' has no answer after the shared prompt" in report.bad[0].why
+    assert (report.types, report.bad, report.command) == ({"preference": 400}, (), "rm")
+    assert [(note.where, note.why) for note in report.left_out_rows] == [(f"{source}:159", "empty")]
