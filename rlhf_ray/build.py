@@ -12,8 +12,9 @@ import torch
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.data.prompts import PromptSet, load_prompts, prompt_options
-from rlhf_ray.data.tasks import is_task
+from rlhf_ray.data.prompt_sources import load_split
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.stream import described
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.loops.best import BestPolicy
 from rlhf_ray.loops.evaluate import Evaluator
@@ -54,7 +55,9 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         run.progress.note(
             f"device: {hardware}; generator: {config.generator.engine}; learner: {config.learner.engine}"
         )
-        for line in left_out(config, train_prompts, held_out):
+        if len(train_prompts.parts) > 1:
+            run.progress.note(described(train_prompts.parts))
+        for line in left_out(train_prompts, held_out):
             run.progress.note(line)
         policy, tokenizer_path = starting_policy(
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress()
@@ -194,40 +197,27 @@ def _check_positions(path: str, shape: Any, longest: int, new: int) -> None:
 
 def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
     """(training prompts, held-out prompts). Of one file other rows each; a prompt that has two rows may be in both."""
-    data = config.data
-    options = prompt_options(data, config.clock)
     references = config.rollout.reference_field if config.rollout.reference_answers else None
-    prompts = load_prompts(
-        data.path, tokenizer, split=data.split, limit=data.limit, reference_field=references, **options
+    return load_split(
+        config.data, tokenizer, clock=config.clock, asked=config.eval.size, reference_field=references
     )
-    if data.eval_path is not None or is_task(data.path):
-        held_out = load_prompts(data.eval_path or data.path, tokenizer, split="test", limit=config.eval.size, **options)
-        return prompts, held_out
-    if len(prompts) <= data.eval_size:
-        raise ConfigError(
-            f"data.eval_size={data.eval_size} would hold out all {len(prompts)} prompts of {data.path}; "
-            "lower it, or set data.eval_path"
-        )
-    cut = len(prompts) - data.eval_size
-    return prompts.slice(0, cut), prompts.slice(cut, cut + config.eval.size)
 
 
 def sources_of(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> dict[str, str]:
     """Fingerprints of all the rows that the run reads, by source."""
-    data, found = config.data, {config.data.path: train_prompts.read}
-    if data.eval_path is not None or is_task(data.path):
-        found[f"{data.eval_path or data.path}, the first {config.eval.size} held out"] = held_out.read
-    return found
+    found = {prompts.label: prompts.read for prompts in train_prompts.sets}
+    # Held-out rows of a file of their own are read as far as they are asked for.
+    more = {prompts.label: prompts.read for prompts in held_out.sets if prompts.label not in found}
+    return {**found, **{f"{label}, the first {config.eval.size}": read for label, read in more.items()}}
 
 
-def left_out(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
+def left_out(train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
     """A line for each source of prompts some of whose rows are not used: how many, and why."""
-    data = config.data
-    sources = [(f"{data.path}", train_prompts)]
-    if data.eval_path is not None or is_task(data.path):
-        sources.append((f"{data.eval_path or data.path}, held out", held_out))
-    # Else the held-out prompts are a part of the same rows, and counted with them.
-    return [f"{source}: prompts left out: {prompts.left_out}" for source, prompts in sources if prompts.left_out]
+    # Held-out prompts that are a part of the same rows are counted with them.
+    by_label = {prompts.label: prompts for prompts in (*held_out.sets, *train_prompts.sets)}
+    labels = dict.fromkeys(prompts.label for prompts in (*train_prompts.sets, *held_out.sets))
+    lines = ((label, by_label[label].left_out) for label in labels)
+    return [f"{label}: prompts left out: {what}" for label, what in lines if what]
 
 
 @contextmanager

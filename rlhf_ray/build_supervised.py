@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from rlhf_ray.build import hardware_of, kept_only_if_used
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import ModelError
 from rlhf_ray.loops.supervised import Batches, Judged, Trainer, train
 from rlhf_ray.loops.supervised_start import (
@@ -57,12 +59,14 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         config = frozen_clock(config, directory)
         splits, plain = load_splits(config, tokenizer, reports.append)
         check_model_fits(config, tokenizer, splits)
-    batches = batches_of(config, len(splits["train"]) - plain, plain)
+    batches = batches_of(config, splits["train"], plain)
     config = with_steps(config, batches)
     run = SupervisedRecorder(config, directory, sources_of(reports))
     try:
         for report in reports:
             run.progress.note(str(report))
+        if len(batches.parts) > 1:
+            run.progress.note(f"{described(batches.parts)}; an epoch is {batches.count} rows")
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
         with open_trainer(config, assets, splits) as trainer:
             run.workload = Workload(devices=trainer.devices)
@@ -92,9 +96,14 @@ def sources_of(reports: Sequence[CleaningReport]) -> dict[str, str]:
     return found
 
 
-def batches_of(config: SupervisedConfig, rows: int, plain: int) -> Batches:
+def batches_of(config: SupervisedConfig, rows: Sequence[Any], plain: int) -> Batches:
+    """`rows`: those of `train`, the last `plain` of them plain text."""
     plain_batch = config.plain_text_rows if isinstance(config, SFTConfig) else 0
-    return Batches(rows, config.learner.batch_size, config.seed, plain, plain_batch)
+    parts: tuple[Part, ...] = ()
+    if config.data.sources:
+        counts = Counter(row.source for row in rows[: len(rows) - plain])
+        parts = tuple(Part(part.name, counts[part.name], part.weight) for part in config.data.parts)
+    return Batches(len(rows) - plain, config.learner.batch_size, config.seed, plain, plain_batch, parts)
 
 
 def with_steps(config: Config, batches: Batches) -> Config:

@@ -13,6 +13,7 @@ import torch
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import TrainEngineConfig
+from rlhf_ray.config.sources import SeveralSources
 from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SupervisedConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.supervised_start import build_model
@@ -47,7 +48,7 @@ def describe_plan(config: RunConfig) -> str:
     hardware, found = expected_hardware(config)
     config = on_device(config, hardware.device)
     policy = model_size(config)
-    lines = [f"# placement: executor {config.executor}, device {hardware}{found}"]
+    lines = [f"# placement: executor {config.executor}, device {hardware}{found}", *_mixture(config.data)]
     if policy is None:
         lines.append(f"# policy {config.model.path}: size unknown (not in the local cache; nothing is downloaded here)")
     else:
@@ -82,11 +83,21 @@ def describe_supervised_plan(config: SupervisedConfig) -> str:
     known = "size unknown (not here yet, or on the Hub; nothing is downloaded here)"
     return "\n".join([
         f"# placement: executor {config.executor}, device {hardware}{found}",
+        *_mixture(config.data),
         f"# model {config.model.path}: {known if size is None else f'{size.parameters:,} parameters at most'}",
         f"#   {trainer.name:<10} {trainer.engine:<16} processes: {trainer.processes:<9} "
         f"memory each: {human(trainer.bytes)}",
         "# memory: weights, gradients and optimiser state. Activations come on top (learner.tokens_per_microbatch)",
     ])  # fmt: skip
+
+
+def _mixture(data: SeveralSources) -> list[str]:
+    """How several sources are mixed, as far as the config alone says it."""
+    if len(data.parts) < 2:
+        return []
+    total = sum(part.weight or 0 for part in data.parts)
+    shares = [f"{part.name} {f'{part.weight / total:.1%} ' if total else ''}({part.data.path})" for part in data.parts]
+    return [f"# sources: {', '.join(shares)}" + ("" if total else "; no weights, so each row comes once an epoch")]
 
 
 def _on_ray(config: RunConfig, device: str) -> str:

@@ -63,7 +63,7 @@ def refused(config, run_dir, kind, message) -> None:
 
 
 def test_a_missing_file(config, tmp_path):
-    refused(config("data.path=nowhere.jsonl"), tmp_path / "run", DataError, "nowhere.jsonl: no such file; give an")
+    refused(config("data.path=nowhere.jsonl"), tmp_path / "run", DataError, "nowhere.jsonl: no such file; .*give an existing")
 
 
 def test_a_broken_line(config, tmp_path, data):
@@ -337,12 +337,12 @@ def test_rows_that_are_not_used_are_counted_once_for_each_source(config, data, t
     drop = ["data.field=prompt", "data.overlong_prompts=drop"]
     one, both = config(f"data.path={path}", *drop), config(f"data.path={path}", f"data.eval_path={other}", *drop)
     line = ": prompts left out: 1 longer than max_prompt_tokens"
-    assert left_out(one, *load_data(one, tokenizer)) == [f"{path}{line}"]
-    assert left_out(both, *load_data(both, tokenizer)) == [f"{path}{line}", f"{other}, held out{line}"]
+    assert left_out(*load_data(one, tokenizer)) == [f"{path}{line}"]
+    assert left_out(*load_data(both, tokenizer)) == [f"{path}{line}", f"{other}, held out{line}"]
     same = config(f"data.path={path}", f"data.eval_path={path}", *drop)
-    assert left_out(same, *load_data(same, tokenizer)) == [f"{path}{line}", f"{path}, held out{line}"]
+    assert left_out(*load_data(same, tokenizer)) == [f"{path}{line}", f"{path}, held out{line}"]
     none = config(f"data.path={data(*GOOD)}", "data.field=prompt")
-    assert left_out(none, *load_data(none, tokenizer)) == []
+    assert left_out(*load_data(none, tokenizer)) == []
 
 
 def test_a_missing_package_is_missed_before_the_warm_start(config, tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_answers_that_have_changed_are_noticed_too(config, tmp_path):
     assert run_rl(config(*settings, "steps=2", "eval.size=1"), run, resume=True)["steps"] == 2
     events = RunDirectory(run, resume=True).read_events()
     (said,) = [event["reason"] for event in events if event["event"] == "data_changed"]
-    assert said.endswith(f"{held_out}, the first 1 held out")
+    assert said.endswith(f"{held_out}, held out, the first 1")
 
 
 @pytest.mark.slow

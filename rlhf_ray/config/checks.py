@@ -12,6 +12,7 @@ from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
 from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, PromptsConfig, RunConfig
 from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
+from rlhf_ray.config.sources import source_problems
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
@@ -103,24 +104,27 @@ def _batch_shapes(config: RunConfig) -> list[str]:
 
 
 def _data(config: RunConfig) -> list[str]:
-    problems, data = [], config.data
-    if data.path.startswith("task:") and data.split != "train":
-        problems.append(
-            f"data.split={data.split} of {data.path} is what the run is tested on; set data.split=train"
-        )
-    if config.warm_start.completion is not None and (data.prompt_words is not None or data.path.startswith("task:")):
-        problems.append(
-            f"warm_start.completion={config.warm_start.completion} names a column of whole answers, but the prompts "
-            "are cut off texts (data.prompt_words) or come from a task with answers of its own; remove it"
-        )
-    return problems + template_problems(data)
+    problems = source_problems(config.data)
+    for part in config.data.parts:
+        data, key = part.data, part.key
+        if data.path.startswith("task:") and data.split != "train":
+            problems.append(
+                f"{key}.split={data.split} of {data.path} is what the run is tested on; set {key}.split=train"
+            )
+        if config.warm_start.completion is not None and (data.prompt_words or data.path.startswith("task:")):
+            problems.append(
+                f"warm_start.completion={config.warm_start.completion} names a column of whole answers, but the "
+                f"prompts are cut off texts ({key}.prompt_words) or come from a task with answers of its own; remove it"
+            )
+        problems += template_problems(data, key)
+    return problems
 
 
-def template_problems(data: PromptsConfig | DatasetConfig) -> list[str]:
+def template_problems(data: PromptsConfig | DatasetConfig, key: str = "data") -> list[str]:
     if data.template in ("alpaca", "none") and (data.chat_template or data.chat_template_args or data.system_prompt):
         return [
-            f"data.template={data.template} uses no chat template, so data.chat_template, data.chat_template_args and "
-            "data.system_prompt would do nothing; remove them, or set data.template=chat"
+            f"{key}.template={data.template} uses no chat template, so {key}.chat_template, {key}.chat_template_args "
+            f"and {key}.system_prompt would do nothing; remove them, or set {key}.template=chat"
         ]
     return []
 
@@ -133,7 +137,8 @@ def _lengths(config: RunConfig) -> list[str]:
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds model.scratch.max_length="
             f"{config.model.scratch.max_length}; raise max_length or lower one of the two"
         )
-    own_split = config.data.path.startswith("task:") or config.data.eval_path is not None
+    parts = [part.data for part in config.data.parts]
+    own_split = config.data.eval_path or any(data.path.startswith("task:") or data.eval_path for data in parts)
     if not own_split and config.eval.size > config.data.eval_size:
         problems.append(
             f"eval.size={config.eval.size} exceeds data.eval_size={config.data.eval_size}, the rows that are held out; "

@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.sections import RowsConfig, Section
+from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sources import SeveralSources, SourceConfig
 
 DataType = Literal[
     "prompt",
@@ -56,7 +57,14 @@ class CleaningConfig(Section):
     min_response_tokens: int = Field(1, ge=0, description="shorter answers are left out; EOS does not count")
 
 
-class DatasetConfig(RowsConfig):
+class DatasetSourceConfig(SourceConfig):
+    eval_split: str | None = None
+    type: Literal["auto", DataType] | None = None
+    columns: ColumnsConfig | None = None
+    learn: Literal["all", "last"] | None = None
+
+
+class DatasetConfig(SeveralSources):
     """`path` is a file, a folder or a Hugging Face dataset name (owner/name, owner/name:subset): see docs/data.md."""
 
     split: str = Field("train", description="of a folder or a Hugging Face dataset")
@@ -69,3 +77,4 @@ class DatasetConfig(RowsConfig):
     max_length: int = Field(2048, gt=1, description="tokens of a whole sequence, EOS included")
     overlong: Literal["error", "drop", "truncate"] = "error"
     cleaning: CleaningConfig = CleaningConfig()
+    sources: list[DatasetSourceConfig] = Field([], description="several sources, instead of `path`")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf_ray.config.checks import contradictions
 from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
 from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sources import long_form
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError
 
@@ -32,7 +33,7 @@ def load_config(
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), wrong value and contradiction.
     """
-    tree = read_yaml(Path(path))
+    tree = with_long_forms(read_yaml(Path(path)))
     _forget_preset(tree, overrides)
     problems = []
     for override in overrides:
@@ -84,6 +85,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def with_long_forms(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with lists of sources as sections, so that `data.sources.0.path` has a place in each of its forms."""
+    return {**tree, "data": long_form(tree["data"])} if "data" in tree else tree
+
+
 def _forget_preset(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Make room for the preset of an algorithm.name that is given as an override.
 
@@ -123,6 +129,8 @@ def set_value(tree: dict[str, Any], dotted: str, value: Any, source: str) -> Non
         node[keys[-1]] = value
     else:
         raise ConfigError(f"{source}: {'.'.join(keys[:-1])} is a value, not a section")
+    if keys[0] == "data":
+        tree["data"] = long_form(tree["data"])
 
 
 def _parse_value(text: str, override: str) -> Any:

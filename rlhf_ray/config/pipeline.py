@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
-from rlhf_ray.config.load import apply_override, parse_config, read_yaml, set_value
+from rlhf_ray.config.load import apply_override, parse_config, read_yaml, set_value, with_long_forms
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import Clock, Section
 from rlhf_ray.config.supervised import SCHEMAS
@@ -131,7 +131,7 @@ def resolve(
 def _settings(
     given: StageConfig, pipeline: PipelineConfig, root: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    tree = read_yaml(root / given.config) if given.config else {}
+    tree = with_long_forms(read_yaml(root / given.config)) if given.config else {}
     tree.setdefault("name", given.name)
     for name in _SHARED:
         value = getattr(pipeline, name)

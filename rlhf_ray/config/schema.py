@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import RowsConfig, Section, TrainEngineConfig, TrainingRunConfig
+from rlhf_ray.config.sources import SeveralSources, SourceConfig
 
 
 class PromptsConfig(RowsConfig):
@@ -26,11 +27,17 @@ class PromptsConfig(RowsConfig):
     overlong_prompts: Literal["error", "drop"] = "error"
 
 
-class DataConfig(PromptsConfig):
+class PromptSourceConfig(SourceConfig):
+    field: str | None = None
+    prompt_words: int | None = Field(None, gt=0)
+
+
+class DataConfig(SeveralSources, PromptsConfig):
     """Prompts to learn from, and those that are held out."""
 
     eval_path: str | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
     eval_size: int = Field(256, ge=0)
+    sources: list[PromptSourceConfig] = Field([], description="several sources, instead of `path`")
 
 
 class WarmStartConfig(Section):

@@ -20,6 +20,7 @@ from rlhf_ray.config.checks import (
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.ray_checks import shared_gpu_problems
 from rlhf_ray.config.sections import ModelConfig, Section, TrainEngineConfig, TrainingRunConfig
+from rlhf_ray.config.sources import source_problems
 
 
 class SupervisedLearnerConfig(TrainEngineConfig):
@@ -59,7 +60,8 @@ class SupervisedConfig(TrainingRunConfig):
             *quantize_problems(self.model.lora, self.learner.engine, device or self.device),
             *self._shared_gpus(device or self.device),
             *_learner_problems(self.learner, self.model),
-            *template_problems(self.data),
+            *source_problems(self.data),
+            *(problem for part in self.data.parts for problem in template_problems(part.data, part.key)),
             *_length_problems("data", self.data, self.model),
             *_validation_problems(self.data, self.eval),
         ]
@@ -91,7 +93,8 @@ def _length_problems(name: str, data: DatasetConfig, model: ModelConfig) -> list
 
 
 def _validation_problems(data: DatasetConfig, validation: ValidationConfig) -> list[str]:
-    if validation.patience is None or data.eval_path is not None or data.eval_size > 0:
+    own_split = data.eval_path is not None or any(part.data.eval_path is not None for part in data.parts)
+    if validation.patience is None or own_split or data.eval_size > 0:
         return []
     return [
         "eval.patience stops on the validation loss, and there are no rows to validate on; "
@@ -123,6 +126,8 @@ class SFTConfig(SupervisedConfig):
         if self.plain_text is None:
             return problems
         problems += _length_problems("plain_text.data", self.plain_text.data, self.model)
+        if self.plain_text.data.sources:
+            problems.append("plain_text.data.sources: the plain text is one source; set plain_text.data.path")
         if not 0 < rows < self.learner.batch_size:
             problems.append(
                 f"plain_text.share={self.plain_text.share} of learner.batch_size={self.learner.batch_size} is {rows} "

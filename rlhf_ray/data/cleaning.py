@@ -55,14 +55,17 @@ def explain_unused(unused: Mapping[str, int]) -> str:
 
 
 class Cleaner:
-    """Goes over rows and their sequences, leaves out what the settings say, and counts it."""
+    """Goes over rows and their sequences, leaves out what the settings say, and counts it.
 
-    def __init__(self, settings: CleaningConfig, *, max_length: int, overlong: str):
+    Cleaners of several sources may share what they have `seen`: then a duplicate of another source's row is one too.
+    """
+
+    def __init__(self, settings: CleaningConfig, *, max_length: int, overlong: str, seen: set[bytes] | None = None):
         self._settings, self._max_length, self._overlong = settings, max_length, overlong
         self.rows, self.cut = 0, 0
         self.dropped: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
-        self._seen: set[bytes] = set()
+        self._seen = set() if seen is None else seen
 
     def records(self, rows: Iterable[Row], kind: DataType | None, names: ColumnsConfig) -> Iterator[tuple[Row, Record]]:
         """(row, record) of all that is to be used; `kind` None: what the first row is.

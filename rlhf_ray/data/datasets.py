@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.sources import Source
 from rlhf_ray.data.cleaning import Cleaner, CleaningReport
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
@@ -24,6 +26,8 @@ from rlhf_ray.errors import DataError
 
 Item = TypeVar("Item")
 OnReport = Callable[[CleaningReport], None]
+# The settings of one source -> what training makes of its rows.
+Uses = Callable[[DatasetConfig], Use[Item]]
 
 
 def ignore(report: CleaningReport) -> None:
@@ -40,7 +44,7 @@ def load_supervised(
     gets one report a source. The tokenizer gets `data.chat_template` if that is set; `clock` is what it takes for now.
     Raises DataError, which names file and line.
     """
-    return _load(data, Demonstrations(make_encoder(data, tokenizer, clock)), seed, on_report)
+    return _load(data, lambda source: Demonstrations(make_encoder(source, tokenizer, clock)), seed, on_report)
 
 
 def load_pairs(
@@ -51,7 +55,7 @@ def load_pairs(
 
     Both sequences begin with the same prompt tokens, of which none is learned. See `load_supervised` for the rest.
     """
-    return _load(data, Comparisons(make_encoder(data, tokenizer, clock)), seed, on_report)
+    return _load(data, lambda source: Comparisons(make_encoder(source, tokenizer, clock)), seed, on_report)
 
 
 def load_labelled(
@@ -63,7 +67,7 @@ def load_labelled(
     A prompt and its completion are judged as one text, as reward models judge them. A text longer than
     `data.max_length` is refused, dropped or truncated as `data.overlong` says. See `load_supervised` for the rest.
     """
-    return _load(data, Labelled(data, tokenizer), seed, on_report)
+    return _load(data, lambda source: Labelled(source, tokenizer), seed, on_report)
 
 
 def make_encoder(
@@ -82,15 +86,36 @@ def make_encoder(
 
 
 def _load(
-    data: DatasetConfig, use: Use[Item], seed: int, on_report: OnReport
+    data: DatasetConfig, use_of: Uses[Item], seed: int, on_report: OnReport
 ) -> tuple[list[Item], list[Item]]:
-    """(train, held out): the rows of `eval_path`, or `eval_size` rows of `path`."""
-    items = _read(data, data.path, data.split, data.limit, use, on_report)
-    if data.eval_path is not None:
-        limit = data.eval_size or None
-        held_out = _read(data, data.eval_path, data.eval_split, limit, use, on_report)
-        return [item for _, item in items], [item for _, item in held_out]
-    return _split(items, data, seed)
+    """(train, held out), source after source.
+
+    Held out are the rows of `eval_path`, and of a source's own; and of the sources that have none `eval_size` in all.
+    """
+    items: list[tuple[str, Item]] = []
+    may_be_held_out: list[bool] = []
+    seen: set[bytes] = set()
+    for part in data.parts:
+        own = part.data
+        found = _read(own, own.path, own.split, own.limit, use_of(own), on_report, seen)
+        items += [(prompt, _named(item, part.name)) for prompt, item in found]
+        may_be_held_out += [own.eval_path is None and data.eval_path is None] * len(found)
+    train, held_out = _split(items, may_be_held_out, data, seed)
+    for part in data.parts if data.eval_path is None else [Source("", None, data, "data")]:
+        own, limit = part.data, data.eval_size or None
+        if own.eval_path is not None:
+            found = _read(own, own.eval_path, own.eval_split, limit, use_of(own), on_report)
+            held_out += [_named(item, part.name) for _, item in found]
+        elif part.name and not any(item.source == part.name for item in train):
+            raise DataError(
+                f"{own.path}: data.eval_size={data.eval_size} holds out every row of this source; lower it, or set "
+                f"{part.key}.eval_path"
+            )
+    return train, held_out
+
+
+def _named(item: Item, source: str) -> Item:
+    return replace(item, source=source) if source else item
 
 
 def _read(
@@ -100,9 +125,10 @@ def _read(
     limit: int | None,
     use: Use[Item],
     on_report: OnReport,
+    seen: set[bytes] | None = None,
 ) -> list[tuple[str, Item]]:
-    """(prompt, item) of everything usable in one source."""
-    cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong)
+    """(prompt, item) of everything usable in one source; `seen`: what other sources have had."""
+    cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong, seen=seen)
     form, read = tree_form(data.type, use.trees_as), Fingerprint()
     found = read_rows(source, split=split, trees_as=form, dropped=cleaner.dropped)
     rows = read.watching(itertools.islice(found, limit))
@@ -117,21 +143,24 @@ def _read(
     return items
 
 
-def _split(items: Sequence[tuple[str, Item]], data: DatasetConfig, seed: int) -> tuple[list[Item], list[Item]]:
-    """(train, held out), each in the order of the file; no prompt is in both.
+def _split(
+    items: Sequence[tuple[str, Item]], may_be_held_out: Sequence[bool], data: DatasetConfig, seed: int
+) -> tuple[list[Item], list[Item]]:
+    """(train, held out), each in the order of the items; no prompt is in both, whatever sources it stands in.
 
     Prompts are drawn in the order of a keyed hash, so the draw is a pure function of seed and prompt.
     """
     places: dict[str, list[int]] = {}
     for place, (prompt, _) in enumerate(items):
         places.setdefault(prompt, []).append(place)
+    places = {prompt: found for prompt, found in places.items() if all(may_be_held_out[place] for place in found)}
     held_out: set[int] = set()
     for prompt in sorted(places, key=lambda prompt: hashlib.blake2b(f"{seed}/{prompt}".encode()).digest()):
         if len(held_out) + len(places[prompt]) <= data.eval_size:
             held_out.update(places[prompt])
     if len(held_out) == len(items):
         raise DataError(
-            f"{data.path}: data.eval_size={data.eval_size} would hold out all {len(items)} examples; lower it, or set "
+            f"{data.paths}: data.eval_size={data.eval_size} would hold out all {len(items)} examples; lower it, or set "
             "data.eval_path"
         )
     train = [item for place, (_, item) in enumerate(items) if place not in held_out]

@@ -1,4 +1,7 @@
-"""Token ids that training reads, each with what is learned of it: made by data/datasets.py, read by the trainers."""
+"""Token ids that training reads, each with what is learned of it: made by data/datasets.py, read by the trainers.
+
+`source` is the name of the source that a row comes from; empty where there is only one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ class TokenizedExample:
 
     token_ids: tuple[int, ...]
     learned: tuple[bool, ...]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class TokenizedPair:
     chosen: TokenizedExample
     rejected: TokenizedExample
     margin: float = 0.0
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,3 +33,4 @@ class LabelledText:
 
     token_ids: tuple[int, ...]
     label: int
+    source: str = ""

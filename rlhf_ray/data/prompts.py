@@ -1,12 +1,10 @@
-"""Prompts for reinforcement learning: reading, checking, tokenizing, and their endless shuffled stream."""
+"""Prompts for reinforcement learning: reading, checking, tokenizing."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -20,11 +18,12 @@ from rlhf_ray.data.columns import USUAL, Columns
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.rows import Row, placed, read_rows
+from rlhf_ray.data.stream import Part
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.types import detect, parse, prompt_column, prompts_in, texts_of
 from rlhf_ray.data.values import EmptyRowError, says_something, shown
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import DataError
 from rlhf_ray.words import segment_spans
 
 _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions get these from the rollout
@@ -34,20 +33,23 @@ _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions 
 class Example:
     """One prompt as the generator gets it, with the other columns of its row (they reach the reward functions).
 
-    `where` is `file:line`. `asked` is the prompt before any template: what people and judges read.
+    `where` is `file:line`. `asked` is the prompt before any template: what people and judges read. `source`: its
+    name, where there are several.
     """
 
     prompt: str
     columns: dict[str, Any]
     where: str = ""
     asked: Prompt = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class PromptSet:
     """Usable prompts, their token ids, and how many rows were left out and why.
 
-    `read` is the fingerprint of the rows that they come from, as they stand in the data.
+    `read` is the fingerprint of the rows that they come from, as they stand in the data; `label` says where that is.
+    Prompts of several sources stand one source after the other; `of` holds them by source, with names and weights.
     """
 
     examples: tuple[Example, ...]
@@ -56,6 +58,10 @@ class PromptSet:
     answers: tuple[tuple[tuple[int, ...], ...], ...] = ()  # token ids of each prompt's reference answers, if asked for
     read: str = ""
     unused: Mapping[str, int] = field(default_factory=dict)  # rows by column or key of messages that nothing reads
+    label: str = ""
+    name: str = ""
+    weight: float | None = None
+    of: tuple[PromptSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -69,9 +75,19 @@ class PromptSet:
     def slice(self, start: int, end: int) -> PromptSet:
         """Rows start..end-1; what was dropped counts for the whole."""
         part = slice(start, end)
-        return PromptSet(
-            self.examples[part], self.token_ids[part], self.dropped, self.answers[part], self.read, self.unused
+        return replace(
+            self, examples=self.examples[part], token_ids=self.token_ids[part], answers=self.answers[part], of=()
         )
+
+    @property
+    def sets(self) -> tuple[PromptSet, ...]:
+        """By source."""
+        return self.of or (self,)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a stream goes over."""
+        return tuple(Part(prompts.name, len(prompts), prompts.weight) for prompts in self.sets)
 
 
 def load_prompts(
@@ -121,7 +137,7 @@ def load_prompts(
     if not examples:
         raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
     counts = {why: count for why, count in dropped.items() if count}
-    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value, rows.unused)
+    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value, rows.unused, source)
 
 
 class PromptRows:
@@ -265,35 +281,3 @@ def _explain(dropped: dict[str, int]) -> str:
     reasons = {"short": "too short for prompt_words", "long": "longer than max_prompt_tokens", "empty": "empty"}
     parts = [f"{count} {reasons.get(why, why)}" for why, count in dropped.items() if count]
     return ", ".join(parts) or "it has no rows"
-
-
-class PromptStream:
-    """An endless shuffled stream: position 0, 1, 2, ... -> (epoch, example index).
-
-    A pure function of (seed, position): its only state is the position, which the checkpoint keeps as an integer.
-    Every epoch visits every example once, in an order of its own.
-    """
-
-    def __init__(self, n_examples: int, seed: int):
-        if n_examples < 1:
-            raise ConfigError("data: a stream over 0 examples never yields a prompt; give it at least one")
-        self.n_examples, self.seed = n_examples, seed
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        if position < 0:
-            raise IndexError(f"a stream has no position {position}: positions count from 0")
-        epoch, place = divmod(position, self.n_examples)
-        return epoch, _epoch_order(self.n_examples, self.seed, epoch)[place]
-
-    def take(self, position: int, count: int) -> list[tuple[int, int]]:
-        """The `count` entries from `position` on."""
-        return [self[p] for p in range(position, position + count)]
-
-
-@functools.lru_cache(maxsize=8)
-def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    # Sorting by a keyed hash is a uniform shuffle that no library version can change under a resumed run.
-    def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=16).digest()
-
-    return tuple(sorted(range(n_examples), key=rank))

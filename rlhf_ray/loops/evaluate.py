@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.stream import by_turns
 from rlhf_ray.evaluation.answers import requests_for
 from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics
 from rlhf_ray.loops.best import BestPolicy
@@ -27,11 +28,13 @@ class Evaluator:
         self.sampling = sampling
         self.requests = requests_for(prompts, seed)
         self.best = best
+        self.sources = [example.source for example in prompts.examples]
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (the first function whose
         rewards are all 0 or 1), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, `distinct_1_tokens`,
-        `distinct_2_tokens`, and `samples` (prompt, completion, reward). `step`: how many the policy has learned in.
+        `distinct_2_tokens`, and `samples` (prompt, completion, reward). Of several sources also
+        `source/<name>/reward` and what belongs to it. `step`: how many the policy has learned in.
         """
         self.generator.wake()
         batch = self.generator.generate(self.requests, self.sampling)
@@ -42,9 +45,13 @@ class Evaluator:
             **reward_metrics(scores.score, scores.by_function),
             **text_metrics([completion for _, completion in scores.texts], scores.completion_ids, rows),
         }
+        for name in dict.fromkeys(filter(None, self.sources)):
+            own = scores.select([row for row, source in enumerate(self.sources) if source == name])
+            found = reward_metrics(own.score, own.by_function)
+            result |= {f"source/{name}/{metric}": value for metric, value in found.items()}
         result["samples"] = [
-            {"prompt": prompt, "completion": completion, "reward": float(scores.score[i])}
-            for i, (prompt, completion) in enumerate(scores.texts[:SAMPLES_SHOWN])
+            {"prompt": scores.texts[i][0], "completion": scores.texts[i][1], "reward": float(scores.score[i])}
+            for i in by_turns(self.sources)[:SAMPLES_SHOWN]
         ]
         if self.best is not None:
             self.best.consider(step, result)

@@ -24,7 +24,8 @@ from rlhf_ray.algo.schedules import linear
 from rlhf_ray.algo.shaping import overlong_penalty
 from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
-from rlhf_ray.data.prompts import PromptSet, PromptStream
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.stream import stream_over
 from rlhf_ray.errors import RewardError
 from rlhf_ray.evaluation.metrics import function_means
 from rlhf_ray.roles.protocols import Gather, Generator, Request, Reward, Sampling, Scores
@@ -99,7 +100,7 @@ class Rollouts:
         self.generator = generator
         self.reward = reward
         self.prompts = prompts
-        self.stream = PromptStream(len(prompts), seed)
+        self.stream = stream_over(prompts.parts, seed)
         self.config = config
         self.sampling = sampling
         self.algorithm = algorithm
@@ -135,7 +136,8 @@ class Rollouts:
                 f"step {step + 1}: no group of answers was judged in full, so there is nothing to learn from; "
                 f"mend the reward functions, or set another failure policy ({'; '.join(reasons)})"
             )
-        metrics = rollout_metrics(*_joined(rounds, usable), step)
+        rows, scores = _joined(rounds, usable)
+        metrics = rollout_metrics(rows, scores, step) | self._by_source(rows, scores, step, position)
         metrics |= combine_stats(judged.scores.stats for judged in rounds)
         if resample:
             metrics["groups/asked"] = float(sum(len(judged.requests) for judged in rounds) // self.members)
@@ -156,6 +158,20 @@ class Rollouts:
             self.generator.sleep()
         with self.timer("reward"):
             return Judged(requests, batch, batch.rows, self.reward.score(batch, texts=self.texts))
+
+    def _by_source(self, rows: Rows, scores: Scores, step: int, position: int) -> dict[str, float]:
+        """The same metrics of each source that has a name; how often its prompts have been gone through so far."""
+        if not any(part.name for part in self.prompts.parts):
+            return {}
+        names = [self.prompts.examples[self.stream[prompt][1]].source for prompt in rows.prompt_id]
+        metrics: dict[str, float] = {}
+        for part, epochs in zip(self.prompts.parts, self.stream.epochs(position), strict=True):
+            own = [row for row, name in enumerate(names) if name == part.name]
+            found = {"count": float(len(own)), "epochs": epochs}
+            if own:
+                found |= rollout_metrics(rows.select(own), scores.select(own), step)
+            metrics |= {f"source/{part.name}/{name}": x for name, x in found.items() if not name.startswith("stale")}
+        return metrics
 
     def _to_learn_from(self, rounds: Sequence[Judged], chosen: set[int]) -> tuple[Batch, Scores]:
         """The rows of the chosen prompts, with what the driver knows of them as columns."""

@@ -13,12 +13,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 from rlhf_ray.config.supervised import SupervisedConfig, ValidationConfig
-from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.data.stream import Part, Stream, stream_over
 from rlhf_ray.roles.supervised import Report
 from rlhf_ray.roles.training import scheduled_rate
 from rlhf_ray.run.supervised_recorder import SupervisedRecorder
@@ -44,7 +45,9 @@ class Trainer(Protocol):
 class Batches:
     """Which rows each step takes: `count` rows of data, then `plain_count` rows of plain text after them.
 
-    Every epoch visits each row once, in an order of its own; the plain text has its own epochs.
+    Every epoch visits each row once, in an order of its own; the plain text has its own epochs. `parts`: the sources
+    that the rows of data come from, one after the other. Where they have weights, rows are drawn by these: an epoch
+    then is as many rows as all sources have, and the rows of a heavy source come more often than others.
     """
 
     count: int
@@ -52,19 +55,33 @@ class Batches:
     seed: int
     plain_count: int = 0
     plain_batch: int = 0
+    parts: tuple[Part, ...] = ()
+
+    @cached_property
+    def stream(self) -> Stream:
+        return stream_over(self.parts or (Part("", self.count),), self.seed)
+
+    @cached_property
+    def plain_stream(self) -> Stream:
+        return stream_over((Part("plain text", self.plain_count),), self.seed + 1)
 
     @property
     def per_epoch(self) -> int:
-        """Steps in which every row of data has been seen."""
+        """Steps of one epoch."""
         return math.ceil(self.count / (self.batch_size - self.plain_batch))
 
     def rows(self, step: int) -> list[int]:
         own = self.batch_size - self.plain_batch
-        rows = [index for _, index in PromptStream(self.count, self.seed).take(step * own, own)]
+        rows = [index for _, index in self.stream.take(step * own, own)]
         if self.plain_batch:
-            stream = PromptStream(self.plain_count, self.seed + 1)
-            rows += [self.count + index for _, index in stream.take(step * self.plain_batch, self.plain_batch)]
+            plain = self.plain_stream.take(step * self.plain_batch, self.plain_batch)
+            rows += [self.count + index for _, index in plain]
         return rows
+
+    def progress(self, steps: int) -> dict[str, float]:
+        """How often the rows of each source have been gone through after so many steps, as metrics."""
+        seen = self.stream.epochs(steps * (self.batch_size - self.plain_batch))
+        return {f"source/{part.name}/epochs": epochs for part, epochs in zip(self.parts, seen, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,7 @@ def train(
         best_before = seen.best_step
         with run.timer("step"), run.timer("update"):
             metrics = trainer.step(batches.rows(step), scheduled_rate(config.learner, step, config.steps))
+        metrics |= batches.progress(step + 1)
         last = step + 1 == config.steps
         if "val" in judged.splits and (last or (step + 1) % every == 0):
             with run.timer("eval"):

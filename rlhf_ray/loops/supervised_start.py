@@ -15,6 +15,7 @@ from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.rows import read_rows
+from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.templates import alpaca_prompt
 from rlhf_ray.errors import ConfigError, DataError, ModelError
 from rlhf_ray.models.loading import load_shape, load_tokenizer
@@ -36,7 +37,7 @@ def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
     kind = path.removeprefix("scratch:")
     texts = [settings.alphabet] if settings.alphabet is not None else corpus(config.data)
     if not any(texts):
-        raise DataError(f"{config.data.path}: it has no text to make a tokenizer from; check the file and data.*")
+        raise DataError(f"{config.data.paths}: it has no text to make a tokenizer from; check the file and data.*")
     tokenizer = build_tokenizer(
         kind,
         texts,
@@ -51,10 +52,12 @@ def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
 def corpus(data: DatasetConfig) -> list[str]:
     """All texts of the training rows, whatever their columns, and of the instruction template if they need it."""
     texts: list[str] = []
-    for row in itertools.islice(read_rows(data.path, split=data.split, trees_as=None), data.limit):
-        texts += _texts_in(row.fields)
-        if "instruction" in row.fields and len(texts) < 100:
-            texts += [alpaca_prompt(""), alpaca_prompt("", "")]
+    for part in data.parts:
+        own = part.data
+        for row in itertools.islice(read_rows(own.path, split=own.split, trees_as=None), own.limit):
+            texts += _texts_in(row.fields)
+            if "instruction" in row.fields and len(texts) < 100:
+                texts += [alpaca_prompt(""), alpaca_prompt("", "")]
     return texts
 
 
@@ -88,7 +91,8 @@ def load_splits(
         splits["val"] = held_out
     if config.eval.test_path is not None:
         test = config.data.model_copy(update={"path": config.eval.test_path, "eval_path": None, "eval_size": 0,
-                                              "limit": None, "split": config.data.eval_split})  # fmt: skip
+                                              "limit": None, "split": config.data.eval_split,
+                                              "sources": []})  # fmt: skip
         splits["test"] = load(test, tokenizer, **options)[0]
     if isinstance(config, SFTConfig) and config.plain_text is not None:
         texts, _ = load_supervised(config.plain_text.data, tokenizer, **options)
@@ -167,7 +171,9 @@ def build_model(config: SupervisedConfig, labels: Sequence[str], **options: int)
 def sample_prompts(splits: Splits, count: int) -> list[tuple[int, ...]]:
     """Token ids before the first learned one of held-out rows (or training rows, where none are held out)."""
     prompts: dict[tuple[int, ...], None] = {}
-    for example in splits.get("val", splits["train"]):
+    examples = splits.get("val", splits["train"])
+    for place in by_turns([example.source for example in examples]):
+        example = examples[place]
         start = _prompt_length(example)
         prompts[example.token_ids[: start or PROMPT_TOKENS]] = None
         if len(prompts) >= count:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.schema import DataConfig, RunConfig
 from rlhf_ray.data.examples import TokenizedExample
-from rlhf_ray.data.prompts import PromptSet, first_words, load_prompts, load_texts, located_texts, prompt_options
+from rlhf_ray.data.prompt_sources import held_out_counts, load_split
+from rlhf_ray.data.prompts import PromptSet, first_words, load_texts, located_texts
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.loops.supervised import Batches, warm_up
 from rlhf_ray.models.devices import Hardware, release_memory
 from rlhf_ray.models.engine import build_engine
@@ -67,12 +68,10 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
     settings = config.model.tokenizer
     if settings.alphabet is not None:
         texts = [settings.alphabet]
-    elif is_task(config.data.path):
-        texts = [load_task(config.data.path).alphabet]
     else:
         texts = training_texts(config)
         if not any(texts):
-            raise DataError(f"{config.data.path}: it has no text to make a tokenizer from; check the file and data.*")
+            raise DataError(f"{config.data.paths}: it has no text to make a tokenizer from; check the file and data.*")
     return build_tokenizer(
         kind,
         texts,
@@ -82,24 +81,29 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
 
 
 def training_texts(config: RunConfig) -> list[str]:
-    """The file's whole texts, for a tokenizer: without those at the end, of which most are held out for evaluation.
+    """The sources' whole texts, for a tokenizer: without those at the end, of which most are held out for evaluation.
 
     Exactly which are cannot be said before there is a tokenizer: prompts may be dropped for their length.
     """
-    data = config.data
+    texts = [_texts_of(part.data, config.warm_start.completion) for part in config.data.parts]
+    try:
+        held_out = held_out_counts(config.data, list(map(len, texts)))
+    except ConfigError:
+        held_out = [0] * len(texts)  # too few rows, which is said where the prompts are read
+    return [text for own, count in zip(texts, held_out, strict=True) for text in own[: len(own) - count]]
+
+
+def _texts_of(data: DataConfig, completion: str | None) -> list[str]:
+    """Of one source; of a task its alphabet."""
+    if is_task(data.path):
+        return [load_task(data.path).alphabet]
     texts = load_texts(data.path, field=data.field, split=data.split)
-    if config.warm_start.completion is not None:
-        answers = load_texts(data.path, field=config.warm_start.completion, split=data.split)
+    if completion is not None:
+        answers = load_texts(data.path, field=completion, split=data.split)
         texts = [f"{text}\n{answer}" for text, answer in zip(texts, answers, strict=True)]
     if data.prompt_words is not None:
         texts = [text for text in texts if first_words(text, data.prompt_words) is not None]
-    texts = texts[: data.limit]
-    return texts[: len(texts) - _held_out(config, len(texts))]
-
-
-def _held_out(config: RunConfig, rows: int) -> int:
-    data = config.data
-    return data.eval_size if data.eval_path is None and rows > data.eval_size else 0
+    return texts[: data.limit]
 
 
 def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -146,12 +150,18 @@ def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     limit, eos = config.warm_start.max_length, [tokenizer.eos_token_id]
-    if is_task(config.data.path):
-        pairs = [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(config.data.path)]
-    elif config.warm_start.completion is not None:
-        pairs = _answered_prompts(config, tokenizer)
-    else:
-        pairs = [([], encode(text) + eos) for text in _texts_of_training_rows(config, tokenizer)]
+    parts, pairs = [part.data for part in config.data.parts], []
+    tasks = [data.path for data in parts if is_task(data.path)]
+    for path in tasks:
+        pairs += [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(path)]
+    if len(tasks) < len(parts):
+        train, held_out = load_split(
+            config.data, tokenizer, clock=config.clock, reference_field=config.warm_start.completion
+        )
+        if config.warm_start.completion is not None:
+            pairs += _answered_prompts(train)
+        else:
+            pairs += [([], encode(text) + eos) for text in _texts_of_training_rows(config.data, train, held_out)]
     # A prompt that fills the limit leaves nothing to learn.
     return [_example(prompt, completion[: limit - len(prompt)]) for prompt, completion in pairs if len(prompt) < limit]
 
@@ -160,30 +170,17 @@ def _example(prompt: Sequence[int], completion: Sequence[int]) -> TokenizedExamp
     return TokenizedExample((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
 
 
-def _texts_of_training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _texts_of_training_rows(data: DataConfig, train: PromptSet, held_out: PromptSet) -> list[str]:
     """The whole texts of the rows whose prompts are learned from: none that evaluation will ask about."""
-    train, held_out = _prompts(config, tokenizer)
-    wanted = {example.where for example in train.examples} - {example.where for example in held_out.examples}
-    data = config.data
-    return [text for where, text in located_texts(data.path, field=data.field, split=data.split) if where in wanted]
+    asked, texts = {example.where for example in held_out.examples}, []
+    for part, prompts in zip(data.parts, train.sets, strict=True):
+        if not is_task(part.data.path):
+            wanted = {example.where for example in prompts.examples} - asked
+            rows = located_texts(part.data.path, field=part.data.field, split=part.data.split)
+            texts += [text for where, text in rows if where in wanted]
+    return texts
 
 
-def _prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet]:
-    """(learned from, held out), as the run will have them; their answers, where the warm start learns those."""
-    data = config.data
-    prompts = load_prompts(
-        data.path,
-        tokenizer,
-        split=data.split,
-        limit=data.limit,
-        reference_field=config.warm_start.completion,
-        **prompt_options(data, config.clock),
-    )
-    cut = len(prompts) - _held_out(config, len(prompts))
-    return prompts.slice(0, cut), prompts.slice(cut, len(prompts))
-
-
-def _answered_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tokens, Tokens]]:
+def _answered_prompts(train: PromptSet) -> list[tuple[Tokens, Tokens]]:
     """The training prompts, with the very tokens that the generator will get, and the answers in their rows."""
-    train, _ = _prompts(config, tokenizer)
     return [(ids, answer) for ids, answers in zip(train.token_ids, train.answers, strict=True) for answer in answers]

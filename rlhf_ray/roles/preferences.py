@@ -24,6 +24,10 @@ class ReferencedPair:
     chosen_logp: float
     rejected_logp: float
 
+    @property
+    def source(self) -> str:
+        return self.pair.source
+
 
 class DPO:
     """Direct preference optimisation against reference log-probabilities that were computed before the first step."""

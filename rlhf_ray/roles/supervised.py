@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_ray.data.stream import by_turns
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
@@ -86,9 +87,10 @@ class SupervisedTrainer:
             measured.append(found)
         norm = self.engine.step(lr)
         self._skipped.count(norm)
-        metrics = self.objective.metrics(self._gathered(len(items), plan, measured))
+        gathered = self._gathered(len(items), plan, measured)
         return {
-            **metrics,
+            **self.objective.metrics(gathered),
+            **self._by_source(items, gathered),
             "grad_norm": norm,
             "lr": lr,
             "skipped_steps": float(not math.isfinite(norm)),
@@ -98,9 +100,26 @@ class SupervisedTrainer:
         }
 
     def evaluate(self, split: str, limit: int | None = None) -> Report:
-        """The objective's report on the first `limit` items of a split. Collective."""
-        items = self.splits[split][:limit]
-        return Report(*self.objective.report(self._measure_all(items)))
+        """The objective's report on the first `limit` items of a split, of several sources in turn. Collective."""
+        items = self.splits[split]
+        if limit is not None and limit < len(items):
+            items = [items[place] for place in by_turns([item.source for item in items])[:limit]]
+        measured = self._measure_all(items)
+        metrics, details = self.objective.report(measured)
+        return Report({**metrics, **self._by_source(items, measured)}, details)
+
+    def _by_source(self, items: Sequence[Any], measured: Measured) -> dict[str, float]:
+        """The objective's metrics of each source that has a name: of its rows alone."""
+        places: dict[str, list[int]] = {}
+        for place, item in enumerate(items):
+            if item.source:
+                places.setdefault(item.source, []).append(place)
+        metrics: dict[str, float] = {}
+        for name, own in sorted(places.items()):
+            found = self.objective.metrics({key: values[own] for key, values in measured.items()})
+            metrics |= {f"source/{name}/{metric}": value for metric, value in found.items()}
+            metrics[f"source/{name}/count"] = float(len(own))
+        return metrics
 
     @torch.no_grad()
     def _measure_all(self, items: Sequence[Any]) -> Measured:

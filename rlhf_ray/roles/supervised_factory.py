@@ -79,7 +79,7 @@ def labels_of(config: SupervisedConfig, splits: Splits) -> tuple[str, ...]:
         return tuple(f"label_{index}" for index in range(max(highest, 1) + 1))
     if highest >= len(names):
         raise DataError(
-            f"{config.data.path}: a row has the label {highest}, and classifier.labels names {len(names)} "
+            f"{config.data.paths}: a row has the label {highest}, and classifier.labels names {len(names)} "
             f"(0 to {len(names) - 1}); name them all, or leave classifier.labels empty"
         )
     return tuple(names)

@@ -27,7 +27,11 @@ class SupervisedRecorder(Recorder):
         self.progress.update(step, metrics)
 
     def show_validation(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        # Of a source only the loss: the other numbers are in metrics.jsonl.
+        shown = "  ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items()
+            if not name.startswith("source/") or name.endswith("/loss")
+        )  # fmt: skip
         self.progress.note(f"step {step}: {shown}" + ("  (best so far)" if best else ""))
 
     def show_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:

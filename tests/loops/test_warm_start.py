@@ -90,7 +90,7 @@ def test_a_task_teaches_answers_and_their_end(tiny_config):
 
 def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
     config = tiny_config(
-        f"data.path={reviews}", "data.eval_size=256", "model.tokenizer.path=scratch:word",
+        f"data.path={reviews}", "data.eval_size=1", "eval.size=1", "model.tokenizer.path=scratch:word",
         "warm_start={steps: 1, max_length: 3}",
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
@@ -98,7 +98,7 @@ def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
     prompt, text = taken_apart(first)
     assert prompt == () and tokenizer.decode(text) == "a good film", "three words, no room for EOS"
     longer = warm_start_examples(
-        tiny_config(f"data.path={reviews}", "data.eval_size=256", "model.tokenizer.path=scratch:word",
+        tiny_config(f"data.path={reviews}", "data.eval_size=1", "eval.size=1", "model.tokenizer.path=scratch:word",
                     "warm_start={steps: 1, max_length: 9}"), tokenizer,
     )  # fmt: skip
     assert longer[0].token_ids[-1] == tokenizer.eos_token_id and len(longer[0].token_ids) == 4
