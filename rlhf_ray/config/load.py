@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import reprlib
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,15 +15,21 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf_ray.config import dialect
 from rlhf_ray.config.checks import contradictions
 from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.sources import long_form
 from rlhf_ray.config.supervised import SupervisedConfig
+from rlhf_ray.config.user_paths import is_file, is_folder
 from rlhf_ray.errors import ConfigError
 
 Config = TypeVar("Config", bound=Section)
 Run = TypeVar("Run", bound=RunConfig | SupervisedConfig)
+
+_LONGEST = 2000  # characters of one problem
+_SHOWN = reprlib.Repr()  # of a wrong value: a section in its place may hold thousands
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
 
 
 def load_config(
@@ -44,40 +51,16 @@ def load_config(
     return parse_config(tree, schema, source=str(path), problems=problems)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-6 is a number (YAML 1.1 wants 1.0e-6), and no key comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, yaml.Node] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' comes twice; keep one of the two", key.start_mark
-                )
-            seen[key.value if isinstance(key, yaml.ScalarNode) else id(key)] = key
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: the text '1e-6' in quotes."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        what = "is a folder; name a YAML file in it" if path.is_dir() else f"does not exist{hint}"
+        what = "is a folder; name a YAML file in it" if is_folder(path) else f"does not exist{hint}"
         raise ConfigError(f"config file {path} {what}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        tree = dialect.read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_shortened(str(error))}") from error
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read ({error.strerror}); check its permissions") from error
     if not isinstance(tree, dict):
@@ -135,9 +118,11 @@ def set_value(tree: dict[str, Any], dotted: str, value: Any, source: str) -> Non
 
 def _parse_value(text: str, override: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from error
+        return dialect.read(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"override '{_shortened(override)}': the value is not valid YAML: {_shortened(str(error))}"
+        ) from error
 
 
 def _child(node: Any, key: str, source: str) -> Any:
@@ -234,6 +219,8 @@ def _contradictions_of_the_rest(
 
 def _remove(tree: Any, loc: Sequence[Any]) -> None:
     """Delete what a validation error points to; its last parts may be pydantic's names of a union's members."""
+    if not loc:
+        return  # the whole tree, such as one with a key that is no text
     node = tree
     for part, following in zip(loc, [*loc[1:], None], strict=True):
         if isinstance(node, list) and not (isinstance(part, int) and part < len(node)):
@@ -249,23 +236,30 @@ def _remove(tree: Any, loc: Sequence[Any]) -> None:
 
 def _listing(source: str, problems: Sequence[str]) -> str:
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems)
+    return f"{source}: {count}\n" + "\n".join(f"  - {_shortened(problem)}" for problem in problems)
+
+
+def _shortened(text: str) -> str:
+    """A message holds what people wrote, and that may be a book."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
 
 
 def _describe(item: Any, schema: type[BaseModel]) -> str:
-    dotted = ".".join(str(part) for part in item["loc"])
+    dotted = ".".join(str(part) for part in item["loc"]) or "the settings"
     if item["type"] == "extra_forbidden":
         valid = _valid_keys(schema, item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
         prefix = dotted.rpartition(".")[0]
         hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{dotted}: unknown key; {hint}"
+    if item["type"] == "invalid_key":
+        return f"{dotted}: a key must be text (got {_SHOWN.repr(item['input'])})"
     if item["type"] == "missing":
         return f"{dotted}: required and not set"
     if item["input"] is None:
         return f"{dotted}: is empty; give it a value, or remove the line"
     message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{dotted}: {message} (got {item['input']!r})"
+    return f"{dotted}: {message} (got {_SHOWN.repr(item['input'])})"
 
 
 def _valid_keys(schema: type[BaseModel], loc: Sequence[Any]) -> list[str]:
@@ -286,4 +280,4 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML; reading it back gives an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dialect.write(config.model_dump(mode="json"))

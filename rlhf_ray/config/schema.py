@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.limits import LARGEST_REWARD
-from rlhf_ray.config.sections import RowsConfig, Section, TrainEngineConfig, TrainingRunConfig
+from rlhf_ray.config.sections import MOST_WORKERS, RowsConfig, Section, TrainEngineConfig, TrainingRunConfig
 from rlhf_ray.config.sources import SeveralSources, SourceConfig
 
 
@@ -80,8 +80,8 @@ class GeneratorConfig(Section):
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="auto: vllm on the CUDA devices of a Ray cluster where it is installed; else hf"
     )
-    count: int = Field(1, gt=0, description="generator actors (ray)")
-    tensor_parallel: int = Field(1, gt=0)
+    count: int = Field(1, gt=0, le=MOST_WORKERS, description="generator actors (ray)")
+    tensor_parallel: int = Field(1, gt=0, le=MOST_WORKERS)
     batch_size: int = Field(1024, gt=0, description="hf: sequences generated together; does not depend on count")
     gpu_memory_utilization: float | None = Field(
         None, gt=0, le=1, description="vLLM on a GPU: its share of the memory; empty: 0.8, and 0.4 with ray.colocate"

@@ -19,6 +19,9 @@ Clock = Annotated[
 ]
 
 
+MOST_WORKERS = 1 << 14  # a plan names each of them
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -39,13 +42,19 @@ class Section(BaseModel):
 
 
 class ScratchConfig(Section):
-    """Sizes of a model built on the spot (`model.path: scratch:...`)."""
+    """Sizes of a model built on the spot (`model.path: scratch:...`).
 
-    hidden_size: int = Field(128, gt=0)
-    layers: int = Field(3, gt=0)
-    heads: int = Field(4, gt=0)
-    intermediate_size: int | None = Field(None, gt=0, description="MLP width; 4 x hidden_size when empty")
-    max_length: int = Field(128, gt=1, description="longest sequence, in tokens")
+    The bounds lie beyond any model that exists. Without them a slip of the keyboard is counted, layer by layer, for
+    hours, or is a number of bytes that no integer holds.
+    """
+
+    hidden_size: int = Field(128, gt=0, le=1 << 16)
+    layers: int = Field(3, gt=0, le=1 << 10)
+    heads: int = Field(4, gt=0, le=1 << 16)
+    intermediate_size: int | None = Field(
+        None, gt=0, le=1 << 20, description="MLP width; 4 x hidden_size when empty"
+    )
+    max_length: int = Field(128, gt=1, le=1 << 24, description="longest sequence, in tokens")
     tie_embeddings: bool = True
 
 
@@ -53,7 +62,7 @@ class TokenizerConfig(Section):
     """`path` is a Hub name, a folder, or `scratch:char|word|bpe`; empty means the model's own."""
 
     path: str | None = None
-    vocab_size: int = Field(4096, gt=2, description="upper bound for scratch:word and scratch:bpe")
+    vocab_size: int = Field(4096, gt=2, le=1 << 24, description="upper bound for scratch:word and scratch:bpe")
     alphabet: str | None = Field(None, description="scratch:char: its characters; read from the data when empty")
 
 
@@ -95,7 +104,7 @@ class TrainEngineConfig(Section):
     """How a trained model is held and stepped: shared by the learner and the critic."""
 
     engine: Literal["torch", "deepspeed"] = "torch"
-    world_size: int = Field(1, gt=0)
+    world_size: int = Field(1, gt=0, le=MOST_WORKERS)
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "parameters"] = "none"
     lr: float = Field(1e-6, gt=0)

@@ -7,10 +7,12 @@ somebody else's data.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
+from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.errors import DataError
 
 HUB_PREFIX = "hf://datasets/"  # as fsspec writes it: for a Hub name that looks like a file
@@ -33,15 +35,15 @@ _ADVICE = {
 
 def looks_local(source: str) -> bool:
     """Whether no Hub dataset has such a name, or something of that name is here. Nothing is opened."""
-    path = Path(source).expanduser()
+    path = typed_path(source)
     return (
-        path.exists()
+        os.path.exists(path)  # Path.exists raises for a name that is too long
         or source.startswith((".", "/", "~"))
         or source.endswith("/")
         or "\\" in source
         or source.partition(":")[0].count("/") > 1
         or _SUFFIX.search(source) is not None
-        or (path.parent != Path(".") and path.parent.is_dir())
+        or (path.parent != Path(".") and is_folder(path.parent))
     )
 
 
@@ -49,7 +51,7 @@ def absent(source: str, path: Path, kinds: Collection[str]) -> DataError:
     """For a local path where nothing is: the names in its folder that are close, or else its data files."""
     folder = path.parent
     problem = f"{source}: no such file"
-    if not folder.is_dir():
+    if not is_folder(folder):
         return DataError(f"{problem}: there is no folder {folder}; check the path, which is relative to {Path.cwd()}")
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=_SHOWN, cutoff=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.data.json_files import json_rows
 from rlhf_ray.data.paths import HUB_PREFIX, absent, files_of_split, kind_of, looks_local, unreadable
 from rlhf_ray.data.tables import arrow_rows, hub_rows, is_saved_dataset, parquet_rows, saved_rows
@@ -84,17 +86,17 @@ def _read(source: str, split: str) -> Iterator[Found]:
     elif not looks_local(source):
         yield from hub_rows(source, split)
     else:
-        yield from _read_local(source, Path(source).expanduser(), split)
+        yield from _read_local(source, typed_path(source), split)
 
 
 def _read_local(source: str, path: Path, split: str) -> Iterator[Found]:
-    if path.is_dir():
+    if is_folder(path):
         if is_saved_dataset(path):
             yield from saved_rows(path, split)
             return
         for file in files_of_split(source, path, split, READERS):
             yield from _read_file(str(file), file)
-    elif not path.exists():
+    elif not os.path.exists(path):
         raise absent(source, path, READERS)
     else:
         yield from _read_file(source, path)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.config.user_paths import is_file, typed_path
 from rlhf_ray.data.chat import Chat, Message
 from rlhf_ray.data.rendering import Renderer, Span, joined_parts
 from rlhf_ray.data.turn_end import end_of_turn, special_pattern
@@ -73,8 +73,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
     if chat_template in CHAT_TEMPLATES:
         tokenizer.chat_template = CHAT_TEMPLATES[chat_template]
         return
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
+    path = typed_path(chat_template)
+    if not is_file(path):
         raise DataError(
             f"data.chat_template={chat_template}: no such file; give a .jinja file, or one of "
             f"{', '.join(CHAT_TEMPLATES)}"

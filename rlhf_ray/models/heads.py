@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM backbone with AutoModel
+from rlhf_ray.config.user_paths import typed_path
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.loading import load_model
 
@@ -53,7 +54,7 @@ class ValueModel(nn.Module):
         """
         kind = "a backbone for the critic (critic.path)"
         model = cls(load_model(AutoModel, folder, kind, trust_remote_code, dtype=dtype, **options))
-        head = Path(folder).expanduser() / HEAD_FILE
+        head = typed_path(folder) / HEAD_FILE
         if head.is_file():
             model.value_head.load_state_dict(load_file(head))
         return model.eval()

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM, so that its folders load like any other
+from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.tokenizers import ensure_pad_token
 
@@ -117,9 +118,9 @@ def load_reward_model(
 
 def local_folder(path: str | Path) -> Path | None:
     """The folder that `path` names, or None for a Hub name. Raises ModelError for a missing or empty folder."""
-    folder = Path(path).expanduser()
+    folder = typed_path(path)
     text = str(path)
-    if folder.is_dir():
+    if is_folder(folder):
         if not any(folder.iterdir()):
             raise ModelError(f"{path}: the folder is empty; was the export cut short? Run it again")
         return folder

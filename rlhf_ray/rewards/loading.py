@@ -9,10 +9,10 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlhf_ray.config.user_paths import is_file, typed_path
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.frames import frames_of_users
 
@@ -106,9 +106,10 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(place: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
+    path = typed_path(place)
+    if not is_file(path):
         raise ConfigError(f"reward file {place} does not exist; give the path of a .py file")
+    path = path.resolve()
     # A name of its own, so that two files called reward.py do not collide; the same file loads once.
     name = f"rlhf_ray_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:

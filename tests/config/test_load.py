@@ -114,6 +114,8 @@ def test_a_missing_file_names_the_near_one(tmp_path, write, tree):
         ("", "expected a mapping of settings at the top, found NoneType"),
         ("seed: 1\nseed: 2\n", r"the key 'seed' comes twice.*\n.*line 2"),
         ("learner:\n  lr: 1\n  lr: 2\n", r"the key 'lr' comes twice"),
+        ("name: !!int abc\n", r"is not valid YAML: this cannot be read as a value of type int.*line 1"),
+        (r'name: "\U00110000"', "is not valid YAML: "),
     ],
 )
 def test_a_broken_file(write, text, message):
@@ -125,6 +127,49 @@ def test_a_file_that_is_not_text(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(name)
+
+
+def test_a_key_that_is_no_text(tree):
+    """Pydantic names no place for it; a tree from Python may also hold what YAML cannot."""
+    for key, says in ((1, "1: a key must be text"), (None, "None: a key must be text"), ("a\ud800", "the settings: ")):
+        with pytest.raises(ConfigError, match=f"here: 1 problem\n  - {says}"):
+            parse_config({**tree, key: 1}, RunConfig, "here")
+
+
+def test_a_wrong_value_is_shown_in_part(tree):
+    """12 levels of ten items each would be a text of gigabytes."""
+    bomb = ["x"] * 10
+    for _ in range(11):
+        bomb = [bomb] * 10
+    for value, shown in ((bomb, "(got [["), ("word " * 10_000, "(got 'word "), ({"a": bomb}, "(got {'a': [[")):
+        with pytest.raises(ConfigError) as error:
+            parse_config({**tree, "steps": value}, RunConfig, "here")
+        assert shown in str(error.value) and len(str(error.value)) < 1500
+    with pytest.raises(ConfigError) as error:
+        parse_config({**tree, "n" * 100_000: 1, "steps": 0}, RunConfig, "here")
+    assert len(str(error.value)) < 3000 and "steps: " in str(error.value), "the other problem is not lost in it"
+
+
+@pytest.mark.parametrize(("setting", "most"), [
+    ("model.scratch.hidden_size", 1 << 16), ("model.scratch.layers", 1 << 10), ("model.scratch.heads", 1 << 16),
+    ("model.scratch.intermediate_size", 1 << 20), ("model.scratch.max_length", 1 << 24),
+    ("model.tokenizer.vocab_size", 1 << 24), ("learner.world_size", 1 << 14), ("generator.count", 1 << 14),
+    ("generator.tensor_parallel", 1 << 14),
+])  # fmt: skip
+def test_sizes_beyond_any_machine(load, setting, most):
+    """Built layer by layer, planned worker by worker, they would take hours, or more bytes than an integer holds."""
+    with pytest.raises(ConfigError, match=rf"{setting}: input should be less than or equal to {most}"):
+        load(f"{setting}={most + 1}")
+    try:
+        load(f"{setting}={most}")
+    except ConfigError as error:
+        assert f"{setting}: input" not in str(error), "other settings may speak against it, its own bound does not"
 
 
 # ---- overrides ------------------------------------------------------------------------------------------------

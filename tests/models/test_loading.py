@@ -58,6 +58,9 @@ def test_missing_folder(tmp_path):
         load_policy(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="no such folder"):
         load_tokenizer("runs/some/where")
+    for name in ("/" + "n" * 5000, "./a\0b", "~nobody-has-this-name/model"):  # which no file system takes
+        with pytest.raises(ModelError, match="no such folder"):
+            load_policy(name)
 
 
 def test_empty_folder(tmp_path):
