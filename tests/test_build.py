@@ -63,7 +63,8 @@ def refused(config, run_dir, kind, message) -> None:
 
 
 def test_a_missing_file(config, tmp_path):
-    refused(config("data.path=nowhere.jsonl"), tmp_path / "run", DataError, "nowhere.jsonl: no such file; .*give an existing")
+    message = "nowhere.jsonl: no such file; .*give an existing"
+    refused(config("data.path=nowhere.jsonl"), tmp_path / "run", DataError, message)
 
 
 def test_a_broken_line(config, tmp_path, data):
