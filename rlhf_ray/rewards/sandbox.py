@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,53 +46,71 @@ class Limits:
     file_mb: int = 8
     open_files: int = 64
     output_kb: int = 256
+    reply_mb: int = 16  # of one answer of a process that answers questions
 
 
 @dataclass(frozen=True)
 class Ran:
-    """`finished`: it came to its end by itself, without an exception. `why`: what happened otherwise."""
+    """`finished`: it came to its end with exit status 0. `why`: what happened otherwise."""
 
     finished: bool
     stdout: str
     why: str = ""
 
 
-def run_python(
-    program: str, *, stdin: str = "", limits: Limits = Limits(), tier: str | None = None, may_exit: bool = False
-) -> Ran:
+@dataclass(frozen=True)
+class Started:
+    process: subprocess.Popen
+    watch: Watch
+
+
+def run_python(program: str, *, stdin: str = "", limits: Limits = Limits(), tier: str | None = None) -> Ran:
     """Run `program` to its end, or to that of its limits. Never raises for what the program does.
 
-    Args:
-        may_exit: `sys.exit(0)` counts as its end. Not where tests stand at its end, which it would skip.
     Raises:
         ConfigError: this machine has no sandbox to offer.
     """
-    tier = tier or sandbox_tier()
-    token = secrets.token_hex(16)
-    with _work_folder() as folder, tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as given:
-        job.write(json.dumps([token, program]).encode())
+    with tempfile.TemporaryFile() as given:
         given.write(stdin.encode("utf-8", "surrogatepass"))
-        for file in (job, given):
-            file.seek(0)
-        reading, writing = os.pipe()
-        try:
-            uid = _unused_uid() if os.geteuid() == 0 else None
-            if uid is not None:
-                os.chown(folder, uid, uid)
-            settings = _settings(tier, limits, uid, job.fileno(), writing, may_exit)
-            process = subprocess.Popen(
-                _command(tier, settings), cwd=folder, env=_environment(folder, token), stdin=given,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[job.fileno(), writing],
-                start_new_session=True,
-            )  # fmt: skip
-            os.close(writing)
-            writing = -1
-            with Watch(process, limits.processes, uid=uid, marker=token, own_pids=tier != "bubblewrap") as watch:
-                return _follow(process, reading, token, limits, watch)
-        finally:
-            os.close(reading)
-            if writing >= 0:
-                os.close(writing)
+        given.seek(0)
+        job = {"program": program, "pipes": []}
+        with started(job, limits=limits, tier=tier, stdin=given.fileno(), stdout=subprocess.PIPE) as running:
+            return _follow(running.process, limits, running.watch)
+
+
+@contextmanager
+def started(
+    job: Mapping[str, Any],
+    *,
+    limits: Limits,
+    tier: str | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    seconds: float | None = None,
+) -> Iterator[Started]:
+    """A process in the sandbox that does `job` (see `sandbox_inner.main`); nothing of it runs afterwards.
+
+    Args:
+        job: `pipes` are those of this process's file descriptors that it gets, under the same numbers.
+        seconds: of CPU time; default: the limit for one program.
+    """
+    tier = tier or sandbox_tier()
+    marker = secrets.token_hex(16)
+    limits = limits if seconds is None else replace(limits, seconds=seconds)
+    with _work_folder() as folder, tempfile.TemporaryFile() as file:
+        file.write(json.dumps(job).encode())
+        file.seek(0)
+        uid = _unused_uid() if os.geteuid() == 0 else None
+        if uid is not None:
+            os.chown(folder, uid, uid)
+        process = subprocess.Popen(
+            _command(tier, _settings(tier, limits, uid, file.fileno())), cwd=folder, env=_environment(folder, marker),
+            stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, pass_fds=[file.fileno(), *job["pipes"]],
+            start_new_session=True,
+        )  # fmt: skip
+        own_pids = tier != "bubblewrap"
+        with Watch(process, limits.processes, uid=uid, marker=marker, own_pids=own_pids) as watch:
+            yield Started(process, watch)
 
 
 @functools.lru_cache(maxsize=1)
@@ -130,13 +148,13 @@ def _trial(tier: str) -> str | None:
 # ---- starting -------------------------------------------------------------------------------------------------
 
 
-def _settings(tier: str, limits: Limits, uid: int | None, job: int, result: int, may_exit: bool) -> dict[str, Any]:
+def _settings(tier: str, limits: Limits, uid: int | None, job: int) -> dict[str, Any]:
     # Processes are counted for each user: of one that others use too, theirs come on top.
     others = 0 if uid is not None or tier == "bubblewrap" else tasks_of(os.geteuid())
     seconds = int(limits.seconds) + 1
     return {
-        "job_fd": job, "result_fd": result, "may_exit": may_exit, "uid": uid, "readable": [*_readable(), *_DEVICES],
-        "landlock": tier == "landlock", "seccomp": sandbox_inner.seccomp_known(),
+        "job_fd": job, "uid": uid, "readable": [*_readable(), *_DEVICES], "landlock": tier == "landlock",
+        "seccomp": sandbox_inner.seccomp_known(),
         "limits": {
             "RLIMIT_CPU": seconds, "RLIMIT_AS": limits.memory_mb << 20, "RLIMIT_FSIZE": limits.file_mb << 20,
             "RLIMIT_NOFILE": limits.open_files, "RLIMIT_NPROC": limits.processes + others, "RLIMIT_CORE": 0,
@@ -186,7 +204,8 @@ def _readable() -> list[str]:
 
 
 def _environment(folder: str, marker: str) -> dict[str, str]:
-    """Nothing is inherited: no secrets, no proxies. The marker lets us find what the program left running."""
+    """Nothing is inherited: no secrets, no proxies. The marker lets us find what the program left running, and says
+    nothing about what it achieved."""
     return {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1", "RLHF_RAY_SANDBOX": marker}  # fmt: skip
 
@@ -208,9 +227,9 @@ def _work_folder() -> Iterator[str]:
 # ---- following ------------------------------------------------------------------------------------------------
 
 
-def _follow(process: subprocess.Popen, result: int, token: str, limits: Limits, watch: Watch) -> Ran:
+def _follow(process: subprocess.Popen, limits: Limits, watch: Watch) -> Ran:
     deadline = time.monotonic() + limits.seconds
-    read = {process.stdout: bytearray(), process.stderr: bytearray(), result: bytearray()}
+    read = {process.stdout: bytearray(), process.stderr: bytearray()}
     why = ""
     with selectors.DefaultSelector() as selector:
         for source in read:
@@ -223,12 +242,11 @@ def _follow(process: subprocess.Popen, result: int, token: str, limits: Limits, 
                 read[key.fileobj] += chunk
                 if not chunk:
                     selector.unregister(key.fileobj)
-            if not running and not any(key.fileobj in read for key, _ in ready):
+            if not running and not ready:
                 break  # what it left running may hold the pipes open
             why = _limit_passed(read[process.stdout], read[process.stderr], deadline, limits, watch)
-    finished = not why and read[result].decode("ascii", "replace") == token
     stdout = bytes(read[process.stdout]).decode("utf-8", "replace")
-    if finished:
+    if not why and process.returncode == 0:
         return Ran(True, stdout)
     said = bytes(read[process.stderr][-_STDERR_KEPT:]).decode("utf-8", "replace").strip()
     return Ran(False, stdout, why or said or f"ended early, with exit status {process.returncode}")

@@ -1,16 +1,20 @@
-"""What runs inside the sandbox before a sample does: gives up all rights, then runs the sample to its end.
+"""What runs inside the sandbox before a sample does: gives up all rights, then runs the sample, or what serves it.
 
 Standard library only, and no import of this package: `sandbox.py` passes this file's text to a bare interpreter.
-Arguments: a JSON object (see `main`). The last thing it does is to write the token that says "ran to its end".
+Arguments: a JSON object (see `main`). Nothing in this process says that a test was passed: a program is judged by
+what it prints, a function by what it returns, both outside.
 """
 
+import base64
 import ctypes
 import json
+import marshal
 import os
 import platform
 import resource
 import struct
 import sys
+import types
 
 # Linux, include/uapi/linux/landlock.h: what each version of the interface can restrict in the file system.
 _ACCESS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
@@ -19,7 +23,7 @@ _PATH_BENEATH = 1
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 # System calls that no test needs: sockets, signals to others, other processes' memory, mounts, namespaces, modules.
-_SHARED = {"io_uring_setup": 425, "pidfd_send_signal": 424}
+_SHARED = {"io_uring_setup": 425, "pidfd_send_signal": 424, "pidfd_getfd": 438}
 _FORBIDDEN = {
     "x86_64": (0xC000003E, (41, 62, 200, 129, 101, 310, 311, 165, 166, 155, 272, 308, 321, 298, 250, 248, 249, 323,
                             304, 169, 246, 175, 313, *_SHARED.values())),
@@ -35,34 +39,43 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """`job_fd`: the program; `result_fd`: where the token goes. `uid`, `readable`, `landlock`, `seccomp`: what to give
-    up, as far as the tier has it. `limits`: resource name -> value.
+    """`job_fd`: what to run (below). `uid`, `readable`, `landlock`, `seccomp`: what to give up, as far as the tier has
+    it. `limits`: resource name -> value.
+
+    The job is a `program`, or `modules` (name, marshalled code) of which the last one's `main` gets the job, and
+    `pipes`, which no child of this process inherits.
     """
     settings = json.loads(sys.argv[1])
-    with os.fdopen(settings["job_fd"], "rb") as job:
-        token, program = json.loads(job.read())
-    result = settings["result_fd"]
-    os.set_inheritable(result, False)
+    with os.fdopen(settings["job_fd"], "rb") as file:
+        job = json.loads(file.read())
+    for pipe in job["pipes"]:
+        os.set_inheritable(pipe, False)
     give_up(settings)
     sys.argv = ["sample"]
-    if run(program, settings["may_exit"]):
-        sys.stdout.flush()
-        os.write(result, token.encode())
-    # Threads and exit handlers of the sample have no say any more.
+    if "modules" in job:
+        serve(job)
+    else:
+        run(job["program"])
+
+
+def serve(job: dict) -> None:
+    for name, code in job.pop("modules"):
+        module = sys.modules[name] = types.ModuleType(name)
+        exec(marshal.loads(base64.b64decode(code)), module.__dict__)
+    module.main(job)
     os._exit(0)
 
 
-def run(program: str, may_exit: bool) -> bool:
-    """Did it get to its end without an exception? `may_exit`: `sys.exit(0)` is an end too."""
+def run(program: str) -> None:
+    """As `python program.py` would: its threads end and its exit handlers run before the process does."""
     try:
         exec(compile(program, "<sample>", "exec"), {"__name__": "__main__"})
-    except SystemExit as end:
-        return may_exit and end.code in (None, 0)
+    except SystemExit:
+        raise
     except BaseException as error:
         # No traceback module: the sample may have replaced everything, or used up the memory.
         os.write(2, f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
-        return False
-    return True
+        sys.exit(1)
 
 
 def give_up(settings: dict) -> None:

@@ -46,7 +46,8 @@ class Watch:
             time.sleep(0.005)
         self.process.wait()
         for stream in (self.process.stdout, self.process.stderr):
-            stream.close()
+            if stream is not None:
+                stream.close()
 
     def too_many(self) -> bool:
         """Counted only where the kernel does not: it does for a user of the program's own."""

@@ -25,9 +25,23 @@ SHORT = Limits(seconds=1.0, memory_mb=128)
 def test_a_program_to_its_end(tier):
     ran = run_python("name = input()\nprint('hello', name)", stdin="you\n", tier=tier)
     assert ran.finished and ran.stdout == "hello you\n" and ran.why == ""
-    leaves = "import sys; print(1); sys.exit(0)"
-    assert run_python(leaves, tier=tier, may_exit=True).finished and not run_python(leaves, tier=tier).finished
+    leaves = run_python("import sys; print(1); sys.exit(0); print(2)", tier=tier)
+    assert leaves.finished and leaves.stdout == "1\n"
     assert run_python("if __name__ == '__main__': print(__name__)", tier=tier).stdout == "__main__\n"
+
+
+def test_a_program_ends_as_it_would_by_itself(tier):
+    """Threads that nobody waited for are waited for, and exit handlers run: both may print the answer."""
+    program = """
+import atexit, threading, time
+atexit.register(print, "last")
+def main():
+    time.sleep(0.1)
+    print("answer")
+threading.Thread(target=main).start()
+"""
+    ran = run_python(program, tier=tier)
+    assert ran.finished and ran.stdout == "answer\nlast\n"
 
 
 def test_what_ordinary_programs_need(tier):
@@ -52,7 +66,7 @@ print(open("notes.txt").read(), subprocess.run([sys.executable, "-c", "print(7)"
         ("import sys; sys.exit(3)", "exit status 0|ended early"),
         ("assert False, 'no'", "AssertionError: no"),
         ("def broken(:", "SyntaxError"),
-        ("import os; os._exit(0)", "ended early, with exit status 0"),
+        ("import os; os._exit(3)", "ended early, with exit status 3"),
         ("import os, signal; os.abort()", "ended early, with exit status -6|PermissionError|ended early"),
         ("import ctypes; ctypes.string_at(0)", "ended early"),
         ("while True: pass", "did not end within 1 s"),

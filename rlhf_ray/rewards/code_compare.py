@@ -1,0 +1,95 @@
+"""What a sample's function returned against what a test expects: both plain JSON, compared where the sample is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+# LeetCode prints expected numbers with five decimals and accepts answers within as much.
+TOLERANCE = 1e-5
+
+
+class NotPlain(Exception):
+    """A returned value that JSON has no form for."""
+
+
+def plain(given: Any, seen: list | None = None) -> Any:
+    """JSON's view of a value as `code_wire.Encoder` wrote it: tuples are lists; of a class that derives from a plain
+    one, what its base holds; keys are texts.
+
+    Raises:
+        NotPlain: sets, objects, functions, and whatever else a sample may have written.
+    """
+    seen = [] if seen is None else seen
+    if isinstance(given, list):
+        made: Any = []
+        seen.append(made)
+        made += [plain(item, seen) for item in given]
+        return made
+    if not isinstance(given, dict):
+        return given
+    try:
+        ((kind, content),) = given.items()
+        return _plain_of(kind, content, seen)
+    except (ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        raise NotPlain(f"{type(error).__name__}: {error}") from None
+
+
+def _plain_of(kind: str, content: Any, seen: list) -> Any:
+    if kind == "seen":
+        return seen[content]
+    if kind == "tuple":
+        return [plain(item, seen) for item in content]
+    if kind == "dict":
+        made: dict = {}
+        seen.append(made)
+        made.update({_key(plain(key, seen)): plain(value, seen) for key, value in content})
+        return made
+    if kind == "int":
+        return int(content, 16)
+    if kind == "kind of":
+        return plain(content[0], seen)
+    if kind == "scalar":
+        return plain(content[1], seen)
+    if kind == "known" and content[0] == "collections" and content[1] != "deque":
+        return plain(content[2], seen)[-1] if content[1] != "OrderedDict" else _ordered(plain(content[2], seen))
+    if kind == "array":
+        return _shaped(plain(content[2], seen), list(content[1]))
+    raise NotPlain(f"a {kind} is not plain data")
+
+
+def _ordered(parts: list) -> dict:
+    return {_key(key): value for key, value in parts[0]}
+
+
+def _shaped(flat: list, shape: list[int]) -> Any:
+    if not shape:
+        return flat[0]
+    step = len(flat) // shape[0] if shape[0] else 0
+    return [_shaped(flat[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+
+
+def _key(key: Any) -> str:
+    """As JSON writes it."""
+    if isinstance(key, str):
+        return key
+    if key is None or isinstance(key, (bool, int, float)):
+        return json.dumps(key)
+    raise NotPlain("a key is not plain data")
+
+
+def same(got: Any, expected: Any) -> bool:
+    """Equal as JSON; where a number is expected that has decimals, up to `TOLERANCE`, absolute or relative."""
+    if isinstance(expected, float) and isinstance(got, (int, float)) and not isinstance(got, bool):
+        if math.isnan(expected):
+            return math.isnan(got)
+        try:
+            return got == expected or math.isclose(got, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        except OverflowError:  # an integer beyond floats
+            return False
+    if isinstance(expected, list):
+        return isinstance(got, list) and len(got) == len(expected) and all(map(same, got, expected))
+    if isinstance(expected, dict):
+        return isinstance(got, dict) and got.keys() == expected.keys() and all(same(got[k], expected[k]) for k in got)
+    return type(got) in (type(None), bool, int, float, str) and got == expected
