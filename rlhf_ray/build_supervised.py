@@ -15,6 +15,7 @@ from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import ModelError
 from rlhf_ray.loops.supervised import Batches, Judged, Trainer, train
+from rlhf_ray.loops.supervised_notes import balance_of, notes_on_validation
 from rlhf_ray.loops.supervised_start import (
     Splits,
     check_model_fits,
@@ -63,10 +64,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
     config = with_steps(config, batches)
     run = SupervisedRecorder(config, directory, sources_of(reports))
     try:
-        for report in reports:
-            run.progress.note(str(report))
-        if len(batches.parts) > 1:
-            run.progress.note(f"{described(batches.parts)}; an epoch is {batches.count} rows")
+        say_what_is_read(config, reports, splits, batches, run)
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
         with open_trainer(config, assets, splits) as trainer:
             run.workload = Workload(devices=trainer.devices)
@@ -82,6 +80,22 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         run.fail(error)
         raise
     return directory.read_summary()
+
+
+def say_what_is_read(
+    config: SupervisedConfig, reports: Sequence[CleaningReport], splits: Splits, batches: Batches,
+    run: SupervisedRecorder,
+) -> None:  # fmt: skip
+    """What was left out of the rows and why, what is held out, and an alarm if length alone tells the better answer."""
+    for line in [*map(str, reports), *notes_on_validation(config, splits, batches.per_epoch)]:
+        run.progress.note(line)
+    if len(batches.parts) > 1:
+        run.progress.note(f"{described(batches.parts)}; an epoch is {batches.count} rows")
+    balance = balance_of(splits["train"])
+    if balance is not None:
+        run.progress.note(str(balance))
+        if balance.is_strong:
+            run.alarm("length_imbalance", balance.advice, run.steps_done)
 
 
 def sources_of(reports: Sequence[CleaningReport]) -> dict[str, str]:

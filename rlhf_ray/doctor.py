@@ -31,6 +31,7 @@ BASE = ("torch", "transformers", "datasets", "safetensors", "pydantic", "typer",
 # Extras of pure Python, which have no line of their own: extra -> (what for, packages).
 EXTRAS = {
     "chinese": ("Chinese words", ("rjieba",)),
+    "quality": ("near duplicates, personal data", ("datasketch", "phonenumberslite")),
     "eval": ("rlhf-ray eval", ("sacrebleu", "scipy")),
     "judge": ("judges behind an endpoint", ("openai",)),
     "rewards": ("the rewards math and rouge", ("math-verify", "rouge-score")),

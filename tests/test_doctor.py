@@ -50,7 +50,7 @@ def test_a_missing_base_package_fails(packages):
 
 
 def test_absent_extras_are_named_and_no_fault(packages):
-    assert doctor.check_extras() == Check("extras", "ok", "chinese, eval, judge, rewards")
+    assert doctor.check_extras() == Check("extras", "ok", "chinese, quality, eval, judge, rewards")
     del packages["scipy"], packages["openai"]
     assert doctor.check_extras() == Check(
         "extras", "warn", "not installed: eval (for rlhf-ray eval); judge (for judges behind an endpoint)",

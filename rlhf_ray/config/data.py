@@ -55,6 +55,16 @@ class CleaningConfig(Section):
     empty: bool = Field(True, description="rows whose text is empty or blank")
     identical: bool = Field(True, description="pairs whose chosen and rejected answers are the same")
     min_response_tokens: int = Field(1, ge=0, description="shorter answers are left out; EOS does not count")
+    near_duplicates: float | None = Field(
+        None, ge=0.3, le=1, description="rows that are so much alike an earlier one (0.8: of the word triples that the "
+        "two have, four in five are in both); empty: off"
+    )  # fmt: skip
+    overlap: Literal["report", "drop"] = Field(
+        "report", description="rows of `path` whose prompt is also asked in eval_path or eval.test_path"
+    )
+    privacy: Literal["none", "count", "mask"] = Field(
+        "none", description="mail addresses, telephone, card, identity and bank account numbers; mask: [EMAIL], ..."
+    )
 
 
 class DatasetSourceConfig(SourceConfig):

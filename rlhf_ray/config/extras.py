@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from rlhf_ray.config.data import CleaningConfig
 from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
 from rlhf_ray.config.schema import GeneratorConfig, RewardConfig, RunConfig
 from rlhf_ray.config.sections import LoraConfig, Section, TrainEngineConfig, TrainingRunConfig
@@ -45,7 +46,7 @@ def needs_of(config: Section) -> list[Need]:
             return [*needs, Need("ray", "ray", "executor=ray")]
         needs += _of_lora(config.model.lora)
     if isinstance(config, SupervisedConfig):
-        needs += _of_engine("learner", config.learner)
+        needs += [*_of_engine("learner", config.learner), *_of_cleaning(config.data.cleaning)]
     if isinstance(config, RunConfig):
         needs += _of_engine("learner", config.learner)
         needs += _of_engine("critic", config.critic) if config.uses_critic else []
@@ -76,6 +77,15 @@ def require(needs: Iterable[Need]) -> None:
 
 def _of_engine(section: str, config: TrainEngineConfig) -> list[Need]:
     return [Need("deepspeed", "deepspeed", f"{section}.engine=deepspeed")] if config.engine == "deepspeed" else []
+
+
+def _of_cleaning(cleaning: CleaningConfig) -> list[Need]:
+    near = [Need("datasketch", "quality", "cleaning.near_duplicates")] if cleaning.near_duplicates is not None else []
+    return [*near, *_of_privacy("cleaning.privacy", cleaning.privacy)]
+
+
+def _of_privacy(name: str, mode: str) -> list[Need]:
+    return [Need("phonenumbers", "quality", name)] if mode != "none" else []
 
 
 def _of_generator(config: GeneratorConfig) -> list[Need]:

@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 
 from rlhf_ray.config.data import CleaningConfig, ColumnsConfig, DataType
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.near_duplicates import NearDuplicates
+from rlhf_ray.data.overlap import HeldOutPrompts
+from rlhf_ray.data.parts import parts_of
+from rlhf_ray.data.privacy import PersonalData, explain_personal
 from rlhf_ray.data.rows import Row
-from rlhf_ray.data.types import PreferenceRow, Record, detect, parse
+from rlhf_ray.data.types import PreferenceRow, Record, detect, parse, prompt_of
 from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 
 # Reasons, as reports and logs name them.
-EMPTY, DUPLICATE, IDENTICAL = "empty", "duplicate", "identical answers"
+EMPTY, DUPLICATE, NEAR, IDENTICAL = "empty", "duplicate", "near duplicate", "identical answers"
 SHORT, LONG, TIED, UNWANTED = "answer too short", "too long", "equal scores", "labelled as bad"
 
 
@@ -24,7 +28,8 @@ class CleaningReport:
     """Of `rows` rows of `source`, `kept` examples were made; `dropped` counts the others by reason, `cut` those cut.
 
     `read` is the fingerprint of the rows as they stand there.
-    `unused` counts the rows that have a column, or a key of their messages, which nothing reads.
+    `unused` counts the rows that have a column, or a key of their messages, which nothing reads. `overlap` counts
+    examples whose prompt the run is also judged on and that were kept, `personal` the personal data by kind.
     """
 
     source: str
@@ -34,6 +39,9 @@ class CleaningReport:
     cut: int = 0
     read: str = ""
     unused: Mapping[str, int] = field(default_factory=dict)
+    overlap: Mapping[str, int] = field(default_factory=dict)
+    personal: Mapping[str, int] = field(default_factory=dict)
+    masked: bool = False
 
     def __str__(self) -> str:
         left_out = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
@@ -44,6 +52,12 @@ class CleaningReport:
             parts.append(f"cut at max_length: {self.cut}")
         if self.unused:
             parts.append(explain_unused(self.unused))
+        if self.overlap:
+            asked = ", ".join(f"{count} {place}" for place, count in self.overlap.items())
+            parts.append(f"prompts {asked} (cleaning.overlap=drop leaves such rows out)")
+        if self.personal:
+            what = "masked" if self.masked else "cleaning.privacy=mask hides it"
+            parts.append(f"personal data: {explain_personal(self.personal)} ({what})")
         return f"{self.source}: {'; '.join(parts)}"
 
 
@@ -54,18 +68,31 @@ def explain_unused(unused: Mapping[str, int]) -> str:
     )
 
 
+class Earlier:
+    """Rows that have been seen before: those that say exactly the same, and, above a likeness, nearly the same."""
+
+    def __init__(self, near_duplicates: float | None):
+        self.exact: set[bytes] = set()
+        self.near = None if near_duplicates is None else NearDuplicates[str](near_duplicates)
+
+
 class Cleaner:
     """Goes over rows and their sequences, leaves out what the settings say, and counts it.
 
-    Cleaners of several sources may share what they have `seen`: then a duplicate of another source's row is one too.
+    Cleaners of several sources may share what is `earlier`: then a duplicate of another source's row is one too.
     """
 
-    def __init__(self, settings: CleaningConfig, *, max_length: int, overlong: str, seen: set[bytes] | None = None):
-        self._settings, self._max_length, self._overlong = settings, max_length, overlong
+    def __init__(
+        self, settings: CleaningConfig, *, max_length: int, overlong: str, earlier: Earlier | None = None,
+        held_out: HeldOutPrompts | None = None,
+    ):  # fmt: skip
+        self._settings, self._max_length, self._overlong, self._held_out = settings, max_length, overlong, held_out
         self.rows, self.cut = 0, 0
         self.dropped: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
-        self._seen = set() if seen is None else seen
+        self.overlap: Counter[str] = Counter()
+        self.personal = PersonalData(settings.privacy)
+        self._earlier = Earlier(settings.near_duplicates) if earlier is None else earlier
 
     def records(self, rows: Iterable[Row], kind: DataType | None, names: ColumnsConfig) -> Iterator[tuple[Row, Record]]:
         """(row, record) of all that is to be used; `kind` None: what the first row is.
@@ -80,6 +107,7 @@ class Cleaner:
 
     def wanted(self, row: Row, kind: DataType, names: ColumnsConfig) -> list[Record]:
         """The records of one row that are to be used. Raises as `records` does."""
+        row = self.personal.seen(row)
         try:
             records = parse(row, kind, names, self.unused)
         except EmptyRowError:
@@ -87,20 +115,32 @@ class Cleaner:
                 raise
             self.dropped[EMPTY] += 1
             return []
-        return [record for record in records if self._is_wanted(record)]
+        return [record for record in records if self._is_wanted(record, row.where)]
 
-    def _is_wanted(self, record: Record) -> bool:
+    def _is_wanted(self, record: Record, where: str) -> bool:
         if self._settings.identical and isinstance(record, PreferenceRow) and record.chosen == record.rejected:
             self.dropped[IDENTICAL] += 1
             return False
         if self._settings.duplicates:
             # A digest, not the text: a set of texts would hold the whole dataset once more.
             key = hashlib.blake2b(repr(record).encode(), digest_size=16).digest()
-            if key in self._seen:
+            if key in self._earlier.exact:
                 self.dropped[DUPLICATE] += 1
                 return False
-            self._seen.add(key)
-        return True
+            self._earlier.exact.add(key)
+        if self._earlier.near is not None and self._earlier.near.find_or_add(where, parts_of(record)) is not None:
+            self.dropped[NEAR] += 1
+            return False
+        return not self._is_asked_elsewhere(record)
+
+    def _is_asked_elsewhere(self, record: Record) -> bool:
+        """Whether a record is left out because the run is judged on its prompt."""
+        place = None if self._held_out is None else self._held_out.find(prompt_of(record))
+        if place is None:
+            return False
+        drops = self._settings.overlap == "drop"
+        (self.dropped if drops else self.overlap)[f"{place}"] += 1
+        return drops
 
     def is_answered(self, *examples: TokenizedExample) -> bool:
         """Whether each sequence has enough learned tokens, not counting EOS; a pair is kept or left out as a whole."""
@@ -132,4 +172,15 @@ class Cleaner:
         return shortened
 
     def report(self, source: str, kept: int, read: str) -> CleaningReport:
-        return CleaningReport(source, self.rows, kept, dict(self.dropped), self.cut, read, dict(self.unused))
+        return CleaningReport(
+            source,
+            self.rows,
+            kept,
+            dict(self.dropped),
+            self.cut,
+            read,
+            dict(self.unused),
+            dict(self.overlap),
+            dict(self.personal.counts),
+            self._settings.privacy == "mask",
+        )

@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.sources import Source
-from rlhf_ray.data.cleaning import Cleaner, CleaningReport
+from rlhf_ray.data.cleaning import Cleaner, CleaningReport, Earlier
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
+from rlhf_ray.data.overlap import HeldOutPrompts
+from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.trees import tree_form
+from rlhf_ray.data.trees import TreeForm, tree_form
 from rlhf_ray.data.types import prompt_of
 from rlhf_ray.data.uses import Comparisons, Demonstrations, Labelled, Use
 from rlhf_ray.errors import DataError
@@ -36,38 +38,42 @@ def ignore(report: CleaningReport) -> None:
 
 def load_supervised(
     data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
-    clock: datetime | None = None,
+    clock: datetime | None = None, tested_on: str | None = None,
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:  # fmt: skip
     """(train, held out) sequences: answers, assistant turns or whole texts are learned, EOS included.
 
     Of a preference the chosen answer is learned, of a ranking the best, of unpaired answers the good ones. `on_report`
     gets one report a source. The tokenizer gets `data.chat_template` if that is set; `clock` is what it takes for now.
+    `tested_on` is another source on which the run is judged: rows that ask its prompts are counted, or left out.
     Raises DataError, which names file and line.
     """
-    return _load(data, lambda source: Demonstrations(make_encoder(source, tokenizer, clock)), seed, on_report)
+    def use_of(source: DatasetConfig) -> Use[TokenizedExample]:
+        return Demonstrations(make_encoder(source, tokenizer, clock))
+
+    return _load(data, use_of, seed, on_report, tested_on)
 
 
 def load_pairs(
     data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
-    clock: datetime | None = None,
+    clock: datetime | None = None, tested_on: str | None = None,
 ) -> tuple[list[TokenizedPair], list[TokenizedPair]]:  # fmt: skip
     """(train, held out) pairs; K ranked answers make C(K, 2) of them, whose margin is the difference of their scores.
 
     Both sequences begin with the same prompt tokens, of which none is learned. See `load_supervised` for the rest.
     """
-    return _load(data, lambda source: Comparisons(make_encoder(source, tokenizer, clock)), seed, on_report)
+    return _load(data, lambda source: Comparisons(make_encoder(source, tokenizer, clock)), seed, on_report, tested_on)
 
 
 def load_labelled(
     data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
-    clock: datetime | None = None,
+    clock: datetime | None = None, tested_on: str | None = None,
 ) -> tuple[list[LabelledText], list[LabelledText]]:  # fmt: skip
     """(train, held out) texts with their class, as a classifier reads them: the tokenizer's special tokens, no EOS.
 
     A prompt and its completion are judged as one text, as reward models judge them. A text longer than
     `data.max_length` is refused, dropped or truncated as `data.overlong` says. See `load_supervised` for the rest.
     """
-    return _load(data, lambda source: Labelled(source, tokenizer), seed, on_report)
+    return _load(data, lambda source: Labelled(source, tokenizer), seed, on_report, tested_on)
 
 
 def make_encoder(
@@ -86,7 +92,7 @@ def make_encoder(
 
 
 def _load(
-    data: DatasetConfig, use_of: Uses[Item], seed: int, on_report: OnReport
+    data: DatasetConfig, use_of: Uses[Item], seed: int, on_report: OnReport, tested_on: str | None
 ) -> tuple[list[Item], list[Item]]:
     """(train, held out), source after source.
 
@@ -94,10 +100,12 @@ def _load(
     """
     items: list[tuple[str, Item]] = []
     may_be_held_out: list[bool] = []
-    seen: set[bytes] = set()
+    earlier = Earlier(data.cleaning.near_duplicates)
     for part in data.parts:
         own = part.data
-        found = _read(own, own.path, own.split, own.limit, use_of(own), on_report, seen)
+        use, elsewhere = use_of(own), data.eval_path if own.eval_path is None else own.eval_path
+        judged_on = _judged_on(own, elsewhere, data.eval_size, tested_on, use.trees_as)
+        found = _read(own, own.path, own.split, own.limit, use, on_report, earlier, judged_on)
         items += [(prompt, _named(item, part.name)) for prompt, item in found]
         may_be_held_out += [own.eval_path is None and data.eval_path is None] * len(found)
     train, held_out = _split(items, may_be_held_out, data, seed)
@@ -118,6 +126,29 @@ def _named(item: Item, source: str) -> Item:
     return replace(item, source=source) if source else item
 
 
+def _judged_on(
+    data: DatasetConfig, eval_path: str | None, eval_size: int, tested_on: str | None, trees_as: TreeForm
+) -> HeldOutPrompts | None:
+    """The prompts of the files that the training rows should not ask."""
+    sources = [(eval_path, eval_size or None), (tested_on, None)]
+    if all(source is None for source, _ in sources):
+        return None
+    prompts = HeldOutPrompts(data.cleaning.near_duplicates)
+    kind = None if data.type == "auto" else data.type
+    for source, limit in sources:
+        if source is not None:
+            prompts.add_rows(
+                source,
+                split=data.eval_split,
+                limit=limit,
+                kind=kind,
+                names=data.columns,
+                trees_as=tree_form(data.type, trees_as),
+                personal=PersonalData(data.cleaning.privacy),
+            )
+    return prompts
+
+
 def _read(
     data: DatasetConfig,
     source: str,
@@ -125,10 +156,13 @@ def _read(
     limit: int | None,
     use: Use[Item],
     on_report: OnReport,
-    seen: set[bytes] | None = None,
+    earlier: Earlier | None = None,
+    judged_on: HeldOutPrompts | None = None,
 ) -> list[tuple[str, Item]]:
-    """(prompt, item) of everything usable in one source; `seen`: what other sources have had."""
-    cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong, seen=seen)
+    """(prompt, item) of everything usable in one source; `earlier`: what other sources have had."""
+    cleaner = Cleaner(
+        data.cleaning, max_length=data.max_length, overlong=data.overlong, earlier=earlier, held_out=judged_on
+    )
     form, read = tree_form(data.type, use.trees_as), Fingerprint()
     found = read_rows(source, split=split, trees_as=form, dropped=cleaner.dropped)
     rows = read.watching(itertools.islice(found, limit))
@@ -162,6 +196,13 @@ def _split(
         raise DataError(
             f"{data.paths}: data.eval_size={data.eval_size} would hold out all {len(items)} examples; lower it, or set "
             "data.eval_path"
+        )
+    if data.eval_size and places and not held_out:
+        fewest = min(map(len, places.values()))
+        remedy = f"set data.eval_size={fewest} or more, or " if len(places) > 1 else ""
+        raise DataError(
+            f"{data.path}: data.eval_size={data.eval_size} holds out nothing: the examples of one prompt go together, "
+            f"and each of the {len(places)} prompts has {fewest} or more; {remedy}set data.eval_path"
         )
     train = [item for place, (_, item) in enumerate(items) if place not in held_out]
     return train, [item for place, (_, item) in enumerate(items) if place in held_out]

@@ -19,6 +19,7 @@ from rlhf_ray.data.datasets import make_encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.prompts import PromptRows
+from rlhf_ray.data.quality import NOTHING_MORE, QualityWatch, QualityWishes
 from rlhf_ray.data.rows import Row, read_rows
 from rlhf_ray.data.trees import TreeForm, tree_form
 from rlhf_ray.data.types import ConversationRow, PromptRow, Record, detect, parse
@@ -44,15 +45,17 @@ def validate(
     max_length: int | None = None,
     command: Command | None = None,
     show: int | None = None,
+    wishes: QualityWishes = NOTHING_MORE,
 ) -> ValidationReport:
     """Reads every row of `data.path` as `command` would (None: as the one that the first good row suits).
 
     With a tokenizer the rows are tokenized too: what the template refuses is bad, and so is what has more than
     `max_length` tokens (None: no length is). The report then shows one row with its learned tokens: the first good one,
-    or that of line (or number) `show`. Raises DataError only for a source that cannot be opened.
+    or that of line (or number) `show`. `wishes` asks for near duplicates, overlap with other files and personal data.
+    Raises DataError only for a source that cannot be opened.
     """
     data = data.model_copy(update={"max_length": max_length or _NO_LIMIT})
-    found = _Findings(data, tokenizer, command, show)
+    found = _Findings(data, tokenizer, command, show, QualityWatch(wishes, data))
     form = tree_form(data.type, _TREES.get(command or "sft", "messages"))
     rows = read_rows(data.path, split=data.split, on_bad=found.refuse, trees_as=form, dropped=found.read_as)
     for row in itertools.islice(rows, data.limit):
@@ -80,9 +83,11 @@ class _Findings:
     """Sees each row once, in order."""
 
     def __init__(
-        self, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None, command: Command | None, show: int | None
-    ):
+        self, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None, command: Command | None,
+        show: int | None, watch: QualityWatch,
+    ):  # fmt: skip
         self._data, self._tokenizer, self._command, self._show = data, tokenizer, command, show
+        self._watch = watch
         self._reader: _Reader | None = None
         self.read_as: Counter[str] = Counter()  # what reading itself leaves out, by reason
         self._types: Counter[str] = Counter()
@@ -107,6 +112,7 @@ class _Findings:
         except DataError as error:
             self.refuse(error)
             return
+        self._watch.see(row, records)
         gone = [RowNote(row.where, reason) for reason in (self._reader.dropped - before).elements()]
         self._left_out += gone
         self._types[str(self._reader.kind)] += 1
@@ -131,6 +137,7 @@ class _Findings:
             unused=dict(unused),
             tokens={"mean": round(sum(lengths) / len(lengths), 1), "max": float(max(lengths))} if lengths else None,
             shown=self._shown,
+            quality=self._watch.report(),
         )
 
 

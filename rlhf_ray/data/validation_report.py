@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.quality import QualityReport
 
 _SHOWN = 5  # complaints of one kind; --json has all
 _BRACKETS = ("\u27e6", "\u27e7")
@@ -84,6 +85,7 @@ class ValidationReport:
     unused: dict[str, int]
     tokens: dict[str, float] | None = None
     shown: ShownRow | None = None
+    quality: QualityReport | None = None
 
     @property
     def is_good(self) -> bool:
@@ -108,6 +110,8 @@ class ValidationReport:
             lines.append(explain_unused(self.unused))
         if self.tokens:
             lines.append("tokens a sequence: " + ", ".join(f"{name} {size:g}" for name, size in self.tokens.items()))
+        if self.quality:
+            lines += self.quality.lines()
         return "\n".join([*lines, *self._shown(_GREEN if colour else _BRACKETS)])
 
     def _shown(self, marks: tuple[str, str]) -> Iterator[str]:

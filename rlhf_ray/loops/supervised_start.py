@@ -14,6 +14,7 @@ from rlhf_ray.config.supervised import ClassifierConfig, SFTConfig, SupervisedCo
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.templates import alpaca_prompt
@@ -54,8 +55,9 @@ def corpus(data: DatasetConfig) -> list[str]:
     texts: list[str] = []
     for part in data.parts:
         own = part.data
+        personal = PersonalData(own.cleaning.privacy)  # what is masked must not become a word of the vocabulary
         for row in itertools.islice(read_rows(own.path, split=own.split, trees_as=None), own.limit):
-            texts += _texts_in(row.fields)
+            texts += _texts_in(personal.seen(row).fields)
             if "instruction" in row.fields and len(texts) < 100:
                 texts += [alpaca_prompt(""), alpaca_prompt("", "")]
     return texts
@@ -85,7 +87,7 @@ def load_splits(
     elif not isinstance(config, SFTConfig):
         load = load_pairs
     options = {"seed": config.seed, "on_report": note, "clock": config.clock}
-    train, held_out = load(config.data, tokenizer, **options)
+    train, held_out = load(config.data, tokenizer, tested_on=config.eval.test_path, **options)
     splits, plain = {"train": train}, 0
     if held_out:
         splits["val"] = held_out

@@ -198,6 +198,19 @@ def test_holding_everything_out_is_refused(write, tokenizer):
         supervised(write({"text": "a"}, {"text": "b"}), tokenizer, eval_size=2)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("a", "each of the 1 prompts has 3 or more; set data.eval_path"),
+        ("ab", "each of the 2 prompts has 3 or more; set data.eval_size=3 or more, or set data.eval_path"),
+    ],
+)
+def test_a_held_out_split_that_would_be_empty_is_refused(write, tokenizer, prompts, says):
+    rows = [{"prompt": p, "completion": c} for p in prompts for c in "abc"]
+    with pytest.raises(DataError, match=f"data.eval_size=2 holds out nothing: .* {says}"):
+        supervised(write(*rows), tokenizer, eval_size=2)
+
+
 def test_limit_reads_only_the_first_rows(write, tokenizer):
     train, _ = supervised(write({"text": "a"}, {"text": "b"}, {"other": "c"}), tokenizer, limit=2)
     assert len(train) == 2

@@ -1,0 +1,127 @@
+"""Every number here is fictitious: example.com, 555-01xx, published test cards and accounts, retired identities."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.data.datasets import load_supervised
+from rlhf_ray.data.privacy import find_personal, masked, masked_value, shape, strings_of
+from rlhf_ray.models.tokenizers import bpe_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Write to ann.lee+news@mail.example.com.", "Write to [EMAIL]."),
+        ("邮箱zhang@example.cn，谢谢", "邮箱[EMAIL]，谢谢"),
+        ("<bo@example.co.uk>", "<[EMAIL]>"),
+        ("Call (202) 555-0123 now", "Call [PHONE] now"),
+        ("202-555-0123 or 202.555.0187", "[PHONE] or [PHONE]"),
+        ("+1 202 555 0123, +44 20 7946 0958", "[PHONE], [PHONE]"),
+        ("电话：13800138000，微信同号", "电话：[PHONE]，微信同号"),
+        ("手机138-0013-8000请拨打", "手机[PHONE]请拨打"),
+        ("+86 138 0013 8000", "[PHONE]"),
+        ("座机010-62345678", "座机[PHONE]"),
+        ("phone=13800138000", "phone=[PHONE]"),
+        ("电话１３８００１３８０００，ｂｏ＠example.com", "电话[PHONE]，[EMAIL]"),  # full-width forms
+        ("+٤٤ ٢٠ ٧٩٤٦ ٠٩٥٨", "[PHONE]"),
+        ("card 4111 1111 1111 1111, 5555-5555-5555-4444", "card [CARD], [CARD]"),
+        ("378282246310005 3782 822463 10005", "[CARD] [CARD]"),
+        ("卡号6011000990139424。", "卡号[CARD]。"),
+        ("身份证11010519491231002X号", "身份证[ID]号"),
+        ("his number is 078-05-1120.", "his number is [ID]."),
+        ("GB82 WEST 1234 5698 7654 32 is", "[IBAN] is"),
+        ("DE89370400440532013000", "[IBAN]"),
+    ],
+)
+def test_what_is_personal_is_masked(text, expected):
+    assert masked(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "In 1999-2005, on 2020-12-31 at 12:30:45",
+        "1,234,567,890 and 3.14159265358979 and 0.4111111111111111",
+        "2^34 = 17179869184",
+        "17179869184 - 5 = 17179869179",
+        "他花了13800000000元",
+        "It cost $13800138000",
+        "4111111111111112",  # Luhn's digit is wrong
+        "1234567812345670",  # right, but no issuer's
+        "0000000000000000",
+        "4111111111111111 + 1",
+        "110105194912310021",  # the check digit is X
+        "11010519491331002X",  # month 13
+        "000-12-3456 and 666-12-3456 and 900-12-3456 and 123-00-4567 and 123-45-0000",
+        "123-45-67890",
+        "GB82 WEST 1234 5698 7654 33",  # mod 97
+        "GB82 WEST 1234 5698 7654 32X",
+        "DE8937040044053201300",  # a digit short
+        "scores = q@k.transpose(1, 2)",
+        "@property\nuser@localhost",
+        "call 2025550123 times",  # ten digits in one may be any number
+        "ISBN 978-3-16-148410-0, version 10.0.19041.1",
+        "28980 - 18480 = 10500; 1000-450-300 = 250",
+    ],
+)
+def test_what_only_looks_personal_stays(text):
+    assert [(text[f.start : f.end], f.kind) for f in find_personal(text)] == []
+
+
+def test_an_identity_number_is_not_a_card_too():
+    # Right by both check digits, ISO 7064's and Luhn's, and 62 is UnionPay's; of a person born in 1900.
+    (found,) = find_personal("no. 620102190001010256")
+    assert (found.kind, found.start, found.end) == ("identity number", 4, 22)
+
+
+def test_shapes_show_nothing_but_the_form():
+    assert shape("ann.lee@example.com") == "a**.***@*******.***"
+    assert shape("(202) 555-0123") == "(***) ***-****"
+
+
+def test_rows_are_masked_at_every_depth():
+    row = {"messages": [{"role": "user", "content": "I am bo@example.com"}], "n": 4, "none": None,
+           "meta": {"tags": ["202-555-0123", "x"]}}  # fmt: skip
+    counts = Counter()
+    assert masked_value(row, counts) == {
+        "messages": [{"role": "user", "content": "I am [EMAIL]"}], "n": 4, "none": None,
+        "meta": {"tags": ["[PHONE]", "x"]},
+    }  # fmt: skip
+    assert counts == {"email": 1, "phone": 1}
+    assert list(strings_of(row)) == ["user", "I am bo@example.com", "202-555-0123", "x"]
+
+
+def test_hostile_texts_take_linear_time():
+    for text in ("a" * 200_000 + "@", "a.@" * 60_000, "1 " * 100_000, "1-" * 100_000, "GB82 " + "A " * 100_000):
+        find_personal(text)
+
+
+@pytest.mark.parametrize(
+    ("mode", "learned", "says"),
+    [
+        ("none", "bo@example.com", ""),
+        ("count", "bo@example.com", "; personal data: 2 email (cleaning.privacy=mask hides it)"),
+        ("mask", "[EMAIL]", "; personal data: 2 email (masked)"),
+    ],
+)
+def test_a_run_counts_or_masks(write, mode, learned, says):
+    tokenizer = bpe_tokenizer(["abc"], vocab_size=260, max_length=1000)
+    path = write({"prompt": "who?", "completion": "bo@example.com"}, {"prompt": "ann@example.com", "completion": "me"})
+    reports = []
+    train, _ = load_supervised(
+        DatasetConfig(path=path, cleaning={"privacy": mode}), tokenizer, seed=0, on_report=reports.append
+    )
+    assert tokenizer.decode(train[0].token_ids) == f"who?{learned}<eos>"
+    assert str(reports[0]) == f"{path}: 2 rows, 2 examples{says}"
+
+
+def test_problems_and_reviews_have_none(shared_data):
+    for name in ("gsm8k.test", "math500.half", "movie_reviews.test"):
+        for number, line in enumerate((shared_data / f"{name}.jsonl").read_text().splitlines(), start=1):
+            for text in strings_of(json.loads(line)):
+                assert not find_personal(text), f"{name}:{number}"

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from rlhf_ray.config.supervised import SFTConfig
+from rlhf_ray.data.examples import TokenizedExample, TokenizedPair
+from rlhf_ray.loops.supervised_notes import balance_of, notes_on_validation
+
+MODEL = {"path": "scratch:gpt2", "tokenizer": {"path": "scratch:char"}}
+
+
+def notes(held_out=4, steps=12, per_epoch=4, data=None, **evaluation):
+    rows = {"path": "rows.jsonl", "eval_size": 4, **(data or {})}
+    config = SFTConfig(model=MODEL, steps=steps, data=rows, eval=evaluation)
+    return notes_on_validation(config, {"val": [None] * held_out}, per_epoch)
+
+
+def test_fewer_held_out_rows_than_asked_for_are_said():
+    assert notes() == []
+    assert notes(held_out=3) == [
+        "held out: 3 examples, fewer than data.eval_size=4, for the examples of one prompt go together"
+    ]
+    assert notes(held_out=3, data={"eval_path": "val.jsonl"}) == [
+        "held out: 3 examples, fewer than data.eval_size=4, for val.jsonl has no more"
+    ]
+    assert notes(held_out=3, data={"eval_path": "val.jsonl", "eval_size": 0}) == [], "0: all there are"
+
+
+# Validations after steps 4, 8 and 12; the first is the best so far, and after step 12 nothing is left to stop.
+@pytest.mark.parametrize(
+    ("patience", "every", "steps", "can"),
+    [(1, 0, 12, True), (2, 0, 12, False), (2, 0, 13, True), (2, 3, 12, True), (3, 3, 12, False), (1, 12, 12, False)],
+)
+def test_a_run_too_short_to_stop_early_says_so(patience, every, steps, can):
+    found = notes(steps=steps, patience=patience, every=every)
+    assert (found == []) == can
+    if not can:
+        assert found[0].startswith(f"eval.patience={patience}: with a validation every {every or 4} of {steps} steps (")
+        assert "in all) the run ends before it could stop early" in found[0]
+
+
+def test_the_balance_of_pairs_is_in_learned_tokens():
+    def example(answer):
+        return TokenizedExample((7,) * (3 + answer), (False,) * 3 + (True,) * answer)
+
+    balance = balance_of([TokenizedPair(example(4), example(2)), TokenizedPair(example(1), example(2))])
+    assert (balance.longer, balance.chosen_mean, balance.rejected_mean, balance.unit) == (0.5, 2.5, 2.0, "tokens")
+    assert balance_of([example(4)]) is None
