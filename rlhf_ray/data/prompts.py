@@ -231,7 +231,14 @@ def load_texts(source: str, *, field: str | None = None, split: str = "train") -
     return [text for _, text in located_texts(source, field=field, split=split)]
 
 
-def located_texts(source: str, *, field: str | None = None, split: str = "train") -> list[tuple[str, str]]:
+def vocabulary_texts(source: str, *, field: str | None = None, split: str = "train") -> list[str]:
+    """As `load_texts`, for a tokenizer; of a row whose answer nobody can read the prompt, all that a policy gets."""
+    return [text for _, text in located_texts(source, field=field, split=split, prompts_will_do=True)]
+
+
+def located_texts(
+    source: str, *, field: str | None = None, split: str = "train", prompts_will_do: bool = False
+) -> list[tuple[str, str]]:
     """(`file:line`, text), as `load_texts`."""
     rows = read_rows(source, split=split)
     if field is not None:
@@ -240,7 +247,13 @@ def located_texts(source: str, *, field: str | None = None, split: str = "train"
     texts = []
     for row in rows:
         kind = kind or detect(row)
-        texts += [(row.where, "\n".join(texts_of(record))) for record in parse(row, kind)]
+        try:
+            found: Sequence[Any] = parse(row, kind)
+        except DataError:
+            if not prompts_will_do:
+                raise
+            found = [prompt for prompt, _ in PromptRows(None, kind=kind).asked(row)]
+        texts += [(row.where, "\n".join(texts_of(record))) for record in found]
     return texts
 
 

@@ -84,8 +84,9 @@ def _separated(path: Path, separator: str, separators: str) -> Iterator[Found]:
                     continue
                 yield where, dict(fields)
         # After these two nobody knows where the next row begins.
-        except UnicodeDecodeError as error:
-            yield not_utf8(str(path), error)
+        except UnicodeDecodeError:
+            # The decoder works ahead of the rows, so the line is looked for.
+            yield next(line for _, line in numbered_lines(path) if isinstance(line, DataError))
         except csv.Error as error:
             yield DataError(
                 f"{path}:{ends + 1}: broken from here on ({error}); quote cells that hold {separators}, quotes or line "

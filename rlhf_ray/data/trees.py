@@ -115,7 +115,7 @@ def _message(where: str, fields: dict[str, Any], parent: Any) -> _Message:
     name, role, text, rank = (fields.get(key) for key in ("message_id", "role", "text", "rank"))
     if not isinstance(name, str) or not isinstance(text, str) or not (parent is None or isinstance(parent, str)):
         raise DataError(f"{where}: a message needs the texts message_id and text, and a parent_id if it is a reply")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where}: the role of message {name!r} is {role!r}; it must be prompter or assistant")
     if isinstance(rank, bool) or not (rank is None or isinstance(rank, (int, float))) or rank != rank:
         raise DataError(f"{where}: the rank of message {name!r} is {rank!r}, not a number (0: the best)")

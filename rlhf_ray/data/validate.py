@@ -5,6 +5,7 @@ Each row goes through the code that the command itself reads it with, so both ta
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections import Counter
@@ -31,6 +32,7 @@ from rlhf_ray.errors import DataError
 Command = Literal["sft", "rm", "dpo", "classifier", "rl"]
 Named = tuple[str, TokenizedExample]
 _NO_LIMIT = 1 << 60
+_PATIENCE = 1000  # bad rows, after which no good one is waited for to tell what the rows are for
 _TREES: dict[Command, TreeForm] = {"rm": "ranked", "dpo": "ranked", "rl": "prompt"}
 # What a type is for, where that is one thing.
 _SUITED: dict[DataType, Command] = {
@@ -89,6 +91,7 @@ class _Findings:
         self._data, self._tokenizer, self._command, self._show = data, tokenizer, command, show
         self._watch = watch
         self._reader: _Reader | None = None
+        self._waiting: list[Row | DataError] = []  # until it is known who reads them
         self.read_as: Counter[str] = Counter()  # what reading itself leaves out, by reason
         self._types: Counter[str] = Counter()
         self._bad: list[RowNote] = []
@@ -98,17 +101,37 @@ class _Findings:
         self._shown: ShownRow | None = None
 
     def refuse(self, error: DataError) -> None:
+        """A row that could not be read at all."""
+        if self._reader is None:
+            self._waiting.append(error)
+            return
         where, _, why = str(error).partition(": ")
         self._bad.append(RowNote(where, why))
 
     def add(self, row: Row) -> None:
+        if self._reader is not None:
+            self._take(row)
+            return
+        self._waiting.append(row)
+        command = self._command or _suited(row, self._data)
+        if command is not None or len(self._waiting) == _PATIENCE:
+            self._begin(command)
+
+    def _begin(self, command: Command | None) -> None:
+        """From now on it is known who reads: the rows so far are read again as `command` reads them, in their order."""
+        self._command = command or _suited_by_type(self._waiting, self._data)
+        self._reader = _reader(self._command, self._data, self._tokenizer)
+        for item in self._waiting:
+            if isinstance(item, Row):
+                self._take(item)
+            else:
+                self.refuse(item)
+
+    def _take(self, row: Row) -> None:
         try:
             Fingerprint().add(row.fields, row.where)  # a run takes one of its rows
-            if self._reader is None:
-                self._command = self._command or _suited(row, self._data)
-                self._reader = _reader(self._command, self._data, self._tokenizer)
             before = Counter(self._reader.dropped)
-            records, sequences = self._reader.read(row)
+            records, made, sequences = self._reader.read(row)
         except DataError as error:
             self.refuse(error)
             return
@@ -116,18 +139,19 @@ class _Findings:
         gone = [RowNote(row.where, reason) for reason in (self._reader.dropped - before).elements()]
         self._left_out += gone
         self._types[str(self._reader.kind)] += 1
-        self._kept += len(sequences) if self._tokenizer is not None else max(0, len(records) - len(gone))
+        self._kept += made if self._tokenizer is not None else max(0, len(records) - len(gone))
         self._lengths += [len(example.token_ids) for _, example in sequences]
         if sequences and self._shown is None and self._show in (None, _number(row.where)):
             shown = (ShownSequence.of(name, example, self._tokenizer) for name, example in sequences)
             self._shown = ShownRow(row.where, tuple(shown))
 
     def report(self) -> ValidationReport:
-        dropped, unused = (self._reader.dropped, self._reader.unused) if self._reader else (Counter(), Counter())
-        lengths = self._lengths
+        if self._reader is None:
+            self._begin(self._command)
+        dropped, unused, lengths = self._reader.dropped, self._reader.unused, self._lengths
         return ValidationReport(
             source=self._data.path,
-            command=self._command or "sft",
+            command=self._command,
             rows=self._types.total() + len(self._bad),
             types=dict(self._types),
             bad=tuple(self._bad),
@@ -148,8 +172,11 @@ class _Reader(Protocol):
     dropped: Counter[str]
     unused: Counter[str]
 
-    def read(self, row: Row) -> tuple[list[Record], list[Named]]:
-        """(the records that are used, their sequences by name). Raises DataError."""
+    def read(self, row: Row) -> tuple[list[Record], int, list[Named]]:
+        """(the records that are used, how many examples they make, the sequences of these by name). Raises DataError.
+
+        A pair is one example of two sequences.
+        """
         ...
 
 
@@ -160,11 +187,11 @@ class _Supervised:
         self._cleaner = Cleaner(data.cleaning, max_length=data.max_length, overlong=data.overlong)
         self.dropped, self.unused = self._cleaner.dropped, self._cleaner.unused
 
-    def read(self, row: Row) -> tuple[list[Record], list[Named]]:
+    def read(self, row: Row) -> tuple[list[Record], int, list[Named]]:
         self.kind = self.kind or detect(row, self._names)
         records = self._cleaner.wanted(row, self.kind, self._names)
         items = [item for record in records for item in self._use(record, self._cleaner, row.where)]
-        return records, [named for item in items for named in _named(item)]
+        return records, len(items), [named for item in items for named in _named(item)]
 
 
 class _Asked:
@@ -176,11 +203,11 @@ class _Asked:
     def kind(self) -> DataType | None:
         return self._rows.kind
 
-    def read(self, row: Row) -> tuple[list[Record], list[Named]]:
+    def read(self, row: Row) -> tuple[list[Record], int, list[Named]]:
         made = [self._rows.example(prompt, columns, row.where) for prompt, columns in self._rows.asked(row)]
         used = [pair for pair in made if pair is not None]
         sequences = [("", TokenizedExample(ids, (False,) * len(ids))) for _, ids in used if ids]
-        return [PromptRow(example.asked) for example, _ in used], sequences
+        return [PromptRow(example.asked) for example, _ in used], len(used), sequences
 
 
 def _reader(command: Command, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None) -> _Reader:
@@ -195,17 +222,29 @@ def _reader(command: Command, data: DatasetConfig, tokenizer: PreTrainedTokenize
     return _Supervised(data, Demonstrations(encoder) if command == "sft" else Comparisons(encoder))
 
 
-def _suited(row: Row, data: DatasetConfig) -> Command:
-    """The command that rows such as this one are for. Raises DataError where the row is bad for any."""
-    kind = detect(row, data.columns) if data.type == "auto" else data.type
+def _suited(row: Row, data: DatasetConfig) -> Command | None:
+    """The command that rows such as this one are for; None where the row is bad for any."""
     try:
+        kind = detect(row, data.columns) if data.type == "auto" else data.type
         record = parse(row, kind, data.columns)[0]
     except EmptyRowError:
-        return _SUITED.get(kind, "sft")
+        return _suited_by_type([row], data)
+    except DataError:
+        return None
     is_asked = isinstance(record, PromptRow) or (
         isinstance(record, ConversationRow) and all(said["role"] != "assistant" for said in record.chat.messages)
     )
     return "rl" if is_asked else _SUITED.get(kind, "sft")
+
+
+def _suited_by_type(rows: Sequence[Row | DataError], data: DatasetConfig) -> Command:
+    """As far as the type of the first row that has one tells."""
+    for row in rows:
+        with contextlib.suppress(DataError):
+            kind = data.type if data.type != "auto" else detect(row, data.columns) if isinstance(row, Row) else None
+            if kind is not None:
+                return _SUITED.get(kind, "sft")
+    return "sft"
 
 
 def _named(item: object) -> Iterator[Named]:

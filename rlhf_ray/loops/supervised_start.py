@@ -65,7 +65,8 @@ def corpus(data: DatasetConfig) -> list[str]:
 
 def _texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
+        # Half of a character stands in a column that nobody else reads: no tokenizer has a token for it.
+        yield value.encode("utf-8", "ignore").decode("utf-8")
     elif isinstance(value, Mapping):
         for inner in value.values():
             yield from _texts_in(inner)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config.schema import DataConfig, RunConfig
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.prompt_sources import held_out_counts, load_split
-from rlhf_ray.data.prompts import PromptSet, first_words, load_texts, located_texts
+from rlhf_ray.data.prompts import PromptSet, first_words, load_texts, located_texts, vocabulary_texts
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def _texts_of(data: DataConfig, completion: str | None) -> list[str]:
     """Of one source; of a task its alphabet."""
     if is_task(data.path):
         return [load_task(data.path).alphabet]
-    texts = load_texts(data.path, field=data.field, split=data.split)
+    texts = vocabulary_texts(data.path, field=data.field, split=data.split)
     if completion is not None:
         answers = load_texts(data.path, field=completion, split=data.split)
         texts = [f"{text}\n{answer}" for text, answer in zip(texts, answers, strict=True)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.data.prompts import first_words, load_prompts, load_texts
+from rlhf_ray.data.prompts import first_words, load_prompts, load_texts, vocabulary_texts
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import char_tokenizer
 
@@ -190,3 +190,11 @@ def test_the_real_reviews(shared_data):
     assert prompts.examples[0].prompt == "the sweetest thing leaves"
     with pytest.raises(DataError, match=r"reviews\.test\.jsonl:1: no field 'body'"):
         load_texts(source, field="body")
+
+
+def test_a_vocabulary_needs_no_more_of_a_row_than_its_prompt(write):
+    """A policy is asked the prompt alone: whether its answer can be read is no business of its tokenizer."""
+    source = write({"prompt": "ab", "completion": "cd"}, {"prompt": "ef", "completion": None})
+    assert vocabulary_texts(source) == ["ab\ncd", "ef"]
+    with pytest.raises(DataError, match=":2: .*completion"):
+        load_texts(source)

@@ -341,3 +341,11 @@ def test_the_real_files(shared_data):
         rows = list(read_rows(str(file)))
         assert len(rows) == count and rows[-1].where == f"{file}:{count}"
         assert rows[-1].fields[field] == json.loads(file.read_text().splitlines()[-1])[field]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_the_line_of_a_csv_file_that_is_not_utf8_is_named(tmp_path, name):
+    text = b"prompt\n" + b"yes\n" * 5000 + b"\xff\n" + b"no\n"
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(DataError, match=rf"{name}:5002: not UTF-8"):
+        list(read_rows(str(tmp_path / name)))
