@@ -208,3 +208,12 @@ def test_a_word_tokenizer_is_not_trained_for_a_plan(config, monkeypatch):
     monkeypatch.setattr(plan, "make_tokenizer", lambda *_: pytest.fail("it would read all the data"))
     assert model_size(config("model.tokenizer.path=scratch:bpe")) is not None
     assert len(build_tokenizer("char", ["abcdefg"])) == 10
+
+
+def test_a_mixture_of_sources_is_on_the_page(config):
+    data = "data={max_prompt_tokens: 8, eval_size: 300, sources: [{path: 'task:arithmetic', weight: 3}, " \
+           "{path: b.jsonl, weight: 1}]}"  # fmt: skip
+    assert "# sources: arithmetic 75.0% (task:arithmetic), b 25.0% (b.jsonl)\n" in describe_plan(config(data))
+    without = config(data, "data.sources.0.weight=null", "data.sources.1.weight=null")
+    assert "arithmetic (task:arithmetic), b (b.jsonl); no weights, so each row comes once" in describe_plan(without)
+    assert "# sources" not in describe_plan(config())

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from rlhf_ray.data.prompt_sources import joined, named
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
@@ -62,3 +63,12 @@ def test_at_most_ten_samples_are_kept(generator, reward, prompts):
 def test_only_numbers_become_metrics():
     metrics = numbers_of({"reward": 1.5, "samples": [{}], "name": "x", "distinct_1": math.nan}, "eval/")
     assert metrics["eval/reward"] == 1.5 and set(metrics) == {"eval/reward", "eval/distinct_1"}
+
+
+def test_each_source_is_judged_by_itself_and_shown(generator, reward, prompts):
+    mixed = joined([named(prompts.slice(0, 3), "math"), named(prompts.slice(3, 5), "chat")])
+    result = Evaluator(generator, reward, mixed, GREEDY, seed=3).evaluate(0)
+    assert result["source/math/reward"] == 1.0 and result["source/chat/reward"] == 3.5  # 0, 1, 2 and 3, 4
+    assert result["source/chat/reward/half"] == 1.75 and result["reward"] == 2.0
+    assert [sample["prompt"] for sample in result["samples"]] == ["p0", "p3", "p1", "p4", "p2"], "in turn"
+    assert [sample["reward"] for sample in result["samples"]] == [0, 3, 1, 4, 2]

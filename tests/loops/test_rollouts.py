@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
+from rlhf_ray.data.prompt_sources import joined, named
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts, rollout_metrics, staleness
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
@@ -238,3 +239,29 @@ def test_the_wait_is_measured(overlapped, generator):
     threading.Timer(0.1, generator.gate.set).start()
     ahead.next(0)
     assert ahead.timer.take()["time/wait"] > 0.05
+
+
+# ---- several sources ------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_each_source_are_those_of_its_own_answers(generator, reward, prompts):
+    """Scores are 0, 1, 2, ... by row: three prompts of math and one of chat a step, two answers each."""
+    mixed = joined([named(prompts.slice(0, 3), "math", 3.0), named(prompts.slice(3, 5), "chat", 1.0)])
+    made = Rollouts(
+        generator, reward, mixed, RolloutConfig(prompts_per_step=4, group_size=2), SAMPLING,
+        algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3, steps=20,
+    )  # fmt: skip
+    for step in (0, 1):
+        metrics = made.next(step).metrics
+        asked = [request.columns["data_source"] for request in generator.asked[step]]
+        assert asked == ["math"] * 6 + ["chat"] * 2
+        assert metrics["source/math/reward/mean"] == 2.5 and metrics["source/chat/reward/mean"] == 6.5
+        assert metrics["source/math/reward/half"] == 1.25 and metrics["source/chat/groups/all_correct"] == 1.0
+        assert metrics["source/math/groups/all_correct"] == pytest.approx(2 / 3), "the first group earns 0 and 1"
+        assert (metrics["source/math/count"], metrics["source/chat/count"]) == (6, 2)
+        assert (metrics["source/math/epochs"], metrics["source/chat/epochs"]) == (step + 1, (step + 1) / 2)
+        assert metrics["reward/mean"] == 3.5 and not any("stale" in n for n in metrics if n.startswith("source/"))
+
+
+def test_one_source_has_no_metrics_of_its_own(rollouts):
+    assert not any(name.startswith("source/") for name in rollouts().next(0).metrics)

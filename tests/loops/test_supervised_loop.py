@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.supervised import SFTConfig, ValidationConfig
+from rlhf_ray.data.stream import Part
 from rlhf_ray.loops.supervised import Batches, Judged, Validated, train
 from rlhf_ray.roles.supervised import Report
 from rlhf_ray.run.directory import RunDirectory
@@ -86,6 +87,25 @@ def test_plain_text_takes_its_share_of_each_batch():
     assert all(sum(row >= 6 for row in rows) == 1 and len(rows) == 4 for rows in drawn)
     assert sorted(row for rows in drawn[:3] for row in rows if row >= 6) == [6, 7, 8]
     assert sorted(row for rows in drawn[:2] for row in rows if row < 6) == list(range(6)) and batches.per_epoch == 2
+
+
+def test_the_rows_of_a_step_are_fixed_for_ever():
+    # A resumed run must go on in the order it began with: these numbers may never change.
+    assert [Batches(6, 4, 3, 3, 1).rows(step) for step in range(4)] == [
+        [0, 5, 1, 7], [2, 4, 3, 8], [3, 0, 1, 6], [2, 4, 5, 7],
+    ]  # fmt: skip
+    assert [Batches(5, 3, 7).rows(step) for step in range(4)] == [[1, 2, 0], [3, 4, 3], [4, 1, 2], [0, 2, 3]]
+
+
+def test_several_sources_are_drawn_by_weight_beside_plain_text():
+    """4 rows of a and 8 of b, 3 to 1; then plain text. Of each batch of 5, one row is plain."""
+    batches = Batches(12, 5, 0, plain_count=2, plain_batch=1, parts=(Part("a", 4, 3.0), Part("b", 8, 1.0)))
+    drawn = [batches.rows(step) for step in range(8)]
+    assert all([sum(row < 4 for row in rows), sum(4 <= row < 12 for row in rows)] == [3, 1] for rows in drawn)
+    assert all(rows[4] >= 12 and len(rows) == 5 for rows in drawn) and batches.per_epoch == 3
+    assert sorted(row for rows in drawn for row in rows if 4 <= row < 12) == list(range(4, 12))
+    assert batches.progress(8) == {"source/a/epochs": 6.0, "source/b/epochs": 1.0}
+    assert Batches(12, 5, 0).progress(8) == {}
 
 
 # ---- what validation decides ----------------------------------------------------------------------------------

@@ -62,13 +62,23 @@ def test_ray_gives_the_numbers_of_a_local_run(tiny_config, tmp_path):
 
 
 def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp_path):
-    """What is sampled depends neither on where, nor on the number of generators, nor on a stop in between."""
+    """What is sampled depends neither on where, nor on the number of generators, nor on a stop in between.
+
+    Of two sources, drawn by weight.
+    """
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(2, 9)))
+    sources = f"data={{max_prompt_tokens: 8, eval_size: 2, sources: [{{path: 'task:arithmetic', weight: 2}}, " \
+              f"{{path: {tmp_path}/more.jsonl, weight: 1}}]}}"  # fmt: skip
     # LoRA: the learner is its own reference, and is asked for both policies at once.
-    options, on_ray = ("logging.rollouts=24", "model.lora.r=2", *PPO), ("executor=ray", "generator.count=2")
+    options = ("logging.rollouts=24", "model.lora.r=2", "model.tokenizer.alphabet='0123456789+='", sources, *PPO)
+    on_ray = ("executor=ray", "generator.count=2")
     run_rl(tiny_config(*options), tmp_path / "local")
     run_rl(tiny_config(*options, *on_ray, "steps=2"), tmp_path / "ray")
     run_rl(tiny_config(*options, *on_ray), tmp_path / "ray", resume=True)
     require_the_same_run(tmp_path / "local", tmp_path / "ray")
+    for local, remote in zip(metrics_of(tmp_path / "local"), metrics_of(tmp_path / "ray"), strict=True):
+        names = ("source/arithmetic/count", "source/more/count", "source/more/reward/mean", "source/more/epochs")
+        assert [remote[name] for name in names] == [local[name] for name in names] and local[names[0]] == 16
 
 
 def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path):

@@ -48,19 +48,23 @@ def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
 @pytest.mark.usefixtures("own_ray")
 @pytest.mark.parametrize(("command", "stage"), [("sft", 3), ("dpo", 2)])
 def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
-    """Losses, validation, samples and weights; the second half of the SFT runs is a resumed one."""
+    """Losses, validation, samples and weights, over two sources; the second half of the SFT runs is a resumed one."""
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + "+"}) + "\n" for row in ROWS[:9]))
+    first = tmp_path / "pairs.jsonl"
+    sources = [f"data.sources=[{{path: {first}, weight: 2}}, {{path: {more}, weight: 1}}]", "data.path=null"]
     ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
     for name, overrides in (("local", []), ("ray", ray)):
         if command == "sft":
-            run_supervised(config(tmp_path, command, *overrides, "steps=2"), tmp_path / name)
-        run_supervised(config(tmp_path, command, *overrides), tmp_path / name, resume=command == "sft")
+            run_supervised(config(tmp_path, command, *sources, *overrides, "steps=2"), tmp_path / name)
+        run_supervised(config(tmp_path, command, *sources, *overrides), tmp_path / name, resume=command == "sft")
     one, other = tmp_path / "local", tmp_path / "ray"
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     assert len(rows[0]) == len(rows[1]) == 4
     for a, b in zip(*rows, strict=True):
         names = [name for name in a if not name.startswith(("time/", "perf/", "cost/"))]
         assert {n: b[n] for n in names} == pytest.approx({n: a[n] for n in names}, abs=1e-5), a["step"]
-        assert a["grad_norm"] > 0
+        assert a["grad_norm"] > 0 and (a["source/pairs/count"], a["source/more/count"]) == (4, 2)
     ends = [json.loads((run / "summary.json").read_text())["after"] for run in (one, other)]
     assert ends[0].get("samples") == ends[1].get("samples")
     weights = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (one, other)]

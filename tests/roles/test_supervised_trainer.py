@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,3 +149,26 @@ def test_samples_end_where_the_model_does():
     # ids 2, 3, ... of the tokenizer are <unk>, "a", "b", ...
     assert made.sample([(4,)], max_new_tokens=8) == [made.tokenizer.decode([5, 6, 7, 8])]
     assert len(made.sample([(4, 5)] * 2, max_new_tokens=100)) == 2, "more than the model has positions for"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_of_each_source_are_those_of_its_own_rows(kind):
+    made, alone = trainer(kind), trainer(kind)
+    items = made.splits["train"]
+    if kind == "dpo":
+        pairs = [replace(item.pair, source="xyx"[i % 3]) for i, item in enumerate(items)]
+        named = [replace(item, pair=pair) for item, pair in zip(items, pairs, strict=True)]
+    else:
+        named = [replace(item, source="xyx"[i % 3]) for i, item in enumerate(items)]
+    made.splits["train"] = made.splits["val"] = named
+    found = made.step(list(range(len(items))), lr=0.0)
+    own = [i for i in range(len(items)) if i % 3 != 1]
+    expected = alone.step(own, lr=0.0)
+    names = [name.removeprefix("source/x/") for name in found if name.startswith("source/x/")]
+    assert found["source/x/count"] == len(own) and found["source/y/count"] == len(items) - len(own)
+    names.remove("count")
+    assert "loss" in names
+    assert {n: found[f"source/x/{n}"] for n in names} == pytest.approx({n: expected[n] for n in names}, abs=1e-6)
+    judged = made.evaluate("val", limit=2).metrics
+    assert (judged["source/x/count"], judged["source/y/count"]) == (1, 1), "a part of them has some of each"
+    assert not any(name.startswith("source/") for name in alone.evaluate("val").metrics)
