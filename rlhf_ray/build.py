@@ -15,6 +15,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.prompt_sources import load_split
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import described
+from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.loops.best import BestPolicy
 from rlhf_ray.loops.evaluate import Evaluator
@@ -63,7 +64,8 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress()
         )
         assets = Assets(policy, tokenizer_path, hardware)
-        stop = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
+        named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
+        stop = with_turn_ends(named, tokenizer)
         with open_roles(config, assets) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(

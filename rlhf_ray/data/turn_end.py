@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase, end: TurnEnd | None = None)
     end = end_of_turn(tokenizer) if end is None else end
     written = [tokenizer.convert_tokens_to_ids(token) for token in (end.answer, end.call) if token]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *written]))
+
+
+def with_turn_ends(stop: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer for the model (`models/loading.py`), and those that end a turn in its template."""
+    return tuple(dict.fromkeys([*stop, *turn_end_ids(tokenizer)]))
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

@@ -18,6 +18,7 @@ from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
 from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
 from rlhf_ray.data.messages import readable
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
+from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
@@ -119,7 +120,8 @@ class AnsweringModel:
         self.tokenizer = tokenizer
         self.generator: Generator | None = generator
         trust = run.model.trust_remote_code
-        self.stop = stop_token_ids(assets.policy, tokenizer, trust_remote_code=trust)
+        named = stop_token_ids(assets.policy, tokenizer, trust_remote_code=trust)
+        self.stop = with_turn_ends(named, tokenizer)
         shape = load_shape(assets.policy, trust_remote_code=trust)
         self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
 

@@ -120,16 +120,20 @@ class SFT:
         return self.metrics(measured), {}
 
 
+_BEHIND_END = 2  # tokens that a template writes at most behind what ends a turn
+
+
 class BradleyTerry:
     """Reward-model loss on pairs: -log sigmoid(r_chosen - r_rejected - margin), r from a classifier with one label.
 
-    A reward model judges text, and text has no EOS (`roles/reward.py` decodes without special tokens): an EOS at the
-    end is left out here, so that the score is learned where it will be read.
+    A reward model judges text, and of an answer as text nothing is left that ends its turn (`roles/reward.py` decodes
+    without special tokens): what ends it (`ends`, token ids) is left out here, so that the score is learned where it
+    will be read.
     """
 
-    def __init__(self, pad_token_id: int, eos_token_id: int | None = None, margin_scale: float = 1.0) -> None:
+    def __init__(self, pad_token_id: int, ends: Sequence[int] = (), margin_scale: float = 1.0) -> None:
         self.pad_token_id = pad_token_id
-        self.eos_token_id = eos_token_id
+        self.ends = frozenset(ends)
         self.margin_scale = margin_scale
 
     def lengths(self, item: TokenizedPair) -> tuple[int, ...]:
@@ -147,8 +151,10 @@ class BradleyTerry:
 
     def _judged(self, example: TokenizedExample) -> TokenizedExample:
         ids = example.token_ids
-        if len(ids) > 1 and ids[-1] == self.eos_token_id:
-            return TokenizedExample(ids[:-1], example.learned[:-1])
+        # A template may write a line break behind the end; in a longer tail the end is that of an earlier turn.
+        for end in range(len(ids) - 1, max(0, len(ids) - 2 - _BEHIND_END), -1):
+            if ids[end] in self.ends:
+                return TokenizedExample(ids[:end], example.learned[:end])
         return example
 
     def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_ray.data.stream import by_turns
+from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
@@ -199,7 +200,7 @@ class SupervisedTrainer:
             written = self.engine.module.generate(
                 input_ids=tokens_1T, attention_mask=torch.ones_like(tokens_1T), do_sample=False,
                 max_new_tokens=max(1, min(max_new_tokens, positions - len(prompt))),
-                pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id, eos_token_id=list(turn_end_ids(self.tokenizer)),
             )  # fmt: skip
             texts.append(self.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
         return texts

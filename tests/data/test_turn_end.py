@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.encoding import Encoder
-from rlhf_ray.data.turn_end import TurnEnd, end_of_turn, turn_end_ids
+from rlhf_ray.data.turn_end import TurnEnd, end_of_turn, turn_end_ids, with_turn_ends
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import bpe_tokenizer
 
@@ -77,6 +77,11 @@ def test_what_ends_a_turn_is_found_out_from_the_template(tokenizer, written, rig
 
 def test_without_a_template_eos_ends_a_turn(tokenizer):
     assert end_of_turn(tokenizer) == TurnEnd() and turn_end_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_a_sampled_answer_stops_at_what_ends_a_turn_too(tokenizer):
+    tokenizer.chat_template = template(SAYS, user="{{ m.content }}")
+    assert with_turn_ends([7], tokenizer) == (7, *tokenizer.convert_tokens_to_ids(["<eos>", "<|you|>", "<|tool|>"]))
 
 
 def test_what_ends_a_turn_is_learned_where_the_marks_leave_it_out(tokenizer):

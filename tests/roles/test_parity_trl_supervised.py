@@ -146,8 +146,8 @@ def test_reward_model(trl, tokenizer, policy, tmp_path, margins):
     rows = [TokenizedPair(p.chosen, p.rejected, m) for p, m in zip(pairs(tokenizer), margins or [0.0] * 4, strict=True)]
     ours_model = load_classifier(tmp_path / "start", labels=["score"], pad_token_id=tokenizer.pad_token_id, seed=4)
     trainer = SupervisedTrainer(
-        # TRL's rows end with EOS, and so do ours here: no token id is None.
-        TorchEngine(ours_model, max_grad_norm=1e9), BradleyTerry(tokenizer.pad_token_id, None),
+        # TRL's rows end with EOS, and so do ours here: nothing is left out.
+        TorchEngine(ours_model, max_grad_norm=1e9), BradleyTerry(tokenizer.pad_token_id),
         {"train": rows}, tokens_per_microbatch=10_000, tokenizer=tokenizer,
     )  # fmt: skip
     ours = trainer.step(range(len(PROMPTS)), lr=1e-3)
