@@ -1,4 +1,4 @@
-"""The comparison with TRL starts, takes its turns and finishes; what it measures is for `benchmarks/vs_trl.py` to say."""
+"""The comparison with TRL starts and finishes; what it measures is for `benchmarks/vs_trl.py` to say."""
 
 from __future__ import annotations
 
