@@ -15,7 +15,7 @@ from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer
+from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.models.lora import apply_lora, quantization
 from rlhf_ray.rewards.classifier import Safety
 from rlhf_ray.rewards.compose import RewardSet, reward_of
@@ -99,7 +99,9 @@ def make_reward(config: RunConfig, assets: Assets) -> Reward:
         network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
         model = RewardModel(network, tokenizer, config.reward_model)
     safety = None if config.safety is None else Safety(config.safety, assets.hardware.device)
-    return Reward(RewardSet(functions), _tokenizer(config, assets), model=model, safety=safety)
+    policys = _tokenizer(config, assets)
+    stop = stop_token_ids(assets.policy, policys, trust_remote_code=config.model.trust_remote_code)
+    return Reward(RewardSet(functions), policys, model=model, safety=safety, stop=stop)
 
 
 def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank = Rank()) -> Learner:

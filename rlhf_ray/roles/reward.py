@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.data.completion_text import CompletionText
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores
 from rlhf_ray.rewards.compose import RewardSet
@@ -45,9 +46,11 @@ class Reward:
         *,
         model: RewardModel | None = None,
         safety: Safety | None = None,
+        stop: Sequence[int] = (),
     ) -> None:
+        """`stop`: ids that end an answer, no part of its text, beside the EOS and the template's end of turn."""
         self.functions = functions
-        self.tokenizer = tokenizer
+        self.text = CompletionText(tokenizer, stop)
         self.model = model
         self.safety = safety
 
@@ -57,7 +60,7 @@ class Reward:
         Raises RewardError if the model gives no finite number for a row, or a function whose policy is to raise.
         """
         ids = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
-        completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        completions = self.text.decode(ids)
         prompts = [row["prompt"] for row in batch.columns]
         reads_wholes = self.model is not None or self.safety is not None
         wholes = self._whole_texts(batch, prompts, completions) if reads_wholes else completions
@@ -93,20 +96,13 @@ class Reward:
         return Scores(score_B, named, texts, keep_B, stats, tuple(rewards.events))
 
     def _whole_texts(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
-        """Each prompt with its completion, joined as the tokenizer joins them.
-
-        Word and SentencePiece tokenizers lose the blank before a completion that is decoded alone ("was" + "good"
-        would read "wasgood"); decoded after its prompt it is there. The prompt is kept as it was given: special
-        tokens of a chat template are part of it.
-        """
-        rows = zip(batch.tokens, batch.attention_mask, batch.response_mask, strict=True)
-        pairs = [(row[mask].tolist(), row[mask & ~response].tolist()) for row, mask, response in rows]
-        wholes = self.tokenizer.batch_decode([whole for whole, _ in pairs], skip_special_tokens=True)
-        starts = self.tokenizer.batch_decode([start for _, start in pairs], skip_special_tokens=True)
-        return [
-            prompt + (whole[len(start) :] if whole.startswith(start) else completion)
-            for prompt, completion, whole, start in zip(prompts, completions, wholes, starts, strict=True)
-        ]
+        """Each prompt as it was given, with a chat template's special tokens, and its completion behind it."""
+        rows = zip(prompts, completions, batch.tokens, batch.attention_mask, batch.response_mask, strict=True)
+        wholes = []
+        for prompt, completion, row, mask, response in rows:
+            behind = self.text.decode_behind(row[mask & ~response].tolist(), row[response].tolist())
+            wholes.append(prompt + (completion if behind is None else behind))
+        return wholes
 
 
 def _judged(

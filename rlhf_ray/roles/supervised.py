@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_ray.data.completion_text import CompletionText
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.devices import peak_memory_gb
@@ -194,7 +195,7 @@ class SupervisedTrainer:
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """Greedy completions as text. Collective: all ranks write the same, which keeps sharded weights in step."""
-        texts, positions = [], getattr(self.engine.module.config, "max_position_embeddings", None) or sys.maxsize
+        answers, positions = [], getattr(self.engine.module.config, "max_position_embeddings", None) or sys.maxsize
         for prompt in prompts:
             tokens_1T = torch.tensor([list(prompt)], device=self.engine.device)
             written = self.engine.module.generate(
@@ -202,8 +203,8 @@ class SupervisedTrainer:
                 max_new_tokens=max(1, min(max_new_tokens, positions - len(prompt))),
                 pad_token_id=self.tokenizer.pad_token_id, eos_token_id=list(turn_end_ids(self.tokenizer)),
             )  # fmt: skip
-            texts.append(self.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
-        return texts
+            answers.append(written[0, len(prompt) :].tolist())
+        return CompletionText(self.tokenizer).decode(answers)
 
     def save(self, folder: Path) -> None:
         """Everything a bit-equal continuation needs. Collective."""
