@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _SCALARS = {type(None), bool, str, float}
+_PLAIN_KINDS = "biufcUS"  # of numpy's types: numbers, truths, texts, bytes
 _LARGE = 1 << 63  # integers beyond travel in hexadecimal: Python refuses to read long decimal ones
 
 # Types of the standard library that are data as much as a list is: (module, name) -> what makes one again.
@@ -96,9 +97,9 @@ class Encoder:
 
     def _numpy(self, value: Any) -> Any:
         numpy = sys.modules.get("numpy")
-        if isinstance(value, numpy.ndarray) and value.dtype.kind in "biufcUS":
+        if isinstance(value, numpy.ndarray) and value.dtype.kind in _PLAIN_KINDS:
             return {"array": [value.dtype.str, list(value.shape), self.encode(value.ravel().tolist())]}
-        if isinstance(value, numpy.generic) and value.dtype.kind in "biufcUS":
+        if isinstance(value, numpy.generic) and value.dtype.kind in _PLAIN_KINDS:
             return {"scalar": [value.dtype.str, self.encode(value.item())]}
         return None
 
@@ -163,6 +164,9 @@ class Decoder:
     def _numpy(self, dtype: str, *content: Any) -> Any:
         import numpy
 
+        if numpy.dtype(dtype).kind not in _PLAIN_KINDS:
+            # A forged reply: an array of objects could not be sent on, and would count as a test that cannot be judged.
+            raise ValueError(f"numpy's {dtype} is not plain data")
         if len(content) == 1:
             return numpy.dtype(dtype).type(self.decode(content[0]))
         shape, items = content

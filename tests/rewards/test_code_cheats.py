@@ -258,3 +258,21 @@ def test_the_tests_are_passed_by_what_solves_them(tier):
     right = "def add(a, b): return a + b if not isinstance(a, list) else sorted(a) + b"
     outcome = code_tests([right] * len(TESTS), [""] * len(TESTS), tests=list(TESTS.values()), tier=tier)
     assert dict(zip(TESTS, outcome.values, strict=True)) == dict.fromkeys(TESTS, 1.0)
+
+
+def test_a_forged_array_of_objects_fails_its_test_and_ends_no_run(tier):
+    """Sent back by the test it could not be passed over, and the row would count as one that nobody can judge."""
+    pytest.importorskip("numpy")
+    forged = """
+import sys
+Server = sys.modules["rlhf_ray.rewards.code_sample"].Server
+honest = Server.answer
+def answer(self, message):
+    if message["do"] == "names":
+        return honest(self, message)
+    return {"value": {"array": ["O", [1], [{"builtin": "int"}]]}}
+Server.answer = answer
+def enc(x): pass
+"""
+    outcome = code_tests([forged], [""], tests=["assert enc(enc(1)) == 1"], tier=tier)
+    assert outcome.values == (0.0,) and not outcome.failures
