@@ -55,6 +55,7 @@ class Batch:
     sample_id: Tensor  # [B] int64, unique in a run
     truncated: Tensor  # [B] bool, stopped by the token limit, not by EOS
     columns: tuple[Mapping[str, Any], ...]  # [B] dataset columns of each row's prompt, for reward functions
+    chats: tuple[Any, ...]  # [B] each row's prompt as a conversation (data/chat.py), for judges; None: a plain text
     temperature: Tensor | None = None  # [B] float32, what each row was sampled at; None: all at rollout.temperature
     score: Tensor | None = None  # [B] float32, the reward of the whole completion
     baseline: Tensor | None = None  # [B] float32, the reward of the greedy answer to the same prompt (ReMax)
@@ -103,10 +104,10 @@ class Batch:
         picked: dict[str, Any] = {}
         for field in dataclasses.fields(Batch):
             value = getattr(self, field.name)
-            if field.name == "columns":
-                picked[field.name] = tuple(value[i] for i in index.tolist())
-            elif value is None:
+            if value is None:
                 picked[field.name] = None
+            elif isinstance(value, tuple):
+                picked[field.name] = tuple(value[i] for i in index.tolist())
             else:
                 value = value[index]
                 picked[field.name] = value[:, :width] if value.dim() == 2 else value
@@ -119,14 +120,14 @@ class Batch:
         joined: dict[str, Any] = {}
         for field in dataclasses.fields(Batch):
             values = [getattr(part, field.name) for part in parts]
-            if field.name == "columns":
-                joined[field.name] = tuple(column for value in values for column in value)
-            elif any(value is None for value in values):
+            if any(value is None for value in values):
                 if not all(value is None for value in values):
                     raise ValueError(
                         f"Batch.cat: some parts have '{field.name}' and some do not; compute it for all or for none"
                     )
                 joined[field.name] = None
+            elif isinstance(values[0], tuple):
+                joined[field.name] = tuple(row for value in values for row in value)
             else:
                 joined[field.name] = torch.cat([pad_columns(value, width, field.name) for value in values])
         return Batch(**joined)
@@ -189,4 +190,5 @@ def build_batch(
         sample_id=torch.tensor([r.sample_id for r in requests], dtype=torch.long),
         truncated=torch.tensor(list(truncated), dtype=torch.bool),
         columns=tuple(r.columns for r in requests),
+        chats=tuple(r.chat for r in requests),
     )

@@ -142,6 +142,14 @@ class Cleaner:
         (self.dropped if drops else self.overlap)[f"{place}"] += 1
         return drops
 
+    def is_same(self, chosen: TokenizedExample, rejected: TokenizedExample) -> bool:
+        """Whether the answers of a pair, which differ in the row, are the same to who reads them: a template trims
+        them, or both are cut before they differ."""
+        if not self._settings.identical or chosen.token_ids != rejected.token_ids:
+            return False
+        self.dropped[IDENTICAL] += 1
+        return True
+
     def is_answered(self, *examples: TokenizedExample) -> bool:
         """Whether each sequence has enough learned tokens, not counting EOS; a pair is kept or left out as a whole."""
         if all(sum(e.learned) - 1 >= self._settings.min_response_tokens for e in examples):

@@ -55,13 +55,17 @@ def load_supervised(
 
 def load_pairs(
     data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
-    clock: datetime | None = None, tested_on: str | None = None,
+    clock: datetime | None = None, tested_on: str | None = None, judged: bool = False,
 ) -> tuple[list[TokenizedPair], list[TokenizedPair]]:  # fmt: skip
     """(train, held out) pairs; K ranked answers make C(K, 2) of them, whose margin is the difference of their scores.
 
-    Both sequences begin with the same prompt tokens, of which none is learned. See `load_supervised` for the rest.
+    Both sequences begin with the same prompt tokens, of which none is learned. `judged`: as a reward model reads them.
+    See `load_supervised` for the rest.
     """
-    return _load(data, lambda source: Comparisons(make_encoder(source, tokenizer, clock)), seed, on_report, tested_on)
+    def use_of(source: DatasetConfig) -> Use[TokenizedPair]:
+        return Comparisons(make_encoder(source, tokenizer, clock), judged=judged)
+
+    return _load(data, use_of, seed, on_report, tested_on)
 
 
 def load_labelled(
@@ -73,7 +77,16 @@ def load_labelled(
     A prompt and its completion are judged as one text, as reward models judge them. A text longer than
     `data.max_length` is refused, dropped or truncated as `data.overlong` says. See `load_supervised` for the rest.
     """
-    return _load(data, lambda source: Labelled(source, tokenizer), seed, on_report, tested_on)
+    def use_of(source: DatasetConfig) -> Use[LabelledText]:
+        return labelled(source, tokenizer, clock)
+
+    return _load(data, use_of, seed, on_report, tested_on)
+
+
+def labelled(data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None, clock: datetime | None = None) -> Labelled:
+    """What a classifier makes of a record; one whose tokenizer has no EOS reads no conversations."""
+    ends = tokenizer is not None and tokenizer.eos_token_id is not None
+    return Labelled(data, tokenizer, make_encoder(data, tokenizer, clock) if ends else None)
 
 
 def make_encoder(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from rlhf_ray.errors import DataError, ModelError
 
 Style = Literal["auto", "chat", "alpaca", "none"]
 _ANCHOR = "\n"
+_Written: TypeAlias = tuple[Chat, Sequence[Sequence[Piece]], Sequence[int]]
 
 
 class Encoder:
@@ -70,13 +72,21 @@ class Encoder:
         return text, ids
 
     def answer(self, prompt: Prompt, answer: Text) -> TokenizedExample:
-        """Prompt + answer + EOS, of which the answer and EOS are learned."""
+        """Prompt + answer + what ends it, of which the answer and its end are learned."""
+        example, written = self._answered(prompt, answer)
+        if written is not None:
+            self._check_written(*written)
+        return example
+
+    def _answered(self, prompt: Prompt, answer: Text) -> tuple[TokenizedExample, _Written | None]:
+        """(the sequence, what is to be checked of its text: None where no template has written it)."""
         chat = self._as_chat(prompt)
         if chat is None:
             if not isinstance(answer, str):
                 raise DataError("the answer is messages, but the prompt is not; write both alike")
             pieces = [Piece(self._plain(prompt)), Piece.answer(answer)]
-            return self._encode(pieces, templated=False, end=not self._is_ended(answer))
+            end = self._end.answer if self._is_turn(prompt) else self._tokenizer.eos_token
+            return self._encode(pieces, templated=False, end=None if self._is_ended(answer) else end), None
         answers, begun = _answer_messages(prompt, answer), None
         if chat.messages[-1]["role"] == "assistant":  # an unfinished turn, which the answer goes on with
             begun = chat.messages[-1]
@@ -86,8 +96,47 @@ class Encoder:
         sequences = self._template().conversation(whole, _to_learn(whole, len(chat.messages)), begun)
         if len(sequences) > 1:
             raise DataError("the answer has several turns, which the chat template writes otherwise once more follow")
-        self._check_written(whole, sequences, [len(whole.messages) - 1])
-        return self._encode(sequences[0], templated=True)
+        written = (whole, sequences, [len(whole.messages) - 1])
+        return self._encode(sequences[0], templated=True), written
+
+    def judged(self, prompt: Prompt, answer: Text, *, finished: bool = True) -> TokenizedExample:
+        """What a reward model reads of an answer that a policy wrote; `finished`: its turn has ended.
+
+        The very tokens that it reads in training; see `as_judged`. Raises DataError where the chat template refuses it.
+        """
+        return self.as_judged(prompt, self._answered(prompt, answer)[0], finished=finished)
+
+    def as_judged(self, prompt: Prompt, example: TokenizedExample, *, finished: bool = True) -> TokenizedExample:
+        """What a reward model reads of what `answer` gave for `prompt` (and `data.max_length` may have cut).
+
+        Of a conversation, also one that somebody has rendered, everything up to what ends the answer's turn, and
+        nothing behind it; where the turn has not ended, everything before that. Of a plain text everything without EOS,
+        and with what the tokenizer itself puts behind a text (BERT's [SEP]): a plain text ends where it ends.
+        """
+        ids, learned = example.token_ids, example.learned
+        ends = [place for place, token in enumerate(ids) if learned[place] and token in self._stops]
+        if not ends:
+            return example
+        if self._as_chat(prompt) is not None or self._is_turn(prompt):
+            end = ends[-1] + finished
+            return TokenizedExample(ids[:end], learned[:end])
+        if self._tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+            return example
+        behind = self._behind_texts
+        return TokenizedExample((*ids[: ends[-1]], *behind), (*learned[: ends[-1]], *(False for _ in behind)))
+
+    @functools.cached_property
+    def _behind_texts(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer puts behind every text."""
+        whole, plain = self._tokenizer("a")["input_ids"], self._plain_ids("a")
+        begins = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        return tuple(whole[begins + len(plain) :])
+
+    def chat_of(self, prompt: Prompt) -> Chat | None:
+        """A prompt as a conversation with all that the settings give it, for whoever renders it with a template of its
+        own; None where it is a plain text."""
+        chat = self._as_chat(prompt)
+        return chat and replace(chat, template_args={**self._chat_args, **(chat.template_args or {})})
 
     def completion(self, prompt: Prompt, answer: Text) -> tuple[int, ...]:
         """The answer's tokens alone, as a policy would write them after `prompt`: what ends its turn is the last."""
@@ -111,7 +160,8 @@ class Encoder:
 
     def text(self, text: str) -> TokenizedExample:
         """A whole text and EOS, all learned."""
-        return self._encode([Piece.answer(text)], templated=False, end=not self._is_ended(text))
+        end = None if self._is_ended(text) else self._tokenizer.eos_token
+        return self._encode([Piece.answer(text)], templated=False, end=end)
 
     @functools.cached_property
     def _end(self) -> TurnEnd:
@@ -122,10 +172,14 @@ class Encoder:
     def _stops(self) -> frozenset[int]:
         return frozenset(turn_end_ids(self._tokenizer, self._end))
 
+    def _is_turn(self, prompt: Prompt) -> bool:
+        """Whether a plain prompt has been through the chat template: what ends a turn stands in it."""
+        return isinstance(prompt, str) and bool(self._end.answer) and self._end.answer in prompt
+
     def _is_rendered(self, text: str) -> bool:
-        """Whether a prompt has been through the chat template: what begins a text or ends a turn stands in it."""
-        bos, end = self._tokenizer.bos_token, self._end.answer
-        return bool((bos and text.startswith(bos)) or (end and end in text))
+        """Whether a text has its special tokens: those of a turn, or what begins a text."""
+        bos = self._tokenizer.bos_token
+        return self._is_turn(text) or bool(bos and text.startswith(bos))
 
     def _is_ended(self, text: str) -> bool:
         """Whether what ends a turn stands at the end of a text already."""
@@ -171,8 +225,8 @@ class Encoder:
         assert isinstance(prompt, str)
         return alpaca_prompt(prompt) if self._style == "alpaca" else prompt
 
-    def _encode(self, pieces: Sequence[Piece], *, templated: bool, end: bool = False) -> TokenizedExample:
-        """The pieces' tokens, one piece after another; with `end`, EOS follows and is learned."""
+    def _encode(self, pieces: Sequence[Piece], *, templated: bool, end: str | None = None) -> TokenizedExample:
+        """The pieces' tokens, one piece after another; the token `end` follows and is learned."""
         ids: list[int] = []
         learned: list[bool] = []
         for number, piece in enumerate(pieces):
@@ -183,8 +237,8 @@ class Encoder:
                 added = self._continuation(piece.text)
             ids += added
             learned += self._learned(piece, added)
-        if end:
-            ids.append(self._tokenizer.eos_token_id)
+        if end is not None:
+            ids.append(self._tokenizer.convert_tokens_to_ids(end))
             learned.append(True)
         return TokenizedExample(tuple(ids), tuple(learned))
 
@@ -223,6 +277,14 @@ class Encoder:
             if anchored[: len(anchor)] == anchor:
                 return anchored[len(anchor) :]
         return self._plain_ids(text)
+
+
+def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text for the tokenizer's own call, which writes BOS itself: rendered texts begin with one already."""
+    bos = tokenizer.bos_token
+    if not bos or not text.startswith(bos) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return text
+    return text.removeprefix(bos)
 
 
 def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.config.schema import PromptsConfig
-from rlhf_ray.data.chat import Prompt
+from rlhf_ray.data.chat import Chat, Prompt
 from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.columns import USUAL, Columns
 from rlhf_ray.data.encoding import Encoder, Style
@@ -33,7 +33,8 @@ _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions 
 class Example:
     """One prompt as the generator gets it, with the other columns of its row (they reach the reward functions).
 
-    `where` is `file:line`. `asked` is the prompt before any template: what people and judges read. `source`: its
+    `where` is `file:line`. `asked` is the prompt before any template: what people and judges read; `chat` the same as a
+    conversation, with what the settings give it, where a chat template has written the prompt. `source`: its
     name, where there are several.
     """
 
@@ -41,6 +42,7 @@ class Example:
     columns: dict[str, Any]
     where: str = ""
     asked: Prompt = ""
+    chat: Chat | None = None
     source: str = ""
 
 
@@ -198,7 +200,7 @@ class PromptRows:
         if not self._fits(tokens, where):
             self.dropped["long"] += 1
             return None
-        return Example(text, columns, where, prompt), tokens
+        return Example(text, columns, where, prompt, self._encoder.chat_of(prompt)), tokens
 
     def _fits(self, tokens: Sequence[int], where: str) -> bool:
         if self._limit is None or len(tokens) <= self._limit:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.user_paths import is_file, typed_path
 from rlhf_ray.data.chat import Chat, Message
-from rlhf_ray.data.rendering import Renderer, Span, joined_parts
+from rlhf_ray.data.rendering import Renderer, Span
 from rlhf_ray.data.turn_end import end_of_turn, special_pattern
 from rlhf_ray.errors import DataError
 
@@ -120,8 +120,6 @@ class ChatTemplate:
                 "model would learn after a prompt that it never gets; set data.chat_template_args (such as "
                 "enable_thinking: false) or data.chat_template"
             )
-        for i in learned:
-            _check_written(chat.messages[i], turns[i].text[0 if begun else turns[i].prompt_end :])
         whole = turns[max(learned)].text
         if all(turns[i].stands_in(whole) for i in learned):
             return [_cut(whole, _standing(turns, whole, max(learned)), learned)]
@@ -248,15 +246,3 @@ def _cut(text: str, turns: Mapping[int, _Turn], learned: Sequence[int]) -> list[
             pieces.append(Piece(text[begin:end], tuple(inside) if i in learned else ()))
         at = turn.end
     return [piece for piece in [*pieces, Piece(text[at:])] if piece.text]
-
-
-def _check_written(message: Message, text: str) -> None:
-    """A template for lists of parts drops a plain text without a word, and an empty answer would be learned."""
-    content = message.get("content") or ""
-    content = content if isinstance(content, str) else joined_parts(content)
-    said = content.rpartition("</think>")[2].strip()
-    if said not in text:
-        raise DataError(
-            f"the chat template does not write the answer's text ({said[:40]!r} is not in {text[:40]!r}); is it one "
-            "for images? Set data.chat_template to one for text"
-        )

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.cleaning import TIED, UNWANTED, Cleaner
-from rlhf_ray.data.encoding import Encoder
+from rlhf_ray.data.encoding import Encoder, without_bos
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.rows import placed
 from rlhf_ray.data.trees import TreeForm
@@ -58,12 +58,15 @@ class Demonstrations:
 
 
 class Comparisons:
-    """For `rm` and `dpo`: K ranked answers make C(K, 2) pairs, whose margin is the difference of their scores."""
+    """For `rm` and `dpo`: K ranked answers make C(K, 2) pairs, whose margin is the difference of their scores.
+
+    `judged`: as a reward model reads them (`Encoder.as_judged`), not as a policy writes them.
+    """
 
     trees_as: TreeForm = "ranked"
 
-    def __init__(self, encoder: Encoder | None):
-        self._encoder = encoder
+    def __init__(self, encoder: Encoder | None, *, judged: bool = False):
+        self._encoder, self._judged = encoder, judged
 
     def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[TokenizedPair]:
         for pair in _comparisons(record, cleaner, where):
@@ -74,23 +77,33 @@ class Comparisons:
                     self._encoder.answer(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
                 )
             if cleaner.is_answered(chosen, rejected) and (kept := cleaner.fitting(chosen, rejected, where=where)):
-                yield TokenizedPair(*kept, margin=pair.margin)
+                if self._judged:
+                    kept = tuple(self._encoder.as_judged(pair.prompt, example) for example in kept)
+                if not cleaner.is_same(*kept):
+                    yield TokenizedPair(*kept, margin=pair.margin)
         if self._encoder is not None:
             cleaner.unused.update(self._encoder.take_unused())
 
 
 class Labelled:
-    """For `classifier`: texts with their class, as a classifier reads them: the tokenizer's special tokens, no EOS."""
+    """For `classifier`: texts with their class, as a classifier reads them: the tokenizer's special tokens, no EOS.
+
+    A conversation is read as reward models read it; `encoder` knows how, and a tokenizer without EOS has none.
+    """
 
     trees_as: TreeForm = "messages"
 
-    def __init__(self, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None):
-        self._data, self._tokenizer = data, tokenizer
+    def __init__(self, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None, encoder: Encoder | None = None):
+        self._data, self._tokenizer, self._encoder = data, tokenizer, encoder
 
     def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[LabelledText]:
+        if isinstance(record, AnswerRow) and isinstance(record.prompt, Chat) and record.label is not None:
+            yield from self._conversation(record, cleaner, where)
+            return
         text, label = _labelled_text(record, where)
         if self._tokenizer is None:
             return
+        text = without_bos(text, self._tokenizer)
         ids, longest = self._tokenizer(text)["input_ids"], self._data.max_length
         if self._data.overlong == "truncate" and len(ids) > longest:
             # By the tokenizer itself: it keeps the special token at the end, where many classifiers look.
@@ -98,6 +111,17 @@ class Labelled:
             cleaner.cut += 1
         if cleaner.fitting(TokenizedExample(tuple(ids), (True,) * len(ids)), where=where) is not None:
             yield LabelledText(tuple(ids), label)
+
+    def _conversation(self, record: AnswerRow, cleaner: Cleaner, where: str) -> Iterator[LabelledText]:
+        if self._tokenizer is None:
+            return
+        with placed(where):
+            if self._encoder is None:
+                raise DataError("these are chat messages, and the tokenizer has no EOS token that could end a turn")
+            example = self._encoder.as_judged(record.prompt, self._encoder.answer(record.prompt, record.completion))
+        cleaner.unused.update(self._encoder.take_unused())
+        if (kept := cleaner.fitting(example, where=where)) is not None:
+            yield LabelledText(kept[0].token_ids, record.label)
 
 
 def _demonstration(record: Record) -> TextRow | ConversationRow | AnswerRow:

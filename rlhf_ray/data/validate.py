@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig, DataType
 from rlhf_ray.data.cleaning import Cleaner
-from rlhf_ray.data.datasets import make_encoder
+from rlhf_ray.data.datasets import labelled, make_encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.prompts import PromptRows
@@ -24,7 +24,7 @@ from rlhf_ray.data.quality import NOTHING_MORE, QualityWatch, QualityWishes
 from rlhf_ray.data.rows import Row, read_rows
 from rlhf_ray.data.trees import TreeForm, tree_form
 from rlhf_ray.data.types import ConversationRow, PromptRow, Record, detect, parse
-from rlhf_ray.data.uses import Comparisons, Demonstrations, Labelled, Use
+from rlhf_ray.data.uses import Comparisons, Demonstrations, Use
 from rlhf_ray.data.validation_report import RowNote, ShownRow, ShownSequence, ValidationReport
 from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
@@ -212,14 +212,15 @@ class _Asked:
 
 def _reader(command: Command, data: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None) -> _Reader:
     if command == "classifier":
-        return _Supervised(data, Labelled(data, tokenizer))
+        return _Supervised(data, labelled(data, tokenizer))
     encoder = None if tokenizer is None else make_encoder(data, tokenizer)
     if command == "rl":
         # As `data.field` does, a name of the prompt's column decides the type too.
         field = data.columns.prompt if data.type == "auto" else None
         kind = None if data.type == "auto" else data.type
         return _Asked(PromptRows(encoder, field, None, data.max_length, names=data.columns, kind=kind))
-    return _Supervised(data, Demonstrations(encoder) if command == "sft" else Comparisons(encoder))
+    use = Demonstrations(encoder) if command == "sft" else Comparisons(encoder, judged=command == "rm")
+    return _Supervised(data, use)
 
 
 def _suited(row: Row, data: DatasetConfig) -> Command | None:

@@ -18,12 +18,14 @@ from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
 from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
 from rlhf_ray.data.messages import readable
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
+from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
+from rlhf_ray.rewards.reading import Answered
 from rlhf_ray.roles.factory import Assets, make_generator, make_reward
 from rlhf_ray.roles.protocols import Generator, Request, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
@@ -55,6 +57,7 @@ def requests_for(prompts: PromptSet, seed: int, samples: int = 1) -> list[Reques
             token_ids=tokens,
             seed=sample_seed(seed, -1 - index, member),
             columns={**example.columns, "prompt": example.prompt},
+            chat=example.chat,
         )
         for index, (example, tokens) in enumerate(zip(prompts.examples, prompts.token_ids, strict=True))
         for member in range(samples)
@@ -157,13 +160,19 @@ class AnsweringModel:
         completions = tuple(completion for _, completion in scores.texts)
         return Answers(prompts.examples, len(batch) // len(prompts), completions, batch.rows, scores)
 
-    def score_texts(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """The run's reward of answers that were given, not sampled. Reward functions get no columns of the data."""
+    def score_texts(
+        self, prompts: Sequence[str], completions: Sequence[str], chats: Sequence[Chat | None] | None = None
+    ) -> list[float]:
+        """The run's reward of answers that were given, not sampled. Reward functions get no columns of the data.
+
+        `chats`: the prompts as conversations, where they are such, for a reward model that has a chat template.
+        """
         reward = make_reward(self.run, self.assets)
         ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
         try:
-            wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-            scores = reward.score_texts(prompts, completions, ids, [{}] * len(ids), wholes, range(len(ids)))
+            rows = zip(prompts, completions, chats or [None] * len(ids), strict=True)
+            answered = [Answered(prompt, completion, chat, completion) for prompt, completion, chat in rows]
+            scores = reward.score_texts(prompts, completions, ids, [{}] * len(ids), answered, range(len(ids)))
             return scores.score.tolist()
         finally:
             reward.functions.close()
@@ -202,6 +211,7 @@ def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[
     )
     assets = Assets(model.path, model.tokenizer or model.path, choose_hardware(run.device, run.dtype))
     tokenizer = tokenizer_of(model)
+    set_chat_template(tokenizer, config.data.chat_template)  # it says what ends a turn
     opened = AnsweringModel(run, assets, tokenizer, make_generator(run, assets, "in_process"))
     try:
         yield opened

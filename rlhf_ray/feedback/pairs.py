@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_ray.config.extras import AGREEMENT, needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config
-from rlhf_ray.data.chat import Instruction
+from rlhf_ray.data.chat import Chat, Instruction
 from rlhf_ray.data.prompts import Example
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
@@ -49,11 +49,13 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HumanPair:
-    """One row of the data that says what people prefer, as texts."""
+    """One row of the data that says what people prefer, as texts; `chat`: its prompt, where it is a conversation whose
+    answers are one message each."""
 
     prompt: str
     chosen: str
     rejected: str
+    chat: Chat | None = None
 
 
 def run_pairs(
@@ -158,8 +160,14 @@ def human_pairs(config: PairsConfig) -> list[HumanPair]:
             break
         with suppress(EmptyRowError):
             records = [record for record in parse(row, detect(row)) if isinstance(record, PreferenceRow)]
-            pairs += [HumanPair(*map(prompt_text, (r.prompt, r.chosen, r.rejected))) for r in records]
+            pairs += map(_human_pair, records)
     return pairs
+
+
+def _human_pair(row: PreferenceRow) -> HumanPair:
+    single = all(isinstance(answer, str) or len(answer) == 1 for answer in (row.chosen, row.rejected))
+    chat = row.prompt if isinstance(row.prompt, Chat) and single else None
+    return HumanPair(*map(prompt_text, (row.prompt, row.chosen, row.rejected)), chat)
 
 
 def _labels(config: PairsConfig, answers: Answers, candidates: Sequence[Candidate]) -> list[Label]:
@@ -179,7 +187,8 @@ def _human_labels(config: PairsConfig, model: AnsweringModel, pairs: Sequence[Hu
         return []
     if config.labelled_by_judge:
         return label_by_judge(open_judge(config.judge), prompts, chosen, rejected)
-    first, second = model.score_texts(prompts, chosen), model.score_texts(prompts, rejected)
+    chats = [pair.chat for pair in pairs]
+    first, second = (model.score_texts(prompts, answers, chats) for answers in (chosen, rejected))
     return label_by_score(first, second, config.min_margin)
 
 

@@ -229,6 +229,7 @@ class Rollouts:
             token_ids=self.prompts.token_ids[index],
             seed=sample_seed(self.seed, position, member),
             columns={**example.columns, "prompt": example.prompt},
+            chat=example.chat,
             temperature=temperature,
             answer=answer,
         )

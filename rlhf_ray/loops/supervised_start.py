@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
-from rlhf_ray.config.supervised import ClassifierConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
 from rlhf_ray.data.examples import TokenizedExample
@@ -86,7 +87,7 @@ def load_splits(
     if isinstance(config, ClassifierConfig):
         load = load_labelled
     elif not isinstance(config, SFTConfig):
-        load = load_pairs
+        load = functools.partial(load_pairs, judged=isinstance(config, RMConfig))
     options = {"seed": config.seed, "on_report": note, "clock": config.clock}
     train, held_out = load(config.data, tokenizer, tested_on=config.eval.test_path, **options)
     splits, plain = {"train": train}, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn.functional import logsigmoid
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import SafetyConfig
+from rlhf_ray.data.encoding import without_bos
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_reward_model
+from rlhf_ray.rewards.reading import Answered, Reader
 
 Output = Literal["prob", "logprob", "logit"]
 
@@ -63,9 +66,6 @@ class Classifier:
         tokenizer.padding_side = "right"
         # The answer stands at the end: of a text that is too long, that is the part to judge.
         tokenizer.truncation_side = "left"
-        bos = tokenizer.bos_token_id
-        begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        self._bos = tokenizer.bos_token if begins else ""
 
     def index_of(self, label: str | None) -> int:
         """Of a label, or of the last one. Raises ConfigError, naming the labels there are."""
@@ -78,17 +78,21 @@ class Classifier:
 
     @torch.no_grad()
     def score(
-        self, texts: Sequence[str], index: int, output: Output, max_length: int | None = None, batch_size: int = 64
+        self,
+        texts: Sequence[str | tuple[int, ...]],
+        index: int,
+        output: Output,
+        max_length: int | None = None,
+        batch_size: int = 64,
     ) -> TextScores:
-        """Of the label at `index`, for each text; `max_length` in tokens, or less if the model reads less."""
+        """Of the label at `index`, for each text or its token ids; `max_length` in tokens, or less if the model reads
+        less."""
         limit = min(max_length or sys.maxsize, self.tokenizer.model_max_length, _positions(self.network))
         values: list[float] = []
         cut = 0
         for start in range(0, len(texts), batch_size):
-            # A chat template has written BOS already: the tokenizer would write a second one.
-            part = [text.removeprefix(self._bos) for text in texts[start : start + batch_size]]
-            encoded = self.tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-            cut += self._count_cut(part, encoded, limit)
+            encoded, too_long = self._encoded(texts[start : start + batch_size], limit)
+            cut += too_long
             inputs = {name: encoded[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
             logit_B = self._logits(self.network(**inputs).logits.float(), index)
             if output == "logit":
@@ -96,6 +100,22 @@ class Classifier:
             else:
                 values += (logsigmoid(logit_B) if output == "logprob" else logit_B.sigmoid()).tolist()
         return TextScores(values, cut)
+
+    def _encoded(self, texts: Sequence[str | tuple[int, ...]], limit: int) -> tuple[BatchEncoding, int]:
+        """(a padded batch, how many texts were too long)."""
+        plain = [text if isinstance(text, tuple) else without_bos(text, self.tokenizer) for text in texts]
+        if all(isinstance(text, str) for text in plain):
+            encoded = self.tokenizer(plain, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            return encoded, self._count_cut(plain, encoded, limit)
+        rows = [list(text) if isinstance(text, tuple) else self.tokenizer(text)["input_ids"] for text in plain]
+        fitting = [self._end_of(ids, limit) for ids in rows]
+        cut = sum(len(ids) > limit for ids in rows)
+        return self.tokenizer.pad({"input_ids": fitting}, padding=True, return_tensors="pt"), cut
+
+    def _end_of(self, ids: list[int], limit: int) -> list[int]:
+        """The last tokens, behind BOS where there is one."""
+        begins = ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] else []
+        return ids if len(ids) <= limit else [*begins, *ids[len(ids) - limit + len(begins) :]]
 
     def _count_cut(self, texts: Sequence[str], encoded: BatchEncoding, limit: int) -> int:
         if encoded.encodings is not None:
@@ -113,14 +133,23 @@ class Classifier:
 class Safety:
     """How safe texts are, for `(1 - weight) * quality + weight * safety`."""
 
-    def __init__(self, config: SafetyConfig, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: SafetyConfig,
+        device: str = "cpu",
+        *,
+        policy: PreTrainedTokenizerBase | None = None,
+        clock: datetime | None = None,
+    ) -> None:
         """Raises ConfigError or ModelError."""
         self.config = config
         self.model = load_classifier(config.path, device)
         self.index = self.model.index_of(config.safe_label or config.unsafe_label)
+        self.reader = Reader(self.model.tokenizer, scores_pairs=False, policy=policy, clock=clock)
 
-    def score(self, texts: Sequence[str]) -> TextScores:
-        """Probability that each text is safe."""
+    def score(self, answers: Sequence[Answered | str]) -> TextScores:
+        """Probability that each answer, or text, is safe."""
+        texts = [self.reader.read(answered) for answered in answers]
         values, cut = self.model.score(texts, self.index, "prob", self.config.max_length, self.config.batch_size)
         return TextScores([1.0 - value for value in values] if self.config.unsafe_label else values, cut)
 

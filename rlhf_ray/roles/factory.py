@@ -93,13 +93,14 @@ def make_reference(config: RunConfig, assets: Assets) -> Reference:
 
 def make_reward(config: RunConfig, assets: Assets) -> Reward:
     functions = [reward_of(reward) for reward in config.rewards]
-    model = None
+    model, policys = None, _tokenizer(config, assets)
     if config.reward_model is not None:
         path = config.reward_model.path
         network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
-        model = RewardModel(network, tokenizer, config.reward_model)
-    safety = None if config.safety is None else Safety(config.safety, assets.hardware.device)
-    policys = _tokenizer(config, assets)
+        model = RewardModel(network, tokenizer, config.reward_model, policy=policys, clock=config.clock)
+    safety = None
+    if config.safety is not None:
+        safety = Safety(config.safety, assets.hardware.device, policy=policys, clock=config.clock)
     stop = stop_token_ids(assets.policy, policys, trust_remote_code=config.model.trust_remote_code)
     return Reward(RewardSet(functions), policys, model=model, safety=safety, stop=stop)
 

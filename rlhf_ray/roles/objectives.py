@@ -120,42 +120,28 @@ class SFT:
         return self.metrics(measured), {}
 
 
-_BEHIND_END = 2  # tokens that a template writes at most behind what ends a turn
-
-
 class BradleyTerry:
     """Reward-model loss on pairs: -log sigmoid(r_chosen - r_rejected - margin), r from a classifier with one label.
 
-    A reward model judges text, and of an answer as text nothing is left that ends its turn (`roles/reward.py` decodes
-    without special tokens): what ends it (`ends`, token ids) is left out here, so that the score is learned where it
-    will be read.
+    Its items are as a reward model reads them (`Encoder.as_judged`), so the score is learned where it will be read.
     """
 
-    def __init__(self, pad_token_id: int, ends: Sequence[int] = (), margin_scale: float = 1.0) -> None:
+    def __init__(self, pad_token_id: int, margin_scale: float = 1.0) -> None:
         self.pad_token_id = pad_token_id
-        self.ends = frozenset(ends)
         self.margin_scale = margin_scale
 
     def lengths(self, item: TokenizedPair) -> tuple[int, ...]:
-        return len(self._judged(item.chosen).token_ids), len(self._judged(item.rejected).token_ids)
+        return len(item.chosen.token_ids), len(item.rejected.token_ids)
 
     def weight(self, item: TokenizedPair) -> int:
         return 1
 
     def collate(self, items: Sequence[TokenizedPair]) -> SupervisedBatch:
-        rows = [self._judged(item.chosen) for item in items] + [self._judged(item.rejected) for item in items]
+        rows = [item.chosen for item in items] + [item.rejected for item in items]
         return pad_rows(
             [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
             margin=torch.tensor([self.margin_scale * item.margin for item in items], dtype=torch.float32),
         )  # fmt: skip
-
-    def _judged(self, example: TokenizedExample) -> TokenizedExample:
-        ids = example.token_ids
-        # A template may write a line break behind the end; in a longer tail the end is that of an earlier turn.
-        for end in range(len(ids) - 1, max(0, len(ids) - 2 - _BEHIND_END), -1):
-            if ids[end] in self.ends:
-                return TokenizedExample(ids[:end], example.learned[:end])
-        return example
 
     def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
         return classifier_inputs(batch)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.batch import Batch, gather
+from rlhf_ray.data.chat import Chat
 from rlhf_ray.sync.canary import CanaryTarget
 
 
@@ -26,7 +27,8 @@ class Request:
 
     `seed` is a function of (run seed, step, prompt, member): the same request gives the same tokens on any
     generator, in any batch, at any later time, as long as the weights are the same. `temperature` takes the place
-    of the step's own. A request with an `answer` is not sampled: that completion becomes its row.
+    of the step's own. `chat` is the prompt as a conversation, before any template, for judges that have their own;
+    None: a plain text. A request with an `answer` is not sampled: that completion becomes its row.
     """
 
     prompt_id: int
@@ -36,6 +38,7 @@ class Request:
     columns: Mapping[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     answer: tuple[int, ...] | None = None
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -16,23 +17,37 @@ from rlhf_ray.data.completion_text import CompletionText
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores
 from rlhf_ray.rewards.compose import RewardSet
+from rlhf_ray.rewards.reading import Answered, Reader
 from rlhf_ray.roles.protocols import Scores
 
 
 class RewardModel:
-    """A sequence classifier that scores decoded text: its tokenizer may differ from the policy's."""
+    """A sequence classifier that scores answers: its tokenizer and its chat template may differ from the policy's.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> None:
+    `policy`: the tokenizer of whoever wrote the answers. `clock`: what the chat template takes for now.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RewardModelConfig,
+        *,
+        policy: PreTrainedTokenizerBase | None = None,
+        clock: datetime | None = None,
+    ) -> None:
         self.config = config
         self.classifier = Classifier(model, tokenizer, config.path)
+        self.reader = Reader(tokenizer, scores_pairs=model.config.num_labels == 1, policy=policy, clock=clock)
 
-    def score(self, texts: Sequence[str]) -> TextScores:
-        """One number a text; of the only label, or of the last one; `config.output` says which.
+    def score(self, answers: Sequence[Answered | str]) -> TextScores:
+        """One number an answer, or text; of the only label, or of the last one; `config.output` says which.
 
         A text longer than the limit (`config.max_length`, or less if the model reads less) loses its beginning.
         """
         config = self.config
         last = self.classifier.index_of(None)
+        texts = [self.reader.read(answered) for answered in answers]
         return self.classifier.score(texts, last, config.output, config.max_length, config.batch_size)
 
 
@@ -63,8 +78,8 @@ class Reward:
         completions = self.text.decode(ids)
         prompts = [row["prompt"] for row in batch.columns]
         reads_wholes = self.model is not None or self.safety is not None
-        wholes = self._whole_texts(batch, prompts, completions) if reads_wholes else completions
-        scores = self.score_texts(prompts, completions, ids, batch.columns, wholes, batch.prompt_id.tolist())
+        answered = self._answered(batch, prompts, completions) if reads_wholes else ()
+        scores = self.score_texts(prompts, completions, ids, batch.columns, answered, batch.prompt_id.tolist())
         return replace(scores, texts=scores.texts[:texts], completion_ids=tuple(map(tuple, ids[:texts])))
 
     def score_texts(
@@ -73,10 +88,10 @@ class Reward:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         columns: Sequence[Mapping[str, Any]],
-        wholes: Sequence[str],
+        answered: Sequence[Answered],
         groups: Sequence[int],
     ) -> Scores:
-        """As `score`, of texts. `wholes`: prompt and completion as one text; equal `groups` answer the same prompt."""
+        """As `score`, of texts. `answered`: what networks judge; equal `groups` answer the same prompt."""
         networks = self.model is not None or self.safety is not None
         rewards = self.functions.score(
             prompts, completions, completion_ids, columns, groups, others_judge=networks
@@ -85,31 +100,37 @@ class Reward:
         named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
         stats = dict(rewards.stats)
         if self.model is not None:
-            named["reward_model"] = _judged("reward_model", self.model, self.model.config.weight, wholes, stats)
+            named["reward_model"] = _judged("reward_model", self.model, self.model.config.weight, answered, stats)
             score_B = score_B + self.model.config.weight * named["reward_model"]
         if self.safety is not None:
             weight = self.safety.config.weight
-            named["safety"] = _judged("safety", self.safety, weight, wholes, stats)
+            named["safety"] = _judged("safety", self.safety, weight, answered, stats)
             score_B = (1 - weight) * score_B + weight * named["safety"]
         keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
         texts = tuple(zip(prompts, completions, strict=True))
         return Scores(score_B, named, texts, keep_B, stats, tuple(rewards.events))
 
-    def _whole_texts(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+    def _answered(self, batch: Batch, prompts: Sequence[str], completions: Sequence[str]) -> list[Answered]:
         """Each prompt as it was given, with a chat template's special tokens, and its completion behind it."""
-        rows = zip(prompts, completions, batch.tokens, batch.attention_mask, batch.response_mask, strict=True)
-        wholes = []
-        for prompt, completion, row, mask, response in rows:
+        finished = (~batch.truncated).tolist()
+        rows = zip(batch.tokens, batch.attention_mask, batch.response_mask, strict=True)
+        answered = []
+        for i, (row, mask, response) in enumerate(rows):
             behind = self.text.decode_behind(row[mask & ~response].tolist(), row[response].tolist())
-            wholes.append(prompt + (completion if behind is None else behind))
-        return wholes
+            answer = completions[i] if behind is None else behind
+            ids = tuple(row[mask].tolist())
+            answered.append(Answered(prompts[i], answer, batch.chats[i], completions[i], ids, finished[i]))
+        return answered
 
 
 def _judged(
-    name: str, judge: RewardModel | Safety, weight: float, texts: Sequence[str], stats: dict[str, float]
+    name: str, judge: RewardModel | Safety, weight: float, answered: Sequence[Answered], stats: dict[str, float]
 ) -> torch.Tensor:
     """Its scores, none too large also with its weight; `stats` learns how many texts were too long for it."""
-    values, cut = judge.score(texts)
+    try:
+        values, cut = judge.score(answered)
+    except RewardError as error:
+        raise RewardError(f"{name}: {error} ({judge.config.path})") from error
     score_B = torch.tensor(values)
     # Scores that are not finite compare false too.
     fine_B = score_B.abs() * max(1.0, abs(weight)) <= LARGEST_REWARD

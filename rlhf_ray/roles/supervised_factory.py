@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from rlhf_ray.config.supervised import ClassifierConfig, DPOConfig, RMConfig, SFTConfig, SupervisedConfig
-from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.classifiers import freeze_layers, head_names, load_classifier
 from rlhf_ray.models.loading import load_policy, load_tokenizer
@@ -52,7 +51,7 @@ def make_objective(
     if isinstance(config, SFTConfig):
         return SFT(pad, unknown_token(tokenizer))
     if isinstance(config, RMConfig):
-        return BradleyTerry(pad, turn_end_ids(tokenizer), config.rm.margin_scale)
+        return BradleyTerry(pad, config.rm.margin_scale)
     if isinstance(config, DPOConfig):
         return DPO(pad, config.dpo) if config.dpo.needs_reference else ReferenceFree(pad, config.dpo)
     if isinstance(config, ClassifierConfig):

@@ -276,3 +276,40 @@ def test_the_generator_gets_the_prompt_tokens_of_training_on_real_dialogues(shar
         for side in (pair.chosen, pair.rejected):
             assert side.token_ids[: len(prompt)] == prompt
             assert not any(side.learned[: len(prompt)]) and side.learned[len(prompt)]
+
+
+# ---- what a reward model and a classifier read of it ----------------------------------------------------------
+
+
+def test_answers_that_are_equal_once_they_are_cut_are_left_out_and_counted(write, tokenizer):
+    reports, row = [], {"prompt": "a", "chosen": "bca", "rejected": "bcb"}
+    other = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    cut = settings(write(row, other), max_length=3, overlong="truncate")
+    for judged in (False, True):
+        pairs, _ = load_pairs(cut, tokenizer, seed=0, on_report=reports.append, judged=judged)
+        assert len(pairs) == 1 and reports.pop().dropped == {"identical answers": 1}
+    off = settings(cut.path, max_length=3, overlong="truncate", cleaning={"identical": False})
+    kept, _ = load_pairs(off, tokenizer, seed=0)
+    assert len(kept) == 2
+
+
+def test_answers_that_a_template_trims_to_the_same_are_left_out(write, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    ask, reports = {"role": "user", "content": "a"}, []
+    one, two = ({"role": "assistant", "content": content} for content in ("b", "b "))
+    row = {"prompt": [ask], "chosen": [one], "rejected": [two]}
+    other = {"prompt": [ask], "chosen": [one], "rejected": [{**one, "content": "c"}]}
+    ((pair,), _) = load_pairs(settings(write(row, other)), tokenizer, seed=0, on_report=reports.append, judged=True)
+    assert reports[0].dropped == {"identical answers": 1}
+    assert pair.chosen.token_ids == (3, EOS, 4, EOS), "of a conversation, what ends the turn is read"
+
+
+def test_a_classifier_reads_a_conversation_as_a_reward_model_does(write, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    said = {"role": "assistant", "content": "b"}
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [said], "label": 1}
+    ((item,), _) = load_labelled(settings(write(row)), tokenizer, seed=0)
+    assert (item.token_ids, item.label) == ((3, EOS, 4, EOS), 1)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="data.jsonl:1: these are chat messages, and the tokenizer has no EOS"):
+        load_labelled(settings(write(row)), tokenizer, seed=0)

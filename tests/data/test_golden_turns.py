@@ -10,12 +10,18 @@ from importlib.util import find_spec
 
 import pytest
 
+from rlhf_ray.batch import build_batch
+from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.turn_end import end_of_turn, turn_end_ids
 from rlhf_ray.errors import DataError
-from rlhf_ray.roles.objectives import BradleyTerry
-from tests.data.make_golden_turns import GOLDEN, conversations, templates, tokenizer_for
+from rlhf_ray.rewards.classifier import TextScores
+from rlhf_ray.rewards.compose import RewardSet
+from rlhf_ray.rewards.reading import Reader
+from rlhf_ray.roles.protocols import Request
+from rlhf_ray.roles.reward import Reward
+from tests.data.make_golden_turns import GOLDEN, READ_PARTS_ONLY, conversations, templates, tokenizer_for
 
 if find_spec("trl") is None:
     pytest.skip("TRL is not installed", allow_module_level=True)
@@ -51,19 +57,52 @@ def test_what_ends_a_turn_is_what_the_models_of_the_family_stop_at(name):
     assert turn_end_ids(tokenizer) == tuple(dict.fromkeys(tokenizer.convert_tokens_to_ids(stops)))
 
 
-# Their answers have special tokens inside (channels), which no text of a completion keeps.
-WITH_CHANNELS = ("cohere2", "gptoss", "muse")
-# They write no plain text, and are refused.
-FOR_IMAGES = ("idefics3", "llava_next", "smolvlm")
+class Judge:
+    """Keeps the tokens that a reward model with this tokenizer would read."""
+
+    def __init__(self, tokenizer, policy):
+        self.config = RewardModelConfig(path="judge")
+        self.reader = Reader(tokenizer, scores_pairs=True, policy=policy)
+
+    def score(self, answers):
+        self.read = [self.reader.read(answered) for answered in answers]
+        return TextScores([0.0] * len(answers), 0)
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.startswith(WITH_CHANNELS + FOR_IMAGES)])
-def test_a_reward_model_learns_from_the_tokens_that_it_reads_in_reinforcement_learning(name):
-    """There it gets the prompt's text and the completion, decoded without special tokens (`roles/reward.py`)."""
-    tokenizer = tokenizer_for(TEMPLATES[name])
-    encoder, asked = Encoder(tokenizer), Chat(({"role": "user", "content": "One?"},))
-    answer = ({"role": "assistant", "content": "The first."},)
-    learned = BradleyTerry(0, turn_end_ids(tokenizer))._judged(encoder.answer(asked, answer)).token_ids
-    read = encoder.prompt(asked)[0] + tokenizer.decode(encoder.completion(asked, answer), skip_special_tokens=True)
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    assert tuple(tokenizer(read.removeprefix(tokenizer.bos_token) if begins else read)["input_ids"]) == learned
+def read_in_rl(judge, policy, chat, answer, *, finished=True):
+    """What `judge` reads of the answer, if the policy writes it."""
+    encoder = Encoder(policy)
+    completion = encoder.completion(chat, answer)[: None if finished else -1]
+    request = Request(0, 0, encoder.prompt(chat)[1], 0, {"prompt": encoder.prompt(chat)[0]}, chat=encoder.chat_of(chat))
+    batch = build_batch([request], [completion], [[0.0] * len(completion)], truncated=[not finished], weight_version=0)
+    Reward(RewardSet([]), policy, model=judge).score(batch)
+    return judge.read[0]
+
+
+def conversation(name):
+    """(prompt, answer, answer as text) of the last turn, in the form that the template reads."""
+    messages, _ = conversations(name)["no system"]
+    content = messages[-1]["content"]
+    return Chat(tuple(messages[:-1])), (messages[-1],), content if isinstance(content, str) else content[0]["text"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_reward_model_reads_in_reinforcement_learning_what_it_learned_from(name):
+    tokenizer, policy = tokenizer_for(TEMPLATES[name]), tokenizer_for(TEMPLATES[name])
+    (chat, answer, _), encoder = conversation(name), Encoder(tokenizer)
+    learned = encoder.as_judged(chat, encoder.answer(chat, answer)).token_ids
+    assert tokenizer.convert_ids_to_tokens(learned[-1]) == RIGHT[name]["stops"][0], "nothing behind what ends the turn"
+    assert read_in_rl(Judge(tokenizer, policy), policy, chat, answer) == learned
+    assert read_in_rl(Judge(tokenizer, policy), policy, chat, answer, finished=False) == learned[:-1]
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.startswith(READ_PARTS_ONLY)])
+def test_a_reward_model_of_another_family_reads_its_own_template(name):
+    """The policy writes in ours; as in training, the judge's template writes the conversation."""
+    tokenizer, policy = tokenizer_for(TEMPLATES[name]), tokenizer_for(TEMPLATES["zephyr"])
+    policy.chat_template += "{# another family #}"
+    (chat, answer, text), encoder = conversation(name), Encoder(tokenizer)
+    learned = encoder.as_judged(chat, encoder.answer(chat, answer)).token_ids
+    assert read_in_rl(Judge(tokenizer, policy), policy, chat, text) == learned
+    assert read_in_rl(Judge(tokenizer, policy), policy, chat, text, finished=False) == learned[:-1]
+    assert policy.decode(learned).count("<|assistant|>\nTwenty") == (name == "zephyr" or name.startswith("phi3"))

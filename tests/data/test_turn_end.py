@@ -191,4 +191,5 @@ def test_a_rendered_text_gets_no_second_bos_and_no_second_end(beginning, style):
         assert beginning.decode(example.token_ids) == f"{asked}Low.{end}"
         assert learned(beginning, [example]) == [f"Low.{end}"]
         assert beginning.decode(encoder.text(f"{asked}Low.{end}").token_ids) == f"{asked}Low.{end}"
+    assert learned(beginning, [encoder.answer(asked, "Low.")]) == ["Low.<|stop|>"], "it ends as a turn does"
     assert beginning.decode(encoder.text("Low.").token_ids) == "<bos>Low.<eos>"

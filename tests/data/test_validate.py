@@ -65,7 +65,9 @@ def test_with_a_tokenizer_the_template_and_the_length_are_checked(write):
     assert [bad.why.partition(";")[0] for bad in report.bad] == ["the prompt has 2 tokens, the limit is 1"]
     assert report.tokens == {"mean": 1.0, "max": 1.0}
     pairs = write({"prompt": "a", "chosen": "bc", "rejected": "b"}, name="pairs.jsonl")
-    assert validate(DatasetConfig(path=pairs), tokenizer).tokens == {"mean": 3.5, "max": 4.0}
+    assert validate(DatasetConfig(path=pairs), tokenizer, command="dpo").tokens == {"mean": 3.5, "max": 4.0}
+    judged = validate(DatasetConfig(path=pairs), tokenizer, command="rm").tokens
+    assert judged == {"mean": 2.5, "max": 3.0}, "a reward model reads a text without EOS"
 
 
 def test_a_file_without_rows_is_not_good(write):
@@ -145,7 +147,7 @@ def test_a_row_is_shown_as_the_model_reads_it(write):
     assert "unused: note (1 rows)" in str(report)
     assert report.text(colour=True).splitlines()[-1] == "ab\x1b[32mcd<eos>\x1b[0mab\x1b[32ma<eos>\x1b[0m"
     pairs = write(PAIR, {**PAIR, "prompt": "cd"}, name="pairs.jsonl")
-    shown = str(validate(DatasetConfig(path=pairs), tokenizer, show=2)).split("\n\n")[1]
+    shown = str(validate(DatasetConfig(path=pairs), tokenizer, command="dpo", show=2)).split("\n\n")[1]
     assert shown.splitlines()[0].startswith(f"{pairs}:2 as the model reads it")
     assert shown.splitlines()[1:] == [
         "--- chosen", "cd\u27e6b<eos>\u27e7", "--- rejected", "cd\u27e6c<eos>\u27e7"

@@ -11,7 +11,7 @@ import torch
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.roles.objectives import SFT, BradleyTerry, Classification
 
-VOCAB, PAD, EOS = 4, 0, 1
+VOCAB, PAD = 4, 0
 LN2, LN3, LN4 = math.log(2.0), math.log(3.0), math.log(4.0)
 
 
@@ -79,24 +79,9 @@ def test_accuracy_counts_tokens_and_whole_answers():
 # ---- reward model ---------------------------------------------------------------------------------------------
 
 
-def test_a_reward_model_reads_text_without_its_end():
-    """roles/reward.py scores decoded text, which has no EOS; an answer cut at the limit has none to lose."""
-    bradley_terry = BradleyTerry(PAD, (EOS,))
-    item = pair((2, 3, EOS), (2, 3, 3, 2))
-    batch = bradley_terry.collate([item])
-    assert batch.tokens.tolist() == [[2, 3, PAD, PAD], [2, 3, 3, 2]]
-    assert batch.attention_mask.sum(1).tolist() == [2, 4] and bradley_terry.lengths(item) == (2, 4)
-
-
-def test_what_a_template_writes_behind_the_end_goes_with_it():
-    """A line break; but the end of an earlier turn, with more behind it, is a part of the text."""
-    bradley_terry = BradleyTerry(PAD, (EOS,))
-    assert bradley_terry.lengths(pair((2, 3, EOS, 4), (2, EOS, 3, 4, 3))) == (2, 5)
-
-
 def test_bradley_terry_loss_and_metrics():
     items = [pair((2, 3), (2, 2, 2)), pair((2, 3), (2, 3, 3), margin=LN3)]
-    bradley_terry = BradleyTerry(PAD, (EOS,))
+    bradley_terry = BradleyTerry(PAD)
     batch = bradley_terry.collate(items)
     # sigmoid(ln 3) = 3/4; the second pair is 2 ln 3 apart, of which the margin takes one.
     measured = bradley_terry.measure(scores(LN3, 2 * LN3, 0.0, 0.0), batch)
@@ -109,13 +94,13 @@ def test_bradley_terry_loss_and_metrics():
 def test_margins_are_scaled():
     item = [pair((2, 3), (2, 2, 2), margin=4 * LN3)]
     for scale, expected in ((0.25, math.log(4 / 3)), (0.0, math.log(10 / 9))):
-        bradley_terry = BradleyTerry(PAD, (EOS,), margin_scale=scale)
+        bradley_terry = BradleyTerry(PAD, margin_scale=scale)
         measured = bradley_terry.measure(scores(2 * LN3, 0.0), bradley_terry.collate(item))
         assert measured["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_report_knows_calibration_length_and_the_histogram():
-    bradley_terry = BradleyTerry(PAD, (EOS,))
+    bradley_terry = BradleyTerry(PAD)
     batch = bradley_terry.collate([pair((2, 3), (2, 3, 3)), pair((2, 3), (2, 3, 3))])
     # The longer answer always scores higher, by ln 3: confidence 3/4, never right.
     metrics, details = bradley_terry.report(bradley_terry.measure(scores(0.0, 0.0, LN3, LN3), batch))

@@ -146,7 +146,7 @@ def test_reward_model(trl, tokenizer, policy, tmp_path, margins):
     rows = [TokenizedPair(p.chosen, p.rejected, m) for p, m in zip(pairs(tokenizer), margins or [0.0] * 4, strict=True)]
     ours_model = load_classifier(tmp_path / "start", labels=["score"], pad_token_id=tokenizer.pad_token_id, seed=4)
     trainer = SupervisedTrainer(
-        # TRL's rows end with EOS, and so do ours here: nothing is left out.
+        # TRL's rows end with EOS, and so do ours here.
         TorchEngine(ours_model, max_grad_norm=1e9), BradleyTerry(tokenizer.pad_token_id),
         {"train": rows}, tokens_per_microbatch=10_000, tokenizer=tokenizer,
     )  # fmt: skip

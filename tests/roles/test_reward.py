@@ -82,13 +82,13 @@ def test_weights_and_the_parts(words, batch):
 
 
 class Judge:
-    """Stands in for a reward model: keeps the texts, gives fixed scores."""
+    """Stands in for a reward model: keeps what it is given, as texts, and gives fixed scores."""
 
     def __init__(self, scores, weight=1.0):
         self.config, self.scores, self.texts = RewardModelConfig(path="judge", weight=weight), scores, []
 
-    def score(self, texts):
-        self.texts += texts
+    def score(self, answers):
+        self.texts += [answered.whole for answered in answers]
         return TextScores(self.scores, cut=0)
 
 
@@ -294,3 +294,14 @@ def test_a_slow_tokenizers_texts_are_counted_too(judge):
     model.tokenizer = ByT5Tokenizer()
     model.network.resize_token_embeddings(len(model.tokenizer))
     assert model.score(["x" * 50, "x"], 0, "logit", max_length=16).cut == 1
+
+
+def test_token_ids_are_judged_as_their_text_and_a_long_row_keeps_its_bos_and_its_end(judge, words):
+    model = judge("qwen2").classifier
+    ids = [tuple(words(text)["input_ids"]) for text in CORPUS]
+    expected = model.score(CORPUS, 0, "logit").values
+    assert model.score(ids, 0, "logit").values == pytest.approx(expected, abs=1e-6)
+    assert model.score([CORPUS[0], *ids[1:]], 0, "logit").values == pytest.approx(expected, abs=1e-6)
+    model.tokenizer.bos_token = "the"
+    cut = model.score(ids[1:2], 0, "logit", max_length=3)
+    assert cut == (pytest.approx(model.score([(ids[1][0], *ids[1][-2:])], 0, "logit").values, abs=1e-6), 1)

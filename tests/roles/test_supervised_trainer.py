@@ -45,7 +45,7 @@ def network(kind: str) -> torch.nn.Module:
 def trainer(kind: str, budget: int = 10_000, model: torch.nn.Module | None = None) -> SupervisedTrainer:
     objective, items = {
         "sft": (SFT(0), TEXTS),
-        "rm": (BradleyTerry(0, (1,)), PAIRS),
+        "rm": (BradleyTerry(0), PAIRS),
         "dpo": (DPO(0, DPOLossConfig(beta=0.5)), PAIRS),
         "simpo": (ReferenceFree(0, DPOLossConfig(kind="simpo")), PAIRS),
         "orpo": (ReferenceFree(0, DPOLossConfig(kind="orpo")), PAIRS),
