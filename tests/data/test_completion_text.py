@@ -65,9 +65,9 @@ def test_rewards_networks_and_samples_see_the_same_text(tokenizer):
         def __init__(self):
             self.config, self.texts = RewardModelConfig(path="judge"), None
 
-        def score(self, texts):
-            self.texts = list(texts)
-            return TextScores([0.0] * len(texts), 0)
+        def score(self, answers):
+            self.texts = [answered.whole for answered in answers]
+            return TextScores([0.0] * len(answers), 0)
 
     answers = [ids_of(tokenizer, "<sum>", "7", "</sum>", "<|stop|>"), ids_of(tokenizer, "7", "<|stop|>")]
     prompt = tuple(ids_of(tokenizer, "<|user|>", "3+4", "<|assistant|>"))
