@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from rlhf_ray.config.data import CleaningConfig, ColumnsConfig, DataType
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.near_duplicates import NearDuplicates
 from rlhf_ray.data.overlap import HeldOutPrompts
-from rlhf_ray.data.parts import parts_of
+from rlhf_ray.data.parts import parts_of, record_key
 from rlhf_ray.data.privacy import PersonalData, explain_personal
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import PreferenceRow, Record, detect, parse, prompt_of
@@ -122,8 +121,7 @@ class Cleaner:
             self.dropped[IDENTICAL] += 1
             return False
         if self._settings.duplicates:
-            # A digest, not the text: a set of texts would hold the whole dataset once more.
-            key = hashlib.blake2b(repr(record).encode(), digest_size=16).digest()
+            key = record_key(record)
             if key in self._earlier.exact:
                 self.dropped[DUPLICATE] += 1
                 return False

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.overlap import HeldOutPrompts
+from rlhf_ray.data.parts import prompt_key
 from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.templates import set_chat_template
@@ -30,6 +31,13 @@ Item = TypeVar("Item")
 OnReport = Callable[[CleaningReport], None]
 # The settings of one source -> what training makes of its rows.
 Uses = Callable[[DatasetConfig], Use[Item]]
+
+
+class Asked(NamedTuple):
+    """The prompt of an item: a key that is the same in every form (text, messages, parts), and this form."""
+
+    key: bytes
+    form: str
 
 
 def ignore(report: CleaningReport) -> None:
@@ -111,7 +119,7 @@ def _load(
 
     Held out are the rows of `eval_path`, and of a source's own; and of the sources that have none `eval_size` in all.
     """
-    items: list[tuple[str, Item]] = []
+    items: list[tuple[Asked, Item]] = []
     may_be_held_out: list[bool] = []
     earlier = Earlier(data.cleaning.near_duplicates)
     for part in data.parts:
@@ -171,7 +179,7 @@ def _read(
     on_report: OnReport,
     earlier: Earlier | None = None,
     judged_on: HeldOutPrompts | None = None,
-) -> list[tuple[str, Item]]:
+) -> list[tuple[Asked, Item]]:
     """(prompt, item) of everything usable in one source; `earlier`: what other sources have had."""
     cleaner = Cleaner(
         data.cleaning, max_length=data.max_length, overlong=data.overlong, earlier=earlier, held_out=judged_on
@@ -181,8 +189,9 @@ def _read(
     rows = read.watching(itertools.islice(found, limit))
     items = []
     for row, record in cleaner.records(rows, None if data.type == "auto" else data.type, data.columns):
-        prompt = repr(prompt_of(record))
-        items += [(prompt, item) for item in use(record, cleaner, row.where)]
+        prompt = prompt_of(record)
+        asked = Asked(prompt_key(prompt), repr(prompt))
+        items += [(asked, item) for item in use(record, cleaner, row.where)]
     report = cleaner.report(source, len(items), read.value)
     if not items:
         raise DataError(f"nothing usable in {report}; check the file and data.* limits")
@@ -191,18 +200,21 @@ def _read(
 
 
 def _split(
-    items: Sequence[tuple[str, Item]], may_be_held_out: Sequence[bool], data: DatasetConfig, seed: int
+    items: Sequence[tuple[Asked, Item]], may_be_held_out: Sequence[bool], data: DatasetConfig, seed: int
 ) -> tuple[list[Item], list[Item]]:
-    """(train, held out), each in the order of the items; no prompt is in both, whatever sources it stands in.
+    """(train, held out), each in the order of the items; no prompt is in both, whatever sources and forms it stands in.
 
-    Prompts are drawn in the order of a keyed hash, so the draw is a pure function of seed and prompt.
+    Prompts are drawn in the order of a keyed hash, so the draw is a pure function of seed and prompt; of several forms
+    the first in the alphabet counts.
     """
-    places: dict[str, list[int]] = {}
-    for place, (prompt, _) in enumerate(items):
-        places.setdefault(prompt, []).append(place)
+    places: dict[bytes, list[int]] = {}
+    forms: dict[bytes, str] = {}
+    for place, (asked, _) in enumerate(items):
+        places.setdefault(asked.key, []).append(place)
+        forms[asked.key] = min(asked.form, forms.get(asked.key, asked.form))
     places = {prompt: found for prompt, found in places.items() if all(may_be_held_out[place] for place in found)}
     held_out: set[int] = set()
-    for prompt in sorted(places, key=lambda prompt: hashlib.blake2b(f"{seed}/{prompt}".encode()).digest()):
+    for prompt in sorted(places, key=lambda prompt: hashlib.blake2b(f"{seed}/{forms[prompt]}".encode()).digest()):
         if len(held_out) + len(places[prompt]) <= data.eval_size:
             held_out.update(places[prompt])
     if len(held_out) == len(items):

@@ -79,6 +79,16 @@ def text_of(message: Message) -> str:
     return "".join(part["text"] for part in content)
 
 
+def said(message: Message) -> tuple[Any, ...]:
+    """All that a message says, the same in each form that it may have; for whatever compares messages.
+
+    Left out are ids, which differ wherever they are drawn, and the weight, which nobody reads.
+    """
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
+    thought = next((message[key] for key in REASONING if key in message), None)
+    return message["role"], message.get("name"), text_of(message), thought, calls
+
+
 def readable(message: Message) -> str:
     """What is said and called in a message, as people and judges read it: `lookup({"city": "Oslo"})` is a call."""
     calls = [call["function"] for call in message.get("tool_calls") or ()]

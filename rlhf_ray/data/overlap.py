@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
+from rlhf_ray.data.asking import as_messages
 from rlhf_ray.data.chat import Prompt
 from rlhf_ray.data.near_duplicates import NearDuplicates
 from rlhf_ray.data.parts import written
@@ -32,7 +33,8 @@ class Place:
 
 
 class HeldOutPrompts:
-    """The prompts that a run is judged on. Case, width and white space make no difference.
+    """The prompts that a run is judged on. Case, width, white space, and whether a prompt is a text or messages make no
+    difference.
 
     With `near` (Jaccard's index of word triples, see near_duplicates.py) prompts that are that much alike count too.
     """
@@ -42,13 +44,13 @@ class HeldOutPrompts:
         self._near: NearDuplicates[tuple[str, str]] | None = None if near is None else NearDuplicates(near)
 
     def add(self, source: str, where: str, prompt: Prompt) -> None:
-        text = written(prompt)
+        text = written(as_messages(prompt))
         self._places.setdefault(_key(text), (source, where))
         if self._near is not None:
             self._near.add((source, where), [text])
 
     def find(self, prompt: Prompt) -> Place | None:
-        text = written(prompt)
+        text = written(as_messages(prompt))
         exact = self._places.get(_key(text))
         if exact is not None:
             return Place(*exact, exactly=True)

@@ -1,12 +1,19 @@
-"""What is written in a record, part by part: the prompt, and each answer. For whatever compares records."""
+"""What a record says: part by part (the prompt, each answer), and as a key. For whatever compares records.
+
+One question may be written as a text, an HH dialogue, an instruction, messages, or messages in parts: it stays one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from rlhf_ray.data.chat import Chat
+from rlhf_ray.data.asking import as_messages
+from rlhf_ray.data.chat import Chat, Prompt
+from rlhf_ray.data.messages import said, text_of
 from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, RankedRow, Record, TextRow, prompt_of
 
 # Keys of messages that are no text of anybody's.
@@ -37,9 +44,46 @@ def answers_of(record: Record) -> tuple[Any, ...]:
     return (record.completion,) if isinstance(record, AnswerRow) else ()
 
 
+def prompt_key(prompt: Prompt) -> bytes:
+    """A digest of what is asked, the same in every form."""
+    return _digest(_asked(prompt))
+
+
+def record_key(record: Record) -> bytes:
+    """A digest of all that a record says, the same in every form; what it weighs differently is something else."""
+    if isinstance(record, TextRow):
+        return _digest(("text", record.text, record.label))
+    if isinstance(record, ConversationRow):
+        messages = record.chat.messages
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        if weights == [1] and messages[-1]["role"] == "assistant":
+            # With one answer, at its end, a conversation is a prompt and its completion.
+            record = AnswerRow(prompt_of(record), messages[-1:])
+        else:
+            return _digest(("conversation", _asked(record.chat), weights))
+    answers = [_answered(answer) for answer in answers_of(record)]
+    marks = [getattr(record, name, None) for name in ("label", "margin", "scores")]
+    return _digest((type(record).__name__, _asked(record.prompt), answers, marks))
+
+
 def written(value: Any) -> str:
     """All text in a prompt or an answer, tool calls included."""
     return "\n".join(_texts(value))
+
+
+def _asked(prompt: Prompt) -> tuple[Any, ...]:
+    messages = [said(message) for message in as_messages(prompt)]
+    return (messages, prompt.tools, prompt.template_args) if isinstance(prompt, Chat) else (messages, (), None)
+
+
+def _answered(answer: Any) -> list[Any]:
+    messages = ({"role": "assistant", "content": answer},) if isinstance(answer, str) else answer
+    return [said(message) for message in messages]
+
+
+def _digest(value: Any) -> bytes:
+    # A digest, not the text: a set of texts would hold the whole dataset once more.
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -47,7 +91,9 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            if key not in _MARKS:
+            if key == "content" and "role" in value:
+                yield text_of(value)  # one text, however many parts it is written in
+            elif key not in _MARKS:
                 yield from _texts(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import pytest
@@ -70,6 +71,74 @@ def test_no_prompt_is_trained_on_in_one_source_and_held_out_in_another(write, to
         assert not asked[0] & asked[1] and len(train) + len(held_out) == 18 and 5 <= len(held_out) <= 6
         drawn.update(item.source for item in held_out)
     assert drawn["first"] > drawn["second"] > 0, "in proportion to their rows, on average"
+
+
+def turns(question, answer, parts=False):
+    asked = [{"type": "text", "text": part} for part in (question[:1], question[1:])] if parts else question
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def test_a_prompt_is_one_in_every_form_that_it_is_written_in(write, tokenizer):
+    questions = [letter + "bc" for letter in LETTERS[:12]]
+    forms = {
+        "plain": [{"prompt": q, "completion": "x"} for q in questions],
+        "turns": [turns(q, "y") for q in questions],
+        "parts": [turns(q, "z", parts=True) for q in questions],
+        "tasks": [{"instruction": q, "output": "w"} for q in questions],
+        "hh": [{"prompt": f"\n\nHuman: {q}\n\nAssistant:", "completion": " v"} for q in questions],
+    }
+    sources = [write(*rows, name=f"{name}.jsonl") for name, rows in forms.items()]
+    data = {"sources": sources, "template": "chat", "chat_template": "zephyr", "eval_size": 20}
+    train, held_out, reports = load(data, tokenizer)
+    assert len(held_out) == 20 and len(train) == 40, "four questions in five forms"
+    asked = [{q for item in items for q in questions if q in text(tokenizer, item)} for items in (train, held_out)]
+    assert len(asked[1]) == 4 and not asked[0] & asked[1]
+
+
+def test_the_order_of_the_forms_changes_no_draw(write, tokenizer):
+    plain = [{"prompt": letter * 2, "completion": "x"} for letter in LETTERS[:12]]
+    first, second = write(*plain, name="a.jsonl"), write(*(turns(r["prompt"], "y") for r in plain), name="b.jsonl")
+    data = {"template": "chat", "chat_template": "zephyr", "eval_size": 6}
+    drawn = [{text(tokenizer, i) for i in load({**data, "sources": s}, tokenizer)[1]} for s in (
+        [first, second], [second, first])]  # fmt: skip
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 6
+
+
+def test_prompts_of_one_form_are_drawn_by_the_hash_of_that_form(write, tokenizer):
+    file = write(*({"prompt": letter, "completion": "x"} for letter in LETTERS))
+    _, held_out, _ = load({"path": file, "eval_size": 3}, tokenizer, seed=7)
+    first = sorted(LETTERS, key=lambda letter: hashlib.blake2b(f"7/{letter!r}".encode()).digest())[:3]
+    assert {text(tokenizer, item)[0] for item in held_out} == set(first), "runs of older versions are resumed"
+
+
+@pytest.mark.parametrize(
+    ("other", "kept"),
+    [
+        (turns("ab", "x"), 1),
+        (turns("ab", "x", parts=True), 1),
+        ({"prompt": turns("ab", "x")["messages"][:1], "completion": "x"}, 1),
+        ({"instruction": "ab", "output": "x"}, 1),
+        (turns("ab", "y"), 2),
+        ({"prompt": [{"role": "system", "content": "c"}, *turns("ab", "x")["messages"][:1]], "completion": "x"}, 2),
+        ({"messages": [*turns("ab", "x")["messages"], *turns("ab", "x")["messages"]]}, 2),
+        ({"messages": turns("ab", "x")["messages"], "chat_template_kwargs": {"c": 1}}, 2),
+    ],
+)
+def test_a_row_in_another_form_is_a_duplicate(write, tokenizer, other, kept):
+    first = write({"prompt": "ab", "completion": "x"}, name="first.jsonl")
+    data = {"sources": [first, write(other, name="second.jsonl")], "template": "chat", "chat_template": "zephyr"}
+    if kept == 1:
+        with pytest.raises(DataError, match="nothing usable in .*second.jsonl: 1 rows.* 1 duplicate"):
+            load(data, tokenizer)
+    else:
+        assert len(load(data, tokenizer)[0]) == 2
+
+
+def test_an_answer_that_is_weighed_otherwise_is_no_duplicate(write, tokenizer):
+    ask, first, again, last = turns("ab", "x")["messages"] + turns("cd", "y")["messages"]
+    rows = [{"messages": [ask, {**first, **weight}, again, last]} for weight in ({}, {"weight": 0}, {"weight": 1})]
+    train, _, reports = load({"path": write(*rows), "chat_template": "zephyr"}, tokenizer)
+    assert len(train) == 2 and reports[0].dropped == {"duplicate": 1}, "a weight of 1 says nothing new"
 
 
 def test_a_source_may_have_held_out_rows_of_its_own(write, tokenizer):

@@ -42,6 +42,16 @@ def test_prompts_that_are_asked_again_are_said(write, tokenizer):
     assert f"prompts 2 {place} (cleaning.overlap=drop leaves such rows out)" in str(report)
 
 
+def test_a_prompt_in_another_form_is_the_same(write, tokenizer):
+    parts = [{"type": "text", "text": text} for text in ("Which la", "ke?")]
+    answer = {"role": "assistant", "content": "?"}
+    for test in (
+        {"messages": [{"role": "user", "content": parts}, answer]},
+        {"chosen": "\n\nHuman: Which lake?\n\nAssistant: a", "rejected": "\n\nHuman: Which lake?\n\nAssistant: b"},
+    ):
+        assert list(loaded(write, tokenizer, tested=[test])[1].overlap.values()) == [1]
+
+
 def test_they_can_be_dropped(write, tokenizer):
     test = [{"messages": [{"role": "user", "content": "Which lake?"}, {"role": "assistant", "content": "?"}]}]
     count, report = loaded(write, tokenizer, tested=test, cleaning={"overlap": "drop"})
