@@ -87,7 +87,7 @@ class Encoder:
             pieces = [Piece(self._plain(prompt)), Piece.answer(answer)]
             end = self._end.answer if self._is_turn(prompt) else self._tokenizer.eos_token
             return self._encode(pieces, templated=False, end=None if self._is_ended(answer) else end), None
-        answers, begun = _answer_messages(prompt, answer), None
+        answers, begun = self._without_ends(_answer_messages(prompt, answer)), None
         if chat.messages[-1]["role"] == "assistant":  # an unfinished turn, which the answer goes on with
             begun = chat.messages[-1]
             answers = (_continued(begun, answers[0]), *answers[1:])
@@ -183,8 +183,11 @@ class Encoder:
 
     def _is_ended(self, text: str) -> bool:
         """Whether what ends a turn stands at the end of a text already."""
-        ends = [end for end in (self._tokenizer.eos_token, self._end.answer, self._end.call) if end]
-        return text.rstrip().endswith(tuple(ends))
+        return text.rstrip().endswith(self._ends)
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(end for end in (self._tokenizer.eos_token, self._end.answer, self._end.call) if end)
 
     def _check_written(self, chat: Chat, sequences: Sequence[Sequence[Piece]], turns: Sequence[int]) -> None:
         """Whether the sequences hold what the chat says up to the last of `turns`; each ends with one, if several."""
@@ -214,7 +217,21 @@ class Encoder:
             raise DataError("the prompt has no question; remove the row")
         return self._with_system_prompt(prompt)
 
+    def _without_ends(self, messages: Messages) -> Messages:
+        """Answers without what ends a turn: some data carry it in the text, and the template writes its own."""
+
+        def bare(message: Message) -> Message:
+            content = message.get("content")
+            if message["role"] != "assistant" or not isinstance(content, str):
+                return message
+            while self._is_ended(content):
+                content = content.rstrip().removesuffix(next(e for e in self._ends if content.rstrip().endswith(e)))
+            return {**message, "content": content}
+
+        return tuple(map(bare, messages))
+
     def _with_system_prompt(self, chat: Chat) -> Chat:
+        chat = chat.with_messages(self._without_ends(chat.messages))
         if self._system_prompt is None or chat.messages[0]["role"] == "system":
             return chat
         return chat.with_messages(({"role": "system", "content": self._system_prompt}, *chat.messages))

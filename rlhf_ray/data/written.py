@@ -25,7 +25,7 @@ def check_written(chat: Chat, text: str, since: int = 0) -> set[str]:
     """Names of what the template leaves out without harm: ids and names that link messages, details of schemas.
 
     `since`: the first message to look for, where another text was found to hold those before. Reasoning may be missing
-    from all but a last answer, as templates drop it from earlier turns by design.
+    from all but a last answer, as templates drop it from earlier turns by design; then it is among the names.
     Raises DataError for anything else that is not in the text.
     """
     unused = set() if since else _check_tools(chat.tools, text)
@@ -34,7 +34,10 @@ def check_written(chat: Chat, text: str, since: int = 0) -> set[str]:
         role = message["role"]
         # Some write an answer's text behind what the tools said to its calls.
         begin = {"tool": called_at, **dict.fromkeys(_FIRST, 0)}.get(role, at)
-        end = _check_message(message, text, begin, thoughts=number == len(chat.messages) - 1)
+        is_last = number == len(chat.messages) - 1
+        end = _check_message(message, text, begin, thoughts=is_last)
+        if not is_last and role == "assistant" and any(_find(t, text, begin) is None for t in _spoken(message)[0]):
+            unused.add("messages[] thoughts of an answer before the last")
         called_at = begin if role == "assistant" else called_at
         at = at if role in _FIRST else max(at, end)
         unused |= {f"messages[].{name}" for name, value in _links(message) if _find(value, text) is None}

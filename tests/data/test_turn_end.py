@@ -193,3 +193,13 @@ def test_a_rendered_text_gets_no_second_bos_and_no_second_end(beginning, style):
         assert beginning.decode(encoder.text(f"{asked}Low.{end}").token_ids) == f"{asked}Low.{end}"
     assert learned(beginning, [encoder.answer(asked, "Low.")]) == ["Low.<|stop|>"], "it ends as a turn does"
     assert beginning.decode(encoder.text("Low.").token_ids) == "<bos>Low.<eos>"
+
+
+def test_an_end_of_turn_that_the_data_carry_in_an_answer_is_written_once(tokenizer):
+    tokenizer.chat_template = template("{% generation %}{{ m.content }}<|stop|>{% endgeneration %}\n")
+    ask, say = TALK[0], {"role": "assistant", "content": "Low."}
+    carried = {**say, "content": "Low.<|stop|>\n"}
+    encoder = Encoder(tokenizer, style="chat")
+    assert encoder.conversation(Chat((ask, carried))) == encoder.conversation(Chat((ask, say)))
+    right = encoder.answer(Chat((ask,)), (say,))
+    assert encoder.answer(Chat((ask,)), (carried,)) == right == encoder.answer(ask["content"], "Low.<|stop|>")

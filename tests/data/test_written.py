@@ -156,3 +156,12 @@ def test_the_messages_before_may_have_been_found_in_another_text():
     with pytest.raises(DataError, match="'gone'"):
         check_written(chat, text)
     assert check_written(chat, text, since=2) == set()
+
+
+def test_thoughts_that_are_cut_out_of_an_earlier_answer_are_named():
+    thought = {"role": "assistant", "content": "One.", "reasoning_content": "secret thought"}
+    chat = Chat(({"role": "user", "content": "1?"}, thought, {"role": "user", "content": "2?"},
+                 {"role": "assistant", "content": "Two."}))  # fmt: skip
+    named = {"messages[] thoughts of an answer before the last"}
+    assert check_written(chat, "1? One. 2? Two.") == named
+    assert check_written(chat, "1? secret thought One. 2? Two.") == set()
