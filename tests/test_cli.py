@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import yaml
 
 from rlhf_ray import cli
+from rlhf_ray.commands.options import quiet_libraries, shipped
+from rlhf_ray.commands.summary import print_summary
 from rlhf_ray.config.load import load_config
 from rlhf_ray.run.directory import RunDirectory
 
@@ -66,6 +69,20 @@ def test_help(rlhf_ray):
         assert option in out
 
 
+def test_version(rlhf_ray):
+    status, out, _ = rlhf_ray("--version")
+    assert status == 0 and re.fullmatch(r"rlhf-ray \d+\.\d+\.\d+\n", out)
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    ("grpo", "rlhf-ray rl CONFIG"), ("train_ppo_ray", "executor=ray"), ("reward", "rlhf-ray rm CONFIG"),
+    ("piplines", "Did you mean 'pipeline'"),
+])  # fmt: skip
+def test_a_command_of_another_tool_is_refused_with_ours(rlhf_ray, command, expected):
+    status, _, err = rlhf_ray(command, "some.yaml")
+    assert status == 2 and expected in err
+
+
 def test_no_arguments_show_the_help(rlhf_ray):
     _, out, err = rlhf_ray()
     assert "Usage" in out + err
@@ -89,7 +106,7 @@ def test_quickstart_uses_the_config_of_the_repository(rlhf_ray, repo_root):
     assert status == 0
     printed = yaml.safe_load(out)
     assert printed["steps"] == 7 and printed["name"] == "grpo-arithmetic"
-    assert cli._shipped("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
+    assert shipped("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
 
 
 def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray):
@@ -127,7 +144,7 @@ def test_a_metric_that_is_there_only_once_does_not_break_the_table(capsys):
         "before": {"reward": 0.0, "accuracy": 0.0, "samples": [sample("was")]},
         "after": {"reward": 0.25, "distinct_1": 1, "samples": [sample("[/red] is")]},
     }  # fmt: skip
-    cli._print_summary(summary)
+    print_summary(summary)
     out = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:4]] for line in out.splitlines()
             if line.count("│") == 4}  # fmt: skip
@@ -217,7 +234,7 @@ def test_deepspeed_is_told_its_accelerator(monkeypatch, device, cuda, expected):
     monkeypatch.setenv("DS_ACCELERATOR", "undone afterwards")
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    cli._quiet_libraries(device)
+    quiet_libraries(device)
     assert os.environ["DS_ACCELERATOR"] == expected
 
 

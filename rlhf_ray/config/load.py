@@ -10,15 +10,16 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config import dialect
 from rlhf_ray.config.checks import contradictions
+from rlhf_ray.config.hints import hint_for
 from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
-from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sections import Section, section_in
 from rlhf_ray.config.sources import long_form
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.config.user_paths import is_file, is_folder
@@ -247,6 +248,9 @@ def _shortened(text: str) -> str:
 def _describe(item: Any, schema: type[BaseModel]) -> str:
     dotted = ".".join(str(part) for part in item["loc"]) or "the settings"
     if item["type"] == "extra_forbidden":
+        known = hint_for(str(item["loc"][-1]), schema)
+        if known is not None:
+            return f"{dotted}: unknown key; here it is {known}"
         valid = _valid_keys(schema, item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
         prefix = dotted.rpartition(".")[0]
@@ -268,14 +272,8 @@ def _valid_keys(schema: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     for part in loc:
         if isinstance(part, int) or part not in section.model_fields:
             continue
-        section = _section_in(section.model_fields[part].annotation) or section
+        section = section_in(section.model_fields[part].annotation) or section
     return list(section.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
 
 
 def dump_config(config: BaseModel) -> str:

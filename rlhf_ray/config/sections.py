@@ -41,6 +41,13 @@ class Section(BaseModel):
         return value
 
 
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a setting of this type holds; optionals and lists are looked through."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := section_in(argument))), None)
+
+
 class ScratchConfig(Section):
     """Sizes of a model built on the spot (`model.path: scratch:...`).
 

@@ -1,0 +1,14 @@
+"""`rlhf-ray classifier`: a sequence classifier."""
+
+from __future__ import annotations
+
+from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, Resume, ResumeMode, RunDir
+from rlhf_ray.commands.supervised import run
+
+
+def classifier(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Fine-tune a sequence classifier on labelled texts; its folder can serve as a reward model."""
+    run("classifier", config, overrides, run_dir, resume, dry_run)

@@ -1,0 +1,61 @@
+"""What several commands take on their command line, and what they do before and after their work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML file; see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, e.g. learner.lr=1e-6")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run writes; default runs/<name>-<time>")]
+
+
+class ResumeMode(str, Enum):
+    auto = "auto"
+    never = "never"
+
+
+Resume = Annotated[
+    ResumeMode, typer.Option("--resume", help="auto: go on from the newest checkpoint; never: start anew")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="open all that the run would read, print the resolved config and its needs")
+]
+
+
+def quiet_libraries(device: str) -> None:
+    """Called before a command imports what computes."""
+    import torch
+
+    # Transformers imports DeepSpeed, where it is installed, to see whether it is there; and DeepSpeed looks for an
+    # accelerator and announces what it found, unless it has been told.
+    found = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", found)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
+
+
+@contextmanager
+def interruptible(how_to_go_on: str = "") -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with status 130 and a line, for typer would end with a bare status."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"rlhf-ray: interrupted{how_to_go_on}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def shipped(config: str) -> Path:
+    """A file of configs/ in a checkout, or its copy that is installed with the package."""
+    package = Path(str(resources.files("rlhf_ray")))
+    checkout = package.parent / "configs" / config
+    return checkout if checkout.is_file() else package / "configs" / config

@@ -1,0 +1,44 @@
+"""`rlhf-ray rl`: reinforcement learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_ray.commands.options import (
+    ConfigFile,
+    DryRun,
+    Overrides,
+    Resume,
+    ResumeMode,
+    RunDir,
+    interruptible,
+    quiet_libraries,
+)
+
+
+def rl(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Reinforcement learning: PPO, GRPO and their relatives."""
+    run(config, overrides or [], run_dir, resume, dry_run)
+
+
+def run(config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool) -> None:
+    from rlhf_ray.config.load import dump_config, load_config
+
+    settings = load_config(config, overrides)
+    if dry_run:
+        from rlhf_ray.plan import describe_plan
+
+        plan = describe_plan(settings)  # first, for it may refuse
+        print(dump_config(settings))
+        print(plan)
+        return
+    quiet_libraries(settings.device)
+    from rlhf_ray.build import run_rl
+    from rlhf_ray.commands.summary import print_summary
+
+    with interruptible():  # the run itself has said how to go on
+        summary = run_rl(settings, run_dir, resume=resume is ResumeMode.auto)
+    print_summary(summary)

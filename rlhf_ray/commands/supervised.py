@@ -1,0 +1,30 @@
+"""`rlhf-ray sft`, `rm`, `dpo`, `classifier`: one loop, so one body; their command lines are beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_ray.commands.options import ResumeMode, interruptible, quiet_libraries
+
+
+def run(
+    command: str, config: Path, overrides: list[str] | None, run_dir: Path | None, resume: ResumeMode, dry_run: bool
+) -> None:
+    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.supervised import SCHEMAS
+
+    settings = load_config(config, overrides or [], SCHEMAS[command])
+    if dry_run:
+        from rlhf_ray.plan import describe_supervised_plan
+
+        plan = describe_supervised_plan(settings)
+        print(dump_config(settings))
+        print(plan)
+        return
+    quiet_libraries(settings.device)
+    from rlhf_ray.build_supervised import run_supervised
+    from rlhf_ray.commands.summary import print_summary
+
+    with interruptible():  # the run itself has said how to go on
+        summary = run_supervised(settings, run_dir, resume=resume is ResumeMode.auto)
+    print_summary(summary)

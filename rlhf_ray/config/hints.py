@@ -1,0 +1,159 @@
+"""Settings as TRL, verl, OpenRLHF, LLaMA-Factory and Transformers call them, and what they are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel
+
+from rlhf_ray.config.sections import section_in
+
+# The last part of the foreign name -> what it is here: the first that the command has is named.
+FOREIGN: dict[str, tuple[str, ...]] = {
+    "beta": ("dpo.beta", "algorithm.kl_coef"),
+    "pref_beta": ("dpo.beta",),
+    "kl_loss_coef": ("algorithm.kl_coef",),
+    "init_kl_coef": ("algorithm.kl_coef",),
+    "kl_ctrl": ("algorithm.kl_controller",),
+    "use_kl_loss": ("algorithm.kl_in",),
+    "use_kl_in_reward": ("algorithm.kl_in",),
+    "adv_estimator": ("algorithm.advantage",),
+    "advantage_estimator": ("algorithm.advantage",),
+    "loss_type": ("dpo.kind", "algorithm.policy_loss"),
+    "loss_agg_mode": ("algorithm.aggregation",),
+    "epsilon": ("algorithm.clip_low",),
+    "cliprange": ("algorithm.clip_low",),
+    "clip_ratio": ("algorithm.clip_low",),
+    "clip_range": ("algorithm.clip_low",),
+    "eps_clip": ("algorithm.clip_low",),
+    "epsilon_high": ("algorithm.clip_high",),
+    "clip_ratio_high": ("algorithm.clip_high",),
+    "cliprange_value": ("critic.value_clip",),
+    "value_clip": ("critic.value_clip",),
+    "entropy_coeff": ("algorithm.entropy_coef",),
+    "ent_coef": ("algorithm.entropy_coef",),
+    "lambd": ("algorithm.lam",),
+    "gae_lambda": ("algorithm.lam",),
+    "scale_rewards": ("algorithm.normalize_std",),
+    "norm_adv_by_std_in_grpo": ("algorithm.normalize_std",),
+    "target_kl": ("learner.stop_kl",),
+    "learning_rate": ("learner.lr",),
+    "actor_learning_rate": ("learner.lr",),
+    "critic_learning_rate": ("critic.lr",),
+    "lr_scheduler_type": ("learner.lr_schedule",),
+    "lr_scheduler": ("learner.lr_schedule",),
+    "warmup_steps": ("learner.lr_warmup_steps",),
+    "num_warmup_steps": ("learner.lr_warmup_steps",),
+    "adam_beta1": ("learner.betas",),
+    "adam_betas": ("learner.betas",),
+    "max_norm": ("learner.max_grad_norm",),
+    "grad_clip": ("learner.max_grad_norm",),
+    "gradient_accumulation_steps": ("learner.tokens_per_microbatch",),
+    "per_device_train_batch_size": ("learner.batch_size", "rollout.prompts_per_step"),
+    "micro_train_batch_size": ("learner.tokens_per_microbatch",),
+    "ppo_micro_batch_size_per_gpu": ("learner.tokens_per_microbatch",),
+    "ppo_max_token_len_per_gpu": ("learner.tokens_per_microbatch",),
+    "train_batch_size": ("learner.batch_size", "rollout.prompts_per_step"),
+    "rollout_batch_size": ("rollout.prompts_per_step",),
+    "ppo_mini_batch_size": ("learner.minibatches",),
+    "num_mini_batches": ("learner.minibatches",),
+    "ppo_epochs": ("learner.epochs",),
+    "num_ppo_epochs": ("learner.epochs",),
+    "num_iterations": ("learner.epochs",),
+    "num_train_epochs": ("epochs",),
+    "total_epochs": ("epochs",),
+    "max_epochs": ("epochs",),
+    "max_steps": ("steps",),
+    "total_training_steps": ("steps",),
+    "num_generations": ("rollout.group_size",),
+    "n_samples_per_prompt": ("rollout.group_size",),
+    "rollout_n": ("rollout.group_size",),
+    "max_completion_length": ("rollout.max_new_tokens",),
+    "max_response_length": ("rollout.max_new_tokens",),
+    "response_length": ("rollout.max_new_tokens",),
+    "generate_max_len": ("rollout.max_new_tokens",),
+    "max_prompt_length": ("data.max_prompt_tokens",),
+    "prompt_max_len": ("data.max_prompt_tokens",),
+    "max_seq_length": ("data.max_length",),
+    "max_len": ("data.max_length",),
+    "cutoff_len": ("data.max_length",),
+    "use_vllm": ("generator.engine",),
+    "vllm_mode": ("ray.colocate",),
+    "colocate_all_models": ("ray.colocate",),
+    "hybrid_engine": ("ray.colocate",),
+    "vllm_num_engines": ("generator.count",),
+    "vllm_tensor_parallel_size": ("generator.tensor_parallel",),
+    "tensor_model_parallel_size": ("generator.tensor_parallel",),
+    "tensor_parallel_size": ("generator.tensor_parallel",),
+    "vllm_gpu_memory_utilization": ("generator.gpu_memory_utilization",),
+    "model_name_or_path": ("model.path",),
+    "model_name": ("model.path",),
+    "pretrain": ("model.path",),
+    "reward_model_path": ("reward_model.path",),
+    "reward_pretrain": ("reward_model.path",),
+    "reward_funcs": ("rewards",),
+    "remote_rm_url": ("rewards",),
+    "custom_reward_function": ("rewards",),
+    "reward_weights": ("rewards",),
+    "dataset": ("data.path",),
+    "dataset_name": ("data.path",),
+    "dataset_path": ("data.path",),
+    "prompt_data": ("data.path",),
+    "train_files": ("data.path",),
+    "val_files": ("data.eval_path",),
+    "input_key": ("data.field", "data.columns"),
+    "prompt_key": ("data.field", "data.columns"),
+    "label_key": ("data.columns",),
+    "use_peft": ("model.lora",),
+    "lora_r": ("model.lora.r",),
+    "lora_rank": ("model.lora.r",),
+    "lora_alpha": ("model.lora.alpha",),
+    "lora_target": ("model.lora.target_modules",),
+    "lora_target_modules": ("model.lora.target_modules",),
+    "load_in_4bit": ("model.lora.quantize",),
+    "bf16": ("dtype",),
+    "torch_dtype": ("dtype",),
+    "param_dtype": ("dtype",),
+    "deepspeed": ("learner.engine",),
+    "use_deepspeed": ("learner.engine",),
+    "adam_offload": ("learner.offload",),
+    "num_gpus": ("learner.world_size",),
+    "n_gpus_per_node": ("learner.world_size",),
+    "actor_num_gpus_per_node": ("learner.world_size",),
+    "output_dir": ("--run-dir",),
+    "save_path": ("--run-dir",),
+    "default_local_dir": ("--run-dir",),
+    "resume_from_checkpoint": ("--resume auto",),
+    "save_steps": ("checkpoint.every",),
+    "save_freq": ("checkpoint.every",),
+    "save_total_limit": ("checkpoint.keep",),
+    "eval_steps": ("eval.every",),
+    "test_freq": ("eval.every",),
+    "report_to": ("logging.loggers",),
+    "logger": ("logging.loggers",),
+    "use_wandb": ("logging.loggers",),
+    "run_name": ("name",),
+    "experiment_name": ("name",),
+    "label_smoothing": ("dpo.label_smoothing",),
+    "rpo_alpha": ("dpo.nll_weight",),
+    "simpo_gamma": ("dpo.gamma",),
+    "gamma_beta_ratio": ("dpo.gamma",),
+}
+
+
+def hint_for(key: str, schema: type[BaseModel]) -> str | None:
+    """What `key` of another tool is called in a config of `schema`; None if it is nothing that others have."""
+    for name in FOREIGN.get(key.lower().replace("-", "_"), ()):
+        if name.startswith("--") or has_setting(schema, name.split(".")):
+            return name
+    return None
+
+
+def has_setting(schema: type[BaseModel], parts: Iterable[str]) -> bool:
+    """Whether a config of `schema` has the setting; optional sections and lists are looked through."""
+    section: type[BaseModel] | None = schema
+    for part in parts:
+        if section is None or part not in section.model_fields:
+            return False
+        section = section_in(section.model_fields[part].annotation)
+    return True
