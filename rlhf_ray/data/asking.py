@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf_ray.data.chat import Chat, Instruction, Message, Messages, Prompt
 from rlhf_ray.data.columns import Columns, Text
 from rlhf_ray.data.dialogues import dialogue_messages, is_dialogue
-from rlhf_ray.data.messages import text_of
+from rlhf_ray.data.messages import said, text_of
+from rlhf_ray.data.values import says_something
 
 
 def asked(columns: Columns) -> Prompt:
@@ -30,6 +33,39 @@ def checked_question(columns: Columns, prompt: Text, role: str) -> Text:
     return prompt
 
 
+def with_repeated(columns: Columns, shared: Messages) -> Messages:
+    """The prompt of two whole conversations, which a column `prompt` (or `messages`) beside them says once more.
+
+    It may say more than they do at the beginning (a system message, earlier turns), or less at the end. A text that
+    is one of their messages is used; one that says something else is left to be named as unused.
+    Raises DataError for messages that say something else.
+    """
+    role = next((role for role in ("prompt", "messages") if says_something(columns.row.fields.get(columns.name(role)))),
+                None)  # fmt: skip
+    if role is None:
+        return shared
+    value = columns.row.fields[columns.name(role)]
+    given = columns.checked(value, role) if role == "prompt" else columns.messages(role)
+    if isinstance(given, str):
+        if given.strip() in [text_of(message).strip() for message in shared]:
+            columns.value(role)
+        return shared
+    columns.value(role)
+    once, twice = ([_trimmed(message) for message in messages] for messages in (given, shared))
+    if once[-len(twice) :] == twice:
+        return given
+    if twice[: len(once)] == once:
+        return shared
+    if given[0]["role"] == "system" and twice[: len(once) - 1] == once[1:]:
+        return (given[0], *shared)
+    if shared[0]["role"] == "system" and twice[1 : len(once) + 1] == once:
+        return shared
+    raise columns.error(
+        f"field {columns.name(role)!r} and the beginning that 'chosen' and 'rejected' share are two different "
+        "conversations; keep one of them"
+    )
+
+
 def in_context(columns: Columns, prompt: Text | Instruction) -> Prompt:
     """A prompt, or a whole conversation, with what other columns of the row give it.
 
@@ -43,16 +79,28 @@ def in_context(columns: Columns, prompt: Text | Instruction) -> Prompt:
     messages = as_messages(prompt)
     if not messages:
         raise columns.empty("the prompt is a dialogue without a turn")
-    own: Messages = ()
-    if messages[0]["role"] == "system":
-        own, messages = messages[:1], messages[1:]
-        if system and text_of(own[0]).strip() != system.strip():
-            raise columns.error(
-                f"field {columns.name('system')!r} and the system message of the conversation differ; keep one of them"
-            )
-    elif system:
-        own = ({"role": "system", "content": system},)
-    return Chat((*own, *history, *messages), tools, args)
+    own, messages = _without_system(messages)
+    earlier, history = _without_system(history)
+    column: Messages = ({"role": "system", "content": system},) if system else ()
+    names = (f"field {columns.name('system')!r}", f"field {columns.name('history')!r}", "the conversation")
+    systems = [(name, first) for name, first in zip(names, (column, earlier, own), strict=True) if first]
+    for name, first in systems[1:]:
+        if text_of(first[0]).strip() != text_of(systems[0][1][0]).strip():
+            raise columns.error(f"{systems[0][0]} and {name} have two different system messages; keep one of them")
+    # The conversation's own form goes first: it may be written in parts.
+    return Chat((*(own or earlier or column), *history, *messages), tools, args)
+
+
+def _without_system(messages: Messages) -> tuple[Messages, Messages]:
+    """(a system message at the beginning, the rest)."""
+    begins = bool(messages) and messages[0]["role"] == "system"
+    return messages[:begins], messages[begins:]
+
+
+def _trimmed(message: Message) -> tuple[Any, ...]:
+    """What a message says, the same in every form and with any white space around it."""
+    role, name, text, *others = said(message)
+    return (role, name, text.strip(), *others)
 
 
 def as_messages(prompt: Prompt | Messages) -> Messages:

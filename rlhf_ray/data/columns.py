@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from rlhf_ray.config.data import ColumnsConfig
 from rlhf_ray.data.calls import tools_of
 from rlhf_ray.data.chat import Message, Messages
-from rlhf_ray.data.messages import read_message, read_messages
+from rlhf_ray.data.messages import messages_in_text, read_message, read_messages
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.values import EmptyRowError, check_text, from_json, plain, says_something, shown
 from rlhf_ray.errors import DataError
@@ -155,7 +155,10 @@ class Columns:
         return int(value)
 
     def checked(self, value: Any, role: str) -> Text:
-        """A text, messages, or one message for itself."""
+        """A text, messages (in a cell of a CSV file: their JSON text), or one message for itself."""
+        if isinstance(value, str):
+            with self._placed(role):
+                value = messages_in_text(value) or value
         if isinstance(value, Mapping):
             with self._placed(role):
                 return (self._message(value),)
@@ -193,7 +196,7 @@ class Columns:
         value = self.value(role)
         if isinstance(value, str) and value.lstrip().startswith("["):
             with self._placed(role):
-                return from_json(value)
+                return messages_in_text(value) or from_json(value)
         return value
 
     @contextmanager

@@ -7,13 +7,14 @@ Every key of a message is used, counted as unused by its name, or refused. Compl
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.data.calls import calls_of
 from rlhf_ray.data.chat import Message, Messages
-from rlhf_ray.data.values import EmptyRowError, check_text, says_something, shown
+from rlhf_ray.data.values import EmptyRowError, check_text, from_json, says_something, shown
 from rlhf_ray.errors import DataError
 
 EXAMPLE = 'write a list like [{"role": "user", "content": "Hello"}]'
@@ -25,6 +26,36 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant", "function_call": "assistant", "observation": "tool", "tool": "tool",
     "function_response": "tool",
 }  # fmt: skip
+# How Python prints messages, which is what pandas writes into a cell.
+_PRINTED = re.compile(r"\s*\[?\s*\{'(?:role|from|content|value)': ")
+_SPEAKS = (("role", ("content", "tool_calls", "function_call")), ("from", ("value",)))
+
+
+def messages_in_text(text: str) -> list[Any] | Mapping[str, Any] | None:
+    """The messages, or the one message, whose JSON text this is, as cells of CSV files have them; None: it is a text.
+
+    An answer may well be JSON. It is taken for messages only where every object says who speaks and what.
+    Raises DataError for messages as Python prints them.
+    """
+    if _PRINTED.match(text) and any(f"'{who}': " in text and f"'{what[0]}': " in text for who, what in _SPEAKS):
+        raise DataError(
+            "holds messages as Python prints them, as pandas writes lists to CSV; write them as JSON "
+            "(in pandas: frame[column].map(json.dumps)), or save the table as parquet"
+        )
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        value = from_json(text)
+    except DataError:
+        return None
+    said = value if isinstance(value, list) else [value]
+    return value if said and all(map(_speaks, said)) else None
+
+
+def _speaks(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        who in value and any(key in value for key in what) for who, what in _SPEAKS
+    )
 
 
 def read_messages(value: Any, unused: Counter[str]) -> Messages:

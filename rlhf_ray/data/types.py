@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
-from rlhf_ray.data.asking import answered, asked, checked_question, in_context, instructed
-from rlhf_ray.data.chat import Chat, Messages, Prompt
+from rlhf_ray.data.asking import answered, asked, checked_question, in_context, instructed, with_repeated
+from rlhf_ray.data.chat import Chat, Prompt
 from rlhf_ray.data.columns import USUAL, Columns, Text
-from rlhf_ray.data.dialogues import is_dialogue, shared_messages, shared_text
+from rlhf_ray.data.dialogues import dialogue_messages, is_dialogue, shared_messages, shared_text
 from rlhf_ray.data.messages import text_of
 from rlhf_ray.data.rows import Row
 
@@ -259,8 +259,7 @@ def _preference(columns: Columns) -> tuple[Record, ...]:
     if isinstance(chosen, tuple) and chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
         # The prompt is in both, as in UltraFeedback, also where it has a column of its own.
         prompt, *answers = shared_messages(chosen, rejected, where=where)
-        _read_repeated_prompt(columns, prompt)
-        return (PreferenceRow(in_context(columns, prompt), *answers, margin),)
+        return (PreferenceRow(in_context(columns, with_repeated(columns, prompt)), *answers, margin),)
     if isinstance(chosen, str) and not _has_prompt(columns, chosen, rejected):
         prompt, *answers = shared_text(chosen, rejected, where=where)
         for role, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -277,21 +276,18 @@ def _preference(columns: Columns) -> tuple[Record, ...]:
 
 
 def _has_prompt(columns: Columns, chosen: str, rejected: str) -> bool:
-    """Whether two texts are answers only. Two whole dialogues hold their prompt, whatever `question` stands beside."""
-    if columns.has_by_name("prompt"):
-        return True
-    if is_dialogue(chosen) and is_dialogue(rejected):
-        return False
-    return any(columns.has(role) for role in ("prompt", "messages", "instruction"))
+    """Whether two texts are answers only. Two whole dialogues hold their prompt, whatever stands beside.
 
-
-def _read_repeated_prompt(columns: Columns, prompt: Messages) -> None:
-    """A column that says what both conversations say is used; one that says something else is left to be named."""
-    if not columns.has("prompt"):
-        return
-    given = columns.row.fields[columns.name("prompt")]
-    if given == list(prompt) or isinstance(given, str) and given.strip() in [text_of(said).strip() for said in prompt]:
-        columns.value("prompt")
+    A column `prompt` that says what both dialogues say is used; one that says something else is left to be named.
+    """
+    if not (is_dialogue(chosen) and is_dialogue(rejected)):
+        return any(columns.has(role) for role in ("prompt", "messages", "instruction"))
+    if columns.has("prompt") and isinstance(columns.row.fields[columns.name("prompt")], str):
+        given = columns.row.fields[columns.name("prompt")].strip()
+        begins = all(answer.strip().startswith(given) for answer in (chosen, rejected))
+        if begins or given in [text_of(message) for message in dialogue_messages(chosen)]:
+            columns.value("prompt")
+    return False
 
 
 def _check_weights(columns: Columns, answer: Text, role: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_ray.config.data import ColumnsConfig
 from rlhf_ray.data.chat import Chat, Instruction
+from rlhf_ray.data.messages import text_of
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, PromptRow, detect, parse, prompts_in
 from rlhf_ray.data.values import EmptyRowError
@@ -126,6 +127,76 @@ def test_a_prompt_beside_whole_conversations_is_used_or_named():
     pair = {"chosen": [ASK, SAY], "rejected": [ASK, BAD]}
     assert read({**pair, "prompt": " hi"})[1] == {} == read({**pair, "prompt": [ASK]})[1]
     assert read({**pair, "prompt": "something else"})[1] == {"prompt": 1}
+    dialogues = {"chosen": f"{HH} yo", "rejected": f"{HH} no"}
+    assert read({**dialogues, "prompt": HH}) == (PreferenceRow(HH, " yo", " no"), {})
+    assert read({**dialogues, "prompt": "hi"}) == (PreferenceRow(HH, " yo", " no"), {})
+    assert read({**dialogues, "prompt": "ho"}) == (PreferenceRow(HH, " yo", " no"), {"prompt": 1})
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+@pytest.mark.parametrize(
+    ("given", "whole", "asked"),
+    [
+        ([RULE, ASK], [ASK], [RULE, ASK]),
+        ([RULE, *ROW, ASK], [ASK], [RULE, *ROW, ASK]),
+        ([ASK], [RULE, ASK], [RULE, ASK]),
+        ([ROW[0]], [*ROW, ASK], [*ROW, ASK]),
+        ([RULE, ROW[0]], [*ROW, ASK], [RULE, *ROW, ASK]),
+        ([{"role": "user", "content": [{"type": "text", "text": "hi "}]}], [ASK], [ASK]),
+    ],
+)
+def test_what_a_prompt_says_beyond_the_conversations_beside_it_is_asked_too(column, given, whole, asked):
+    record, unused = read({column: given, "chosen": [*whole, SAY], "rejected": [*whole, BAD]})
+    said = [(message["role"], text_of(message).strip()) for message in record.prompt.messages]
+    assert said == [(message["role"], message["content"]) for message in asked]
+    assert (record.chosen, record.rejected, unused) == ((SAY,), (BAD,), {})
+
+
+def test_a_system_message_that_is_said_twice_stands_once():
+    twice = {"prompt": "hi", "system": "Rhyme. ", "history": [RULE, *ROW]}
+    assert read(twice) == (PromptRow(Chat((RULE, *ROW, ASK))), {})
+    assert read({**twice, "prompt": [RULE, ASK], "system": None}) == (PromptRow(Chat((RULE, *ROW, ASK))), {})
+
+
+def cells(fields):
+    """As a CSV file has them."""
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [RULE, ASK]},
+        {"prompt": [ASK], "completion": [SAY]},
+        {"chosen": [ASK, SAY], "rejected": [ASK, BAD]},
+        {"prompt": [ASK], "chosen": SAY, "rejected": BAD},
+        {"prompt": [{"from": "human", "value": "hi"}], "completions": [[SAY], [BAD]]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "tools": [TOOL]},
+    ],
+)
+def test_messages_in_a_cell_are_messages(fields):
+    assert read(cells(fields)) == read(fields)
+    row = Row(cells(fields), "f.csv:7")
+    assert prompts_in(row, detect(row)) == prompts_in(Row(fields, "f.csv:7"), detect(row))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"from": "Oslo", "to": "Bergen"}]', '{"role": "admin", "name": "Bo"}', "[]", "[1, 2]", "{}", "[1] says so",
+        '[{"role": "user", "content": "hi"}, {"fare": 3}]', "{'from': 'Oslo', 'to': 'Bergen'}", '[{"role": "user"',
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_json_of_another_kind_stays_text(answer):
+    assert read({"prompt": "hi", "completion": answer}) == (AnswerRow("hi", answer), {})
+
+
+def test_messages_as_python_prints_them_are_refused():
+    for printed in (str([ASK, SAY]), str(SAY), "[{'content': 'hi', 'role': 'user'}\n {'content': 'yo', 'role': 'x'}]"):
+        with pytest.raises(DataError, match=r"^f\.jsonl:7: field 'completion' holds messages as Python prints them"):
+            read({"prompt": "hi", "completion": printed})
+    with pytest.raises(DataError, match="field 'messages' holds messages as Python prints them"):
+        read({"messages": str([ASK, SAY])})
 
 
 def test_what_nothing_reads_is_named():
@@ -152,7 +223,15 @@ def test_a_policy_is_asked_without_reading_the_answers():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"messages": [RULE, ASK], "system": "Sing."}, "'system' and the system message of the conversation differ"),
+        ({"messages": [RULE, ASK], "system": "Sing."}, "'system' and the conversation have two different system"),
+        ({"prompt": "a", "system": "Rhyme.", "history": [{**RULE, "content": "Sing."}, *ROW]},
+         "'system' and field 'history' have two different system messages"),
+        ({"prompt": [RULE, ASK], "history": [{**RULE, "content": "Sing."}, *ROW]},
+         "'history' and the conversation have two different system messages"),
+        ({"prompt": [RULE, BAD], "chosen": [ASK, SAY], "rejected": [ASK, BAD]}, "'prompt' and the beginning that"),
+        ({"prompt": [RULE, ASK], "chosen": [{**RULE, "content": "Sing."}, ASK, SAY],
+          "rejected": [{**RULE, "content": "Sing."}, ASK, BAD]}, "'prompt' and the beginning that"),
+
         ({"prompt": "a", "system": 3}, "field 'system' is of type int, not text"),
         ({"prompt": "a", "history": [["b"]]}, r"field 'history' holds \['b'\], which is no pair of texts"),
         ({"prompt": "a", "history": "b"}, "field 'history' holds 'b', which is no pair"),
@@ -165,7 +244,7 @@ def test_a_policy_is_asked_without_reading_the_answers():
         ({"prompt": [ASK], "chosen": [{**SAY, "weight": 0}], "rejected": [BAD]}, "'chosen' holds an answer of weight"),
         ({"chosen": "yo", "rejected": {"role": "user", "content": "x"}}, "one of 'chosen' and 'rejected' is text"),
     ],
-)
+)  # fmt: skip
 def test_a_context_that_is_wrong_says_where_and_what(fields, says):
     with pytest.raises(DataError, match=rf"^f\.jsonl:7: .*{says}") as caught:
         read(fields)
