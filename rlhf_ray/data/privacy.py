@@ -2,22 +2,25 @@
 
 A number counts only where it is one: cards by Luhn's check digit and an issuer's prefix, Chinese identity numbers by
 ISO 7064 (mod 11-2) and their date of birth, US social security numbers by their form and what was ever issued, bank
-accounts by ISO 13616 (mod 97) and their country's length, telephone numbers by Google's metadata (phonenumbers). So
-years, sums and long decimals stay. Names, postal addresses and other countries' identity numbers are not looked for:
-this finds what can be told from other text by itself, and is no proof that a text has nothing else.
+accounts by ISO 13616 (mod 97) and their country's length, telephone numbers by the Chinese forms and by Google's metadata
+(phonenumbers). So years, sums and long decimals stay. Numbers without a country's code are read as US or Chinese ones
+only. Names, postal addresses and other countries' identity numbers are not looked for: this finds what can
+be told from other text by itself, and is no proof that a text has nothing else.
 """
 
 from __future__ import annotations
 
+import bisect
 import datetime
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_ray.data.rows import Row
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.data.rows import Row, placed
+from rlhf_ray.errors import ConfigError, DataError
 
 EMAIL, PHONE, CARD, IDENTITY, ACCOUNT = "email", "phone", "card", "identity number", "bank account"
 MASKS = {EMAIL: "[EMAIL]", PHONE: "[PHONE]", CARD: "[CARD]", IDENTITY: "[ID]", ACCOUNT: "[IBAN]"}
@@ -27,14 +30,24 @@ REGIONS = ("US",)
 
 _Span = tuple[int, int]
 # Full-width forms, and the digits of Arabic, Persian, Hindi and Thai: one character for one, so that places stay.
-_PLAIN = {0xFF01 + offset: 0x21 + offset for offset in range(94)}
+# Full-width brackets and commas stay: they are punctuation, where `k.sum(` is code and `1,234` one number.
+_PLAIN = {0xFF01 + offset: 0x21 + offset for offset in range(94) if chr(0x21 + offset) not in "()[],"}
 _PLAIN |= {zero + digit: 0x30 + digit for zero in (0x660, 0x6F0, 0x966, 0xE50) for digit in range(10)}
+# The escapes of JSON and of most languages: the n of `hi\nbob@example.com` is no part of the address.
+_ESCAPE = re.compile(r'\\+(?:u[0-9A-Fa-f]{4}|["/bfnrt])?')
+_JSON_SCALAR = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|-?\d[\d.eE+-]*', re.DOTALL)
 # Lengths bound every repetition: no text makes the search take more than linear time.
 _EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}"
-    r"(?![A-Za-z0-9(\[])"  # `q@k.transpose(1, 2)` is code
+    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-][A-Za-z0-9._%+-]{0,63}@((?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24})"
+    r"(?![A-Za-z0-9])"
 )
-_BEFORE, _AFTER = r"(?<![0-9A-Za-z_])(?<!\d[.,])", r"(?![0-9A-Za-z_])(?![.,]\d)"
+# `q@k.transpose(1, 2)` and `x@self.net(y)` are code: before an ASCII bracket a domain must look like one.
+_DOMAIN_BEFORE_BRACKET = re.compile(
+    r"(?!(?:self|cls|this)\.).*\.(?:com|org|net|edu|gov|cn|hk|tw|jp|kr|sg|uk|de|fr|ru|nl|eu|au|ca|br|es|pl|ch)", re.I
+)
+# A comma before three digits groups thousands, one after a single digit is a decimal comma; others divide a list.
+_BEFORE = r"(?<![0-9A-Za-z_])(?<!\d\.)(?<!(?<!\d)\d,)"
+_AFTER = r"(?![0-9A-Za-z_])(?!\.\d)(?!,\d{3}(?!\d))"
 _CARD = re.compile(
     rf"{_BEFORE}(?:\d{{13,19}}|\d{{4}}([ -])\d{{4}}\1\d{{4}}\1\d{{4}}(?:\1\d{{1,3}})?|\d{{4}}([ -])\d{{6}}\2\d{{4,5}})"
     + _AFTER
@@ -46,7 +59,11 @@ _ISSUERS = re.compile(
 )
 _CHINESE_ID = re.compile(rf"{_BEFORE}[1-9]\d{{16}}[\dXx]{_AFTER}")
 _SSN = re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])(?!\.\d)")
-_IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
+_IBAN = re.compile(
+    r"(?<![0-9A-Za-z])(?:[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}"
+    # In lower case, or with hyphens: in one, or in fours.
+    r"|[A-Za-z]{2}\d{2}(?:[A-Za-z0-9]{11,30}|([ -])[A-Za-z0-9]{4}(?:\1[A-Za-z0-9]{4}){1,6}(?:\1[A-Za-z0-9]{1,3})?))"
+)
 _IBAN_LENGTHS = {
     country: length
     for length, countries in {
@@ -57,14 +74,24 @@ _IBAN_LENGTHS = {
     }.items()
     for country in countries.split()
 }  # fmt: skip
-# In China the area code of a landline stands before a hyphen; mobile numbers are mostly written in one.
+# In China the area code of a landline stands in brackets, or before a hyphen or a blank, and an extension may follow;
+# mobile numbers are mostly written in one, and service numbers (400, 800) with hyphens.
 _CHINESE_PHONE = re.compile(
-    rf"{_BEFORE}(?:(?:\+|00)?86[ -]?)?(?:1[3-9]\d([ -]?)\d{{4}}\1\d{{4}}|0(?:10|2\d|[3-9]\d{{2}})-[2-8]\d{{6,7}})"
-    + _AFTER
+    rf"(?:{_BEFORE}(?:(?:\+|00)?86[ -]?)?"
+    r"(?:1[3-9]\d([ .-]?)\d{4}\1\d{4}|0(?:10|2\d|[3-9]\d{2})[ -][2-8]\d{2,3}[ -]?\d{4}(?:-\d{1,5})?"
+    r"|[48]00-(?:\d{3}-\d{4}|\d{4}-\d{3}))"
+    r"|(?<![0-9A-Za-z_])[(（]0(?:10|2\d|[3-9]\d{2})[)）][ -]?[2-8]\d{2,3}[ -]?\d{4}(?:-\d{1,5})?)" + _AFTER
 )
 _SEVEN_DIGITS = re.compile(r"\d(?:[^\w,=*/]{0,3}\d){6}")
 _OPERATOR_BEFORE = re.compile(r"(?:[\d)\]}]\s*[-=+*/^×÷<>≈−]|[$¥￥€£])\s*$")
 _OPERATOR_AFTER = re.compile(r"\s*(?:[=+*/^×÷<>≈%]|[-−]\s*\d|元)")
+# `13812345678=张三` names somebody: after the sign stand a few letters and no operator.
+_NAME_AFTER = re.compile(
+    r"\s?=\s?(?:[\u4e00-\u9fff]{2,4}|[A-Z][a-z]+)(?![\u4e00-\u9fffA-Za-z0-9]|\s*[-=+*/^×÷<>≈%−(_])"
+)
+# `13812345678/13912345678`: two numbers with a stroke between them.
+_STROKE_BEFORE = re.compile(r"(?<![\d.+*^=])(\+?[\d(（](?:[ ().（）-]{0,2}\d){6,18})\s?/\s?$")
+_STROKE_AFTER = re.compile(r"\s?/\s?(\+?[\d(（](?:[ ().（）-]{0,2}\d){6,18})(?!\d|\s*[-=+*/^×÷<>≈%−])")
 
 
 @dataclass(frozen=True)
@@ -84,18 +111,23 @@ def find_personal(text: str) -> list[Personal]:
     """
     found: list[Personal] = []
     text = text if text.isascii() else text.translate(_PLAIN)
+    text = _ESCAPE.sub(lambda escape: " " * len(escape[0]), text) if "\\" in text else text
     for kind, finder in _FINDERS:
         for start, end in finder(text):
-            if all(end <= other.start or start >= other.end for other in found):
-                found.append(Personal(kind, start, end))
-    return sorted(found, key=lambda item: item.start)
+            at = bisect.bisect(found, start, key=lambda item: item.start)
+            is_free = (at == 0 or found[at - 1].end <= start) and (at == len(found) or end <= found[at].start)
+            if is_free:
+                found.insert(at, Personal(kind, start, end))
+    return found
 
 
 def masked(text: str, found: Sequence[Personal] | None = None) -> str:
     """`text` with [EMAIL], [PHONE] and so on in place of what was found."""
-    for item in reversed(find_personal(text) if found is None else found):
-        text = f"{text[: item.start]}{MASKS[item.kind]}{text[item.end :]}"
-    return text
+    pieces, at = [], 0
+    for item in find_personal(text) if found is None else found:
+        pieces += [text[at : item.start], MASKS[item.kind]]
+        at = item.end
+    return "".join(pieces) + text[at:]
 
 
 def shape(text: str) -> str:
@@ -111,34 +143,99 @@ class PersonalData:
         self.counts: Counter[str] = Counter()
 
     def seen(self, row: Row) -> Row:
-        """The row as it is to be used: all its columns, for any of them may reach a prompt or a reward."""
+        """The row as it is to be used: all its columns, for any of them may reach a prompt or a reward.
+
+        Raises DataError that names the row if it is nested too deeply to be looked through.
+        """
         if self._mode == "none":
             return row
-        fields = masked_value(row.fields, self.counts)
+        with placed(row.where):
+            fields = masked_row(row.fields, lambda kind, _: self.counts.update((kind,)))
         return Row(fields, row.where) if self._mode == "mask" else row
 
 
-def strings_of(value: Any) -> Iterator[str]:
-    """All strings of a row, at every depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from strings_of(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from strings_of(inner)
+# Is told the kind and the text of each personal datum.
+OnFound = Callable[[str, str], None]
 
 
-def masked_value(value: Any, counts: Counter[str]) -> Any:
-    """A row's value with all its strings masked; `counts` gets what was found, by kind."""
+def masked_row(fields: Mapping[str, Any], on_found: OnFound) -> dict[str, Any]:
+    """A row's columns with all that is personal masked, at every depth; the columns keep their names.
+
+    Raises DataError, without a place, for what is nested too deeply.
+    """
+    try:
+        return {name: masked_value(value, on_found) for name, value in fields.items()}
+    except RecursionError as error:
+        raise DataError("is nested too deeply to be looked through for personal data; flatten it") from error
+
+
+def masked_value(value: Any, on_found: OnFound) -> Any:
+    """A value with its strings, its numbers and the keys of its objects masked.
+
+    A number that is personal becomes a string. In a string that is the JSON text of an object or a list, what it
+    says is masked, and the rest of it stays as it is written. Keys that would be equal once masked are numbered.
+    """
     if isinstance(value, str):
-        found = find_personal(value)
-        counts.update(item.kind for item in found)
-        return masked(value, found)
+        return _masked_json(value, on_found) if _is_json(value) else _masked_text(value, on_found)
+    if isinstance(value, (int, float)):
+        return _masked_number(value, on_found)
     if isinstance(value, Mapping):
-        return {key: masked_value(inner, counts) for key, inner in value.items()}
-    return [masked_value(inner, counts) for inner in value] if isinstance(value, (list, tuple)) else value
+        copied: dict[Any, Any] = {}
+        for key, inner in value.items():
+            name = _masked_text(key, on_found) if isinstance(key, str) else key
+            copied[_free(name, copied)] = masked_value(inner, on_found)
+        return copied
+    return [masked_value(inner, on_found) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _masked_text(text: str, on_found: OnFound) -> str:
+    found = find_personal(text)
+    for item in found:
+        on_found(item.kind, text[item.start : item.end])
+    return masked(text, found)
+
+
+def _masked_number(number: float, on_found: OnFound) -> Any:
+    """The mask, where all digits of a number are a personal datum. Tables with gaps hold whole numbers as floats."""
+    if isinstance(number, bool) or not 0 < number < 10**19 or number != int(number):
+        return number
+    text = str(int(number))
+    found = find_personal(text)
+    if [(item.start, item.end) for item in found] != [(0, len(text))]:
+        return number
+    return _masked_text(text, on_found)
+
+
+def _is_json(text: str) -> bool:
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):  # a number of more digits than Python reads is a ValueError too
+        return False
+    return True
+
+
+def _masked_json(text: str, on_found: OnFound) -> str:
+    """JSON text that stays JSON: each string and number is read, masked, and written again if that changes it."""
+    keys: set[str] = set()
+
+    def rewritten(match: re.Match[str]) -> str:
+        written, colon = match[1] or match[0], match[2] or ""
+        value = json.loads(written)
+        hidden = _masked_text(value, on_found) if colon else masked_value(value, on_found)
+        if hidden == value:
+            return match[0]
+        if colon:
+            hidden = _free(hidden, keys)
+            keys.add(hidden)
+        return json.dumps(hidden, ensure_ascii=written.isascii()) + colon
+
+    return _JSON_SCALAR.sub(rewritten, text)
+
+
+def _free(key: Any, taken: Collection[Any]) -> Any:
+    return key if key not in taken else f"{key} {len(taken) + 1}"
 
 
 def explain_personal(counts: Mapping[str, int]) -> str:
@@ -147,21 +244,34 @@ def explain_personal(counts: Mapping[str, int]) -> str:
 
 
 def _emails(text: str) -> Iterator[_Span]:
-    return (match.span() for match in _EMAIL.finditer(text)) if "@" in text else iter(())
+    for match in _EMAIL.finditer(text) if "@" in text else ():
+        if text[match.end() : match.end() + 1] not in ("(", "[") or _DOMAIN_BEFORE_BRACKET.fullmatch(match[1]):
+            yield match.span()
 
 
 def _accounts(text: str) -> Iterator[_Span]:
-    for match in _IBAN.finditer(text):
-        size, places = _IBAN_LENGTHS.get(match[0][:2], 0), [i for i, char in enumerate(match[0]) if char != " "]
-        if not 0 < size <= len(places):
-            continue
-        end = match.start() + places[size - 1] + 1
-        account = match[0].replace(" ", "")[:size]
-        if text[end : end + 1].isalnum():
-            continue
-        # ISO 13616: the first four characters go to the end, letters become 10 to 35, and the remainder must be 1.
-        if int("".join(str(int(char, 36)) for char in account[4:] + account[:4])) % 97 == 1:
+    at = 0
+    while match := _IBAN.search(text, at):
+        end = match.start() + _account_length(match[0], text[match.end() : match.end() + 1])
+        if end > match.start():
             yield match.start(), end
+        # A match may reach into the next account.
+        at = max(end, match.start() + 4)
+
+
+def _account_length(written: str, following: str) -> int:
+    """How many characters of `written` are a bank account; 0: none. `following` is the character behind them."""
+    size = _IBAN_LENGTHS.get(written[:2].upper(), 0)
+    places = [place for place, char in enumerate(written) if char not in " -"]
+    if not 0 < size <= len(places):
+        return 0
+    end = places[size - 1] + 1
+    account = written[:end].replace(" ", "").replace("-", "").upper()
+    after = (written + following)[end : end + 1]
+    if (after.isascii() and after.isalnum()) or sum(char.isdecimal() for char in account) < 8:
+        return 0
+    # ISO 13616: the first four characters go to the end, letters become 10 to 35, and the remainder must be 1.
+    return end if int("".join(str(int(char, 36)) for char in account[4:] + account[:4])) % 97 == 1 else 0
 
 
 def _identities(text: str) -> Iterator[_Span]:
@@ -212,7 +322,18 @@ def _phones(text: str) -> Iterator[_Span]:
 
 def _is_arithmetic(text: str, start: int, end: int) -> bool:
     """Whether a number is part of a sum, or an amount of money."""
-    return bool(_OPERATOR_BEFORE.search(text[max(0, start - 8) : start]) or _OPERATOR_AFTER.match(text, end))
+    before, number = text[max(0, start - 48) : start], text[start:end]
+    if _OPERATOR_BEFORE.search(before[-8:]) and not _is_list(number, _STROKE_BEFORE.search(before)):
+        return True
+    is_named = _NAME_AFTER.match(text, end) or _is_list(number, _STROKE_AFTER.match(text, end))
+    return bool(_OPERATOR_AFTER.match(text, end)) and not is_named
+
+
+def _is_list(number: str, other: re.Match[str] | None) -> bool:
+    """Whether the number beside a stroke is another of its kind, not what it is divided by."""
+    if other is None:
+        return False
+    return not (number.isdecimal() and other[1].isdecimal()) or len(number) == len(other[1])
 
 
 # What is named first keeps its characters: the digits of an identity number may be a card's too.

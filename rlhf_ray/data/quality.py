@@ -13,8 +13,8 @@ from rlhf_ray.data.length_balance import LengthBalance, length_balance
 from rlhf_ray.data.near_duplicates import NearDuplicates
 from rlhf_ray.data.overlap import HeldOutPrompts, Place
 from rlhf_ray.data.parts import parts_of, written
-from rlhf_ray.data.privacy import explain_personal, find_personal, shape, strings_of
-from rlhf_ray.data.rows import Row
+from rlhf_ray.data.privacy import explain_personal, masked_row, shape
+from rlhf_ray.data.rows import Row, placed
 from rlhf_ray.data.types import PreferenceRow, RankedRow, Record, prompt_of
 from rlhf_ray.words import words
 
@@ -86,12 +86,13 @@ class QualityWatch:
         self._lengths: list[tuple[int, int]] = []
 
     def see(self, row: Row, records: Sequence[Record]) -> None:
-        """`records`: those of the row that training uses, so exact duplicates are not counted once more."""
+        """`records`: those of the row that training uses, so exact duplicates are not counted once more.
+
+        Raises DataError that names the row if it is nested too deeply to be looked through.
+        """
         if self._wishes.privacy:
-            for text in strings_of(row.fields):
-                self._personal += [
-                    (row.where, item.kind, shape(text[item.start : item.end])) for item in find_personal(text)
-                ]
+            with placed(row.where):
+                masked_row(row.fields, lambda kind, found: self._personal.append((row.where, kind, shape(found))))
         for record in records:
             if self._near is not None and (other := self._near.find_or_add(row.where, parts_of(record))) is not None:
                 self._nears.append((row.where, other))

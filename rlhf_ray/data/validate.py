@@ -132,10 +132,10 @@ class _Findings:
             Fingerprint().add(row.fields, row.where)  # a run takes one of its rows
             before = Counter(self._reader.dropped)
             records, made, sequences = self._reader.read(row)
+            self._watch.see(row, records)
         except DataError as error:
             self.refuse(error)
             return
-        self._watch.see(row, records)
         gone = [RowNote(row.where, reason) for reason in (self._reader.dropped - before).elements()]
         self._left_out += gone
         self._types[str(self._reader.kind)] += 1
