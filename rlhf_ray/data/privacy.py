@@ -2,10 +2,10 @@
 
 A number counts only where it is one: cards by Luhn's check digit and an issuer's prefix, Chinese identity numbers by
 ISO 7064 (mod 11-2) and their date of birth, US social security numbers by their form and what was ever issued, bank
-accounts by ISO 13616 (mod 97) and their country's length, telephone numbers by the Chinese forms and by Google's metadata
-(phonenumbers). So years, sums and long decimals stay. Numbers without a country's code are read as US or Chinese ones
-only. Names, postal addresses and other countries' identity numbers are not looked for: this finds what can
-be told from other text by itself, and is no proof that a text has nothing else.
+accounts by ISO 13616 (mod 97) and their country's length, telephone numbers by the Chinese forms and by Google's
+metadata (phonenumbers). So years, sums and long decimals stay. Telephone numbers without a country's code are read as
+US or Chinese ones only. Names, postal addresses and other countries' identity numbers are not looked for: this finds
+what can be told from other text by itself, and is no proof that a text has nothing else.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from rlhf_ray.errors import ConfigError, DataError
 EMAIL, PHONE, CARD, IDENTITY, ACCOUNT = "email", "phone", "card", "identity number", "bank account"
 MASKS = {EMAIL: "[EMAIL]", PHONE: "[PHONE]", CARD: "[CARD]", IDENTITY: "[ID]", ACCOUNT: "[IBAN]"}
 
-# Written without a country code, a number is read as one of these regions.
+# Written without a country code, a number is read as one of these regions, or by the Chinese forms below.
 REGIONS = ("US",)
 
 _Span = tuple[int, int]
-# Full-width forms, and the digits of Arabic, Persian, Hindi and Thai: one character for one, so that places stay.
+# Full-width forms, the digits of Arabic, Persian, Hindi and Thai, other hyphens and other blanks of one line: one
+# character for one, so that places stay.
 # Full-width brackets and commas stay: they are punctuation, where `k.sum(` is code and `1,234` one number.
 _PLAIN = {0xFF01 + offset: 0x21 + offset for offset in range(94) if chr(0x21 + offset) not in "()[],"}
+_PLAIN |= dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013"), ord("-"))
+_PLAIN |= dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u3000"), ord(" "))
 _PLAIN |= {zero + digit: 0x30 + digit for zero in (0x660, 0x6F0, 0x966, 0xE50) for digit in range(10)}
 # The escapes of JSON and of most languages: the n of `hi\nbob@example.com` is no part of the address.
 _ESCAPE = re.compile(r'\\+(?:u[0-9A-Fa-f]{4}|["/bfnrt])?')
-_JSON_SCALAR = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|-?\d[\d.eE+-]*', re.DOTALL)
+_JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|-?\d[\d.eE+-]*|[{}\[\]]', re.DOTALL)
 # Lengths bound every repetition: no text makes the search take more than linear time.
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-][A-Za-z0-9._%+-]{0,63}@((?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24})"
@@ -78,13 +81,23 @@ _IBAN_LENGTHS = {
 # mobile numbers are mostly written in one, and service numbers (400, 800) with hyphens.
 _CHINESE_PHONE = re.compile(
     rf"(?:{_BEFORE}(?:(?:\+|00)?86[ -]?)?"
-    r"(?:1[3-9]\d([ .-]?)\d{4}\1\d{4}|0(?:10|2\d|[3-9]\d{2})[ -][2-8]\d{2,3}[ -]?\d{4}(?:-\d{1,5})?"
-    r"|[48]00-(?:\d{3}-\d{4}|\d{4}-\d{3}))"
+    r"(?:1[3-9]\d(?:([ .-]?)\d{4}\1\d{4}|-\d{8})|0(?:10|2\d|[3-9]\d{2})[ -][2-8]\d{2,3}[ -]?\d{4}(?:-\d{1,5})?"
+    r"|[48]00-(?:\d{3}-?\d{4}|\d{4}-\d{3}))"
     r"|(?<![0-9A-Za-z_])[(（]0(?:10|2\d|[3-9]\d{2})[)）][ -]?[2-8]\d{2,3}[ -]?\d{4}(?:-\d{1,5})?)" + _AFTER
 )
 _SEVEN_DIGITS = re.compile(r"\d(?:[^\w,=*/]{0,3}\d){6}")
-_OPERATOR_BEFORE = re.compile(r"(?:[\d)\]}]\s*[-=+*/^×÷<>≈−]|[$¥￥€£])\s*$")
-_OPERATOR_AFTER = re.compile(r"\s*(?:[=+*/^×÷<>≈%]|[-−]\s*\d|元)")
+# A sum stands on one line, and beside its operator stands another number, a variable or a bracket. So the points of a
+# list, `**bold**`, `<b>`, `tel1=` and `(home) / ` are none.
+_OPERATOR_BEFORE = re.compile(r"(?:[\d)\]}][^\S\n]*[-=+*/^×÷<>≈−]|[$¥￥€£])[^\S\n]*$")
+_NO_OPERATOR_BEFORE = re.compile(
+    r"(?:</?[A-Za-z][^<>]*>|(?<![A-Za-z_])[A-Za-z_]{2,}\d*(?:\[\w*\])?[^\S\n]*=|\([^\W\d]{2,}[^()\d]*\)[^\S\n]*[-/])[^\S\n]*$"
+)
+_OPERAND = r"[^\S\n]*[-+−]?(?:[\d.(\[{$¥￥€£√\\]|[A-Za-z](?![A-Za-z@.]))"
+_OPERATOR_AFTER = re.compile(
+    rf"[^\S\n]*(?:[=×÷≈%]|元|[-−][^\S\n]*\d|(?:[/^>]|<(?!/?[A-Za-z][^<>\n]*>)){_OPERAND})"
+    rf"|(?:\+|\*\*?)(?!\s){_OPERAND}|[^\S\n]+(?:\+|\*\*?)[^\S\n]{_OPERAND}"
+)
+_IN_ANGLES = re.compile(r"<[^<>\s]*$")
 # `13812345678=张三` names somebody: after the sign stand a few letters and no operator.
 _NAME_AFTER = re.compile(
     r"\s?=\s?(?:[\u4e00-\u9fff]{2,4}|[A-Z][a-z]+)(?![\u4e00-\u9fffA-Za-z0-9]|\s*[-=+*/^×÷<>≈%−(_])"
@@ -181,9 +194,10 @@ def masked_value(value: Any, on_found: OnFound) -> Any:
         return _masked_number(value, on_found)
     if isinstance(value, Mapping):
         copied: dict[Any, Any] = {}
+        new_keys = _NewKeys(value)
         for key, inner in value.items():
             name = _masked_text(key, on_found) if isinstance(key, str) else key
-            copied[_free(name, copied)] = masked_value(inner, on_found)
+            copied[key if name == key else new_keys.free(name)] = masked_value(inner, on_found)
         return copied
     return [masked_value(inner, on_found) for inner in value] if isinstance(value, (list, tuple)) else value
 
@@ -218,24 +232,47 @@ def _is_json(text: str) -> bool:
 
 def _masked_json(text: str, on_found: OnFound) -> str:
     """JSON text that stays JSON: each string and number is read, masked, and written again if that changes it."""
-    keys: set[str] = set()
+    own = {json.loads(match[1]) for match in _JSON_TOKEN.finditer(text) if match[2]}
+    open_ones: list[_NewKeys] = []  # one for each object and list around a place
 
     def rewritten(match: re.Match[str]) -> str:
+        if match[0] in "{[":
+            open_ones.append(_NewKeys(own))
+            return match[0]
+        if match[0] in "}]":
+            open_ones.pop()
+            return match[0]
         written, colon = match[1] or match[0], match[2] or ""
         value = json.loads(written)
         hidden = _masked_text(value, on_found) if colon else masked_value(value, on_found)
         if hidden == value:
             return match[0]
         if colon:
-            hidden = _free(hidden, keys)
-            keys.add(hidden)
-        return json.dumps(hidden, ensure_ascii=written.isascii()) + colon
+            hidden = open_ones[-1].free(hidden)
+        # Half of a surrogate pair can only be written as an escape.
+        return json.dumps(hidden, ensure_ascii=written.isascii() or "\\ud" in written.lower()) + colon
 
-    return _JSON_SCALAR.sub(rewritten, text)
+    return _JSON_TOKEN.sub(rewritten, text)
 
 
-def _free(key: Any, taken: Collection[Any]) -> Any:
-    return key if key not in taken else f"{key} {len(taken) + 1}"
+class _NewKeys:
+    """Keys of one object in place of those that are masked: `key`, `key 2`, `key 3` ..., none given twice.
+
+    `own`: the keys that are there already, and stay.
+    """
+
+    def __init__(self, own: Collection[Any]):
+        self._own = own
+        self._given: set[str] = set()
+        self._numbers: Counter[str] = Counter()
+
+    def free(self, key: str) -> str:
+        name = key
+        while name in self._own or name in self._given or not self._numbers[key]:
+            self._numbers[key] += 1
+            name = key if self._numbers[key] == 1 else f"{key} {self._numbers[key]}"
+        self._given.add(name)
+        return name
 
 
 def explain_personal(counts: Mapping[str, int]) -> str:
@@ -297,7 +334,9 @@ def _cards(text: str) -> Iterator[_Span]:
         # Luhn: every second digit from the right counts double, and its own digits are added up.
         doubled = [sum(divmod(2 * digit, 10)) if place % 2 else digit for place, digit in enumerate(reversed(digits))]
         issued = _ISSUERS.fullmatch("".join(map(str, digits))) and len(set(digits)) > 1
-        if issued and sum(doubled) % 10 == 0 and not _is_arithmetic(text, *match.span()):
+        # In groups it is no number to count with: `4111 1111 1111 1111 / 12/25` is a card and when it ends.
+        is_sum = match[0].isdecimal() and _is_arithmetic(text, *match.span())
+        if issued and sum(doubled) % 10 == 0 and not is_sum:
             yield match.span()
 
 
@@ -323,10 +362,12 @@ def _phones(text: str) -> Iterator[_Span]:
 def _is_arithmetic(text: str, start: int, end: int) -> bool:
     """Whether a number is part of a sum, or an amount of money."""
     before, number = text[max(0, start - 48) : start], text[start:end]
-    if _OPERATOR_BEFORE.search(before[-8:]) and not _is_list(number, _STROKE_BEFORE.search(before)):
+    is_behind_operator = _OPERATOR_BEFORE.search(before[-8:]) and not _NO_OPERATOR_BEFORE.search(before)
+    if is_behind_operator and not _is_list(number, _STROKE_BEFORE.search(before)):
         return True
-    is_named = _NAME_AFTER.match(text, end) or _is_list(number, _STROKE_AFTER.match(text, end))
-    return bool(_OPERATOR_AFTER.match(text, end)) and not is_named
+    if not _OPERATOR_AFTER.match(text, end) or (text[end : end + 1] == ">" and _IN_ANGLES.search(before)):
+        return False
+    return not (_NAME_AFTER.match(text, end) or _is_list(number, _STROKE_AFTER.match(text, end)))
 
 
 def _is_list(number: str, other: re.Match[str] | None) -> bool:

@@ -53,6 +53,19 @@ from rlhf_ray.models.tokenizers import bpe_tokenizer
         ("010-62345678-801", "[PHONE]"),  # an extension
         ("400-810-8888, 800-8108-888", "[PHONE], [PHONE]"),
         ("138.0013.8000", "[PHONE]"),
+        ("400-8108888, 138-00138000", "[PHONE], [PHONE]"),
+        ("202\u2013555\u20130123, 4111\u00a01111\u00a01111\u00a01111, 138\u201100138000", "[PHONE], [CARD], [PHONE]"),
+        # What stands beside a number in running text, Markdown, HTML and code is no operator of a sum.
+        ("**13800138000** (work), *(202) 555-0123*, **4111111111111111**", "**[PHONE]** (work), *[PHONE]*, **[CARD]**"),
+        ("- 13800138000\n- 13900139000\n+1 202 555 0123", "- [PHONE]\n- [PHONE]\n[PHONE]"),
+        ("Room 5\n* 13800138000\n* 13900139000", "Room 5\n* [PHONE]\n* [PHONE]"),
+        ("<p>13800138000</p><h1>202-555-0123</h1>4111111111111111<br>", "<p>[PHONE]</p><h1>[PHONE]</h1>[CARD]<br>"),
+        ("Bo <13800138000> 5", "Bo <[PHONE]> 5"),
+        ("Tel 202-555-0123 / Fax 202-555-0187", "Tel [PHONE] / Fax [PHONE]"),
+        ("202-555-0123 (home) / 202-555-0187 (cell)", "[PHONE] (home) / [PHONE] (cell)"),
+        ("13800138000/微信, 13800138000/a@example.com, 13800138000+QQ", "[PHONE]/微信, [PHONE]/[EMAIL], [PHONE]+QQ"),
+        ("tel2=13800138000&n=1, phones[0] = 13900139000", "tel2=[PHONE]&n=1, phones[0] = [PHONE]"),
+        ("4111 1111 1111 1111 / 12/25", "[CARD] / 12/25"),
         (r"hi\nbo@example.com\t13800138000\u000abo@example.com", r"hi\n[EMAIL]\t[PHONE]\u000a[EMAIL]"),
         (r'{\"to\": \"hi\\nbo@example.com\"', r'{\"to\": \"hi\\n[EMAIL]\"'),  # JSON text in JSON text
     ],
@@ -86,6 +99,9 @@ def test_what_is_personal_is_masked(text, expected):
         "y = x@self.net(z); q@k.to(device); obj.name@decorator(f); a@b.c(x); x@w.at[0]",
         "13800138000/3, 3/13800138000, 13800138000/6900069000 = 2, 13800138000/13800138000=1",
         "17179869184=单价×数量",
+        "x = 17179869184 * n, 17179869184*n, 17179869184**2, 17179869184 + (1), 3 * 17179869184, 17179869184^n",
+        "17179869184 < 3, 17179869184 > x, 17179869184/x, (1+2)=17179869184, 17179869184 ÷ 两, 17179869184 =",
+        "3,14159265358",
         "0,13800138000 and 13,800,138,000",
         "gb82 west 1234 5698 7654 33",  # mod 97
         "400 500 6000 items",
@@ -135,6 +151,11 @@ def hidden(value):
         ({"电话": "１３８００１３８０００"}, {"电话": "[PHONE]"}),
         ({"a@example.com": 1, "b@example.com": 2, "c": {"13800138000": 3}},
          {"[EMAIL]": 1, "[EMAIL] 2": 2, "c": {"[PHONE]": 3}}),
+        ([{"a@example.com": 1}, {"a@example.com": [{"b@example.com": 2}]}],
+         [{"[EMAIL]": 1}, {"[EMAIL]": [{"[EMAIL]": 2}]}]),
+        ({"a@example.com": 1, "[EMAIL]": 2, "b@example.com": 3, "[EMAIL] 3": 4, "c@example.com 2": 5},
+         {"[EMAIL] 2": 1, "[EMAIL]": 2, "[EMAIL] 4": 3, "[EMAIL] 3": 4, "[EMAIL] 2 2": 5}),
+        ({"电": "\ud835 bo@example.com 电"}, {"电": "\ud835 [EMAIL] 电"}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("ascii_only", [True, False])
@@ -176,10 +197,12 @@ def test_what_is_nested_too_deeply_is_refused():
 
 def test_hostile_texts_take_linear_time():
     for text in (
-        "a" * 200_000 + "@", "a.@" * 60_000, "1 " * 20_000, "1-" * 20_000, "bo@example.com, " * 10_000,
-        "GB82 " + "A " * 100_000, "\\" * 200_000, "gb82 abcd" * 20_000, "13800138000/" * 2_000, '["' + '\\\\' * 100_000,
+        "a" * 200_000 + "@", "a.@" * 60_000, "1 " * 10_000, "1-" * 20_000, "bo@example.com, " * 10_000,
+        "GB82 " + "A " * 100_000, "\\" * 200_000, "gb82 abcd" * 20_000, "13800138000/" * 1_000, '["' + '\\\\' * 100_000,
     ):  # fmt: skip
         hidden(text)
+    many = {f"a{number}@example.com": number for number in range(300)}
+    assert len(hidden(many)) == len(json.loads(hidden(json.dumps(many)))) == 300
 
 
 @pytest.mark.parametrize(
@@ -206,3 +229,16 @@ def test_problems_and_reviews_have_none(shared_data):
         for number, line in enumerate((shared_data / f"{name}.jsonl").read_text().splitlines(), start=1):
             row = json.loads(line)
             assert hidden(row) == row, f"{name}:{number}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("alpaca_seed_tasks", {"email": 3}), ("hh_harmless.test", {"email": 4, "phone": 2})]
+)
+def test_what_real_texts_hold_is_found(shared_data, name, expected):
+    counts = Counter()
+    for line in (shared_data / f"{name}.jsonl").read_text().splitlines():
+        row, seen = json.loads(line), Counter()
+        hidden_row = masked_row(row, lambda kind, _, seen=seen: seen.update((kind,)))
+        assert json.loads(hidden(line)) == hidden_row  # the line as JSON text
+        counts += seen
+    assert counts == expected
