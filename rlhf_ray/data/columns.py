@@ -13,7 +13,7 @@ from rlhf_ray.data.calls import tools_of
 from rlhf_ray.data.chat import Message, Messages
 from rlhf_ray.data.messages import messages_in_text, read_message, read_messages
 from rlhf_ray.data.rows import Row
-from rlhf_ray.data.values import EmptyRowError, check_text, from_json, plain, says_something, shown
+from rlhf_ray.data.values import EmptyRowError, check_text, from_json, plain, says_something, shown, without_padding
 from rlhf_ray.errors import DataError
 
 Text: TypeAlias = str | Messages
@@ -113,7 +113,7 @@ class Columns:
         if not says_something(self.row.fields.get(self.name("tools"))):
             return ()
         with self._placed("tools"):
-            return tools_of(self.value("tools"))
+            return tools_of(self.value("tools"), self._unused_keys)
 
     def template_args(self) -> Mapping[str, Any] | None:
         """Variables for the chat template, in TRL's column `chat_template_kwargs`."""
@@ -121,7 +121,7 @@ class Columns:
             return None
         with self._placed("chat_template_kwargs"):
             value = self.value("chat_template_kwargs")
-            value = plain(from_json(value) if isinstance(value, str) else value)
+            value = plain(from_json(value)) if isinstance(value, str) else without_padding(plain(value))
             if not isinstance(value, dict):
                 raise DataError(f"is {shown(value)}, not an object such as {{\"enable_thinking\": false}}")
             return value

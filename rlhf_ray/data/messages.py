@@ -83,7 +83,7 @@ def read_message(value: Any, unused: Counter[str]) -> Message:
         raise DataError(f"holds a message without a role; {EXAMPLE}")
     check_text(role)
     message: dict[str, Any] = {"role": "tool" if role == "function" else role}
-    calls = _calls(given, message["role"])
+    calls = _calls(given, message["role"], unused)
     message["content"] = _content(given.pop("content", None), message["role"], bool(calls), unused)
     if calls:
         message["tool_calls"] = calls
@@ -141,7 +141,7 @@ def _from_sharegpt(given: dict[str, Any]) -> dict[str, Any]:
     return {"role": role, key: given.pop("value"), **given}
 
 
-def _calls(given: dict[str, Any], role: str) -> list[dict[str, Any]]:
+def _calls(given: dict[str, Any], role: str, unused: Counter[str]) -> list[dict[str, Any]]:
     """The tool calls of a message, also in OpenAI's older word; the keys are taken out of it."""
     calls, call = given.pop("tool_calls", None), given.pop("function_call", None)
     if not says_something(calls) and not says_something(call):
@@ -150,7 +150,7 @@ def _calls(given: dict[str, Any], role: str) -> list[dict[str, Any]]:
         raise DataError("holds a message with both 'tool_calls' and 'function_call'; keep one of them")
     if role != "assistant":
         raise DataError(f"holds a message of {role!r} with tool calls, which are the assistant's to make")
-    return calls_of(calls if says_something(calls) else call)
+    return calls_of(calls if says_something(calls) else call, unused)
 
 
 def _content(content: Any, role: str, calls: bool, unused: Counter[str]) -> Any:

@@ -21,7 +21,8 @@ _MARKS = ("role", "type", "id", "tool_call_id", "weight")
 
 
 def parts_of(record: Record) -> tuple[str, ...]:
-    """The prompt, then the answers, in the record's order; a label is a part of its own, so that labels must agree.
+    """The prompt, then the answers, in the record's order. A label is a part of its own, so that labels must agree; so
+    are the tools and variables that the row gives the chat template, by their digest.
 
     Of a conversation the last message is the answer.
     """
@@ -30,9 +31,9 @@ def parts_of(record: Record) -> tuple[str, ...]:
     if isinstance(record, ConversationRow):
         messages = record.chat.messages
         before = record.chat.with_messages(messages[:-1])
-        return (written(before), written(messages[-1]))
+        return (written(before), written(messages[-1]), *_beside(before))
     prompt = written(prompt_of(record))
-    return (prompt, *map(written, answers_of(record)), *_label(getattr(record, "label", None)))
+    return (prompt, *map(written, answers_of(record)), *_beside(record.prompt), *_label(getattr(record, "label", None)))
 
 
 def answers_of(record: Record) -> tuple[Any, ...]:
@@ -99,13 +100,18 @@ def _texts(value: Any) -> Iterator[str]:
         for inner in value:
             yield from _texts(inner)
     elif isinstance(value, Chat):
-        # What the row gives the template beside the messages is often the same in every row.
         yield from _texts(value.messages)
     elif is_dataclass(value):
         for field in fields(value):
             yield from _texts(getattr(value, field.name))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield str(value)
+
+
+def _beside(prompt: Prompt) -> tuple[str, ...]:
+    if not isinstance(prompt, Chat) or not (prompt.tools or prompt.template_args):
+        return ()
+    return (_digest((prompt.tools, prompt.template_args)).hex(),)
 
 
 def _label(label: int | None) -> tuple[str, ...]:

@@ -2,36 +2,21 @@
 
 A table has every column and every field of a struct in every row, and None where a row has nothing: a tool call with
 the arguments `{"harbour": "Bergen"}` comes back with the arguments of all other tools beside it. `without_padding`
-takes these away, so that the same rows are the same from `.jsonl` and from `.parquet`.
+(data/values.py) takes these away, so that the same rows are the same from `.jsonl` and from `.parquet`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.data.text_files import Found
+from rlhf_ray.data.values import without_padding
 from rlhf_ray.errors import DataError
 
 _DATASET_FILES = ("dataset_info.json", "state.json")
 _SPLITS_FILE = "dataset_dict.json"
-
-
-def without_padding(value: Any) -> Any:
-    """A table's value without the keys that are None, at every depth.
-
-    The content of a message (an object with a `role`) stays, for a template may ask whether it is none.
-    """
-    if isinstance(value, Mapping):
-        return {
-            key: without_padding(inner)
-            for key, inner in value.items()
-            if inner is not None or (key == "content" and "role" in value)
-        }
-    if isinstance(value, (list, tuple)):
-        return [without_padding(inner) for inner in value]
-    return value
 
 
 def parquet_rows(path: Path) -> Iterator[Found]:

@@ -37,6 +37,22 @@ def says_something(value: Any) -> bool:
     return value is not None and not (isinstance(value, (list, tuple, Mapping)) and len(value) == 0)
 
 
+def without_padding(value: Any) -> Any:
+    """A table's value without the keys that are None, at every depth.
+
+    The content of a message (an object with a `role`) stays, for a template may ask whether it is none.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: without_padding(inner)
+            for key, inner in value.items()
+            if inner is not None or (key == "content" and "role" in value)
+        }
+    if isinstance(value, (list, tuple)):
+        return [without_padding(inner) for inner in value]
+    return value
+
+
 def check_text(text: str) -> None:
     """Raises DataError for half of a character (a lone surrogate), which no tokenizer reads."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -36,6 +37,20 @@ def test_a_call_has_one_form(given):
 def test_ids_stay_and_so_do_nulls_that_somebody_wrote():
     (call,) = calls_of([{"id": "c1", "name": "weigh", "arguments": '{"stone": null}'}])
     assert call == {"type": "function", "id": "c1", "function": {"name": "weigh", "arguments": {"stone": None}}}
+
+
+def test_nulls_that_a_table_pads_with_are_taken_away_and_counted():
+    unused = Counter()
+    padded = {"name": "weigh", "arguments": {"stone": "basalt", "grams": None, "at": {"town": None, "lab": 3}}}
+    (call,) = calls_of([padded], unused)
+    assert call["function"]["arguments"] == {"stone": "basalt", "at": {"lab": 3}}
+    (tool,) = tools_of([{**SCHEMA, "strict": None}], unused)
+    assert tool == TOOL
+    assert unused == {"messages[].tool_calls[] keys that are null": 1, "tools[] keys that are null": 1}
+    unused.clear()
+    for text in (json.dumps(padded), json.dumps([padded]), [json.dumps(padded)]):
+        assert calls_of(text, unused)[0]["function"]["arguments"] == padded["arguments"]
+    assert not unused, "in JSON text somebody meant them"
 
 
 @pytest.mark.parametrize("nothing", [{}, None, "", " "])

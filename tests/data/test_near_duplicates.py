@@ -101,6 +101,7 @@ def test_a_threshold_that_means_nothing_is_refused(threshold):
 
 # ---- what is compared of a row -----------------------------------------------------------------------------
 
+RIVERS = "the longest river of this country is the one that everybody here calls the Glomma"
 CALL = [{"id": "c1", "type": "function", "function": {"name": "tide", "arguments": {"at": "Bergen"}}}]
 
 
@@ -133,10 +134,18 @@ def test_two_conversations_with_other_calls_are_two():
     assert parts_of(record("Bergen")) != parts_of(record("Narvik"))
 
 
+def test_two_rows_with_other_tools_or_variables_are_two():
+    turns = [{"role": "user", "content": RIVERS}, {"role": "assistant", "content": "The Glomma."}]
+    others = [{}, {"tools": [{"name": "tide"}]}, {"tools": [{"name": "river"}]}, {"chat_template_kwargs": {"on": 1}}]
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}, {"prompt": turns[:1]}):
+        near = NearDuplicates[int](0.3)
+        rows = [Row({**row, **other}, "here:1") for other in others]
+        parts = [parts_of(parse(found, detect(found))[0]) for found in rows]
+        assert [near.find_or_add(i, own) for i, own in enumerate(parts)] == [None] * 4
+        assert [near.find_or_add(i, own) for i, own in enumerate(parts)] == [0, 1, 2, 3]
+
+
 # ---- in a run ----------------------------------------------------------------------------------------------
-
-RIVERS = "the longest river of this country is the one that everybody here calls the Glomma"
-
 
 def test_near_duplicates_are_left_out_and_counted_on_request(write, tokenizer):
     rows = [{"text": RIVERS}, {"text": RIVERS + "!"}, {"text": RIVERS + " today"}, {"text": "the sea"}]

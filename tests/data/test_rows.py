@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray.data.paths import looks_local
 from rlhf_ray.data.rows import read_rows
-from rlhf_ray.data.tables import without_padding
+from rlhf_ray.data.values import without_padding
 from rlhf_ray.errors import DataError
 
 
