@@ -65,32 +65,12 @@ def kl_loss(
 
 @dataclass(frozen=True)
 class FixedKL:
-    """A constant coefficient."""
+    """A coefficient that no measured KL changes."""
 
     coef: float
 
     def update(self, kl: float, n: int = 1) -> FixedKL:
         return self
-
-    def state_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class LinearKL:
-    """A coefficient that moves in a straight line from `start` to `end` over `span` units of n."""
-
-    start: float
-    end: float
-    span: float
-    elapsed: float = 0.0
-
-    @property
-    def coef(self) -> float:
-        return self.start + (self.end - self.start) * min(self.elapsed / self.span, 1.0)
-
-    def update(self, kl: float, n: int = 1) -> LinearKL:
-        return replace(self, elapsed=self.elapsed + n)
 
     def state_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -145,4 +125,4 @@ class ScheduledKL:
         return asdict(self)
 
 
-KLController = FixedKL | LinearKL | AdaptiveKL | ScheduledKL
+KLController = FixedKL | AdaptiveKL | ScheduledKL

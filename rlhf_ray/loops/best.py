@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class BestPolicy:
     def __init__(self, by: str, learner: Learner, directory: RunDirectory) -> None:
         self.by = by
         self.learner = learner
+        self._directory = directory
         self.folder = directory.best_model
         self._file = directory.best_file
         self.found: dict[str, Any] = _read(self._file) if directory.resumed else {}
@@ -30,12 +32,19 @@ class BestPolicy:
     def consider(self, step: int, result: Mapping[str, Any]) -> None:
         """`result`: an evaluation of the weights that the learner holds after `step` steps.
 
-        Raises ConfigError if it has no such number.
+        Raises ConfigError if the first evaluation of a run has no such number. A later one may lack it, and is passed
+        over: accuracy is there as long as rewards are all 0 or 1, and a function's mean where it judged something.
         """
         value = result.get(self.by)
         if not isinstance(value, float):
             numbers = ", ".join(name for name, number in result.items() if isinstance(number, float))
-            raise ConfigError(f"eval.best_by={self.by}: the evaluation has no such number; it has {numbers}")
+            reason = f"eval.best_by={self.by}: the evaluation has no such number; it has {numbers}"
+            if not self.found:
+                raise ConfigError(reason)
+            reason += f". It is passed over, and the policy of step {self.found['step']} stays the best"
+            self._directory.event("not_compared", step=step, reason=reason)
+            warnings.warn(f"step {step}: {reason}", stacklevel=2)
+            return
         # A repeated step is exported again: what lies there may be of a run that was killed after it. NaN is no better.
         if value > self.found.get(self.by, float("-inf")) or step == self.found.get("step"):
             with written_whole("the best model", self.folder) as unfinished:

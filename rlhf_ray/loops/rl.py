@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, LinearKL, ScheduledKL
+from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, ScheduledKL
+from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
@@ -37,17 +38,18 @@ def train(
     for step in range(start, config.steps):
         with run.timer("step"):
             scored = rollouts.next(step)
+            kl_coef = linear(kl.coef, config.algorithm.kl_coef_end, step, config.steps)
             batch = add_columns(scored.batch, roles, config, run)
             with run.timer("advantages"):
-                estimate = roles.advantages.estimate(batch, kl.coef)
+                estimate = roles.advantages.estimate(batch, kl_coef)
                 batch = batch.replace(**estimate.columns)
-            metrics = {**scored.metrics, **estimate.stats, "kl_coef": kl.coef}
+            metrics = {**scored.metrics, **estimate.stats, "kl_coef": kl_coef}
             if roles.critic is not None:
                 with run.timer("critic_update"):
                     metrics |= roles.critic.update(batch, step)
             if roles.critic is None or step >= config.critic.warmup_steps:
                 with run.timer("update"):
-                    metrics |= roles.learner.update(batch, step, kl.coef)
+                    metrics |= roles.learner.update(batch, step, kl_coef)
             # Also while only the critic learns: what is written next must not count as older than it is.
             metrics |= push_weights(step + 1, roles, rollouts, canary, run)
             if "kl_ref" in metrics:
@@ -111,8 +113,6 @@ def new_controller(config: RunConfig) -> KLController:
         return ScheduledKL(
             algorithm.kl_coef, algorithm.kl_target, algorithm.kl_target_end, span, algorithm.kl_horizon
         )  # fmt: skip
-    if algorithm.kl_coef_end is not None:
-        return LinearKL(algorithm.kl_coef, algorithm.kl_coef_end, span)
     return FixedKL(algorithm.kl_coef)
 
 

@@ -25,6 +25,11 @@ LAYOUT = ("dtype", "learner.engine", "critic.engine")
 SHARDS = ("world_size", "zero_stage")
 # What chat templates take for now.
 DATE = ("clock",)
+# The settings whose effect at a step depends on how many there are.
+SCHEDULES = (
+    "learner.lr_schedule", "critic.lr_schedule", "rollout.temperature_end", "algorithm.kl_coef_end",
+    "algorithm.entropy_coef_end", "algorithm.kl_target_end",
+)  # fmt: skip
 # What a run directory may hold that was made from the rows of the data.
 MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference.json")
 
@@ -129,8 +134,8 @@ def _other_length(config: TrainingRunConfig, directory: RunDirectory) -> str | N
     if not changed:
         return None
     pairs = ", ".join(f"{name} {_at(old, name)} -> {_at(new, name)}" for name in changed)
-    schedule = _at(new, "learner.lr_schedule")
-    follows = "" if schedule == "constant" else f"; the rate ({schedule}) is that of the new length from here on"
+    moving = ", ".join(f"{name}={value}" for name in SCHEDULES if (value := _at(new, name)) not in (None, "constant"))
+    follows = f"; what moves over the run ({moving}) is from here on where the new length has it" if moving else ""
     return f"the run's length has changed since it began: {pairs}{follows}"
 
 

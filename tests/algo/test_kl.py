@@ -8,7 +8,6 @@ import torch
 from rlhf_ray.algo.kl import (
     AdaptiveKL,
     FixedKL,
-    LinearKL,
     ScheduledKL,
     kl_estimate,
     kl_loss,
@@ -82,13 +81,6 @@ def test_scheduled_target_moves_and_state_round_trips():
     for one in (later, FixedKL(0.3), AdaptiveKL(0.1, 6.0)):
         assert type(one)(**one.state_dict()) == one
     assert FixedKL(0.3).update(99.0, 5).coef == 0.3
-
-
-def test_a_coefficient_moves_in_a_straight_line():
-    kl = LinearKL(start=0.1, end=0.5, span=100)
-    assert kl.coef == 0.1 and kl.update(99.0, 50).coef == pytest.approx(0.3)
-    assert kl.update(math.nan, 50).update(0.0, 500).coef == 0.5
-    assert LinearKL(**kl.update(0.0, 50).state_dict()) == kl.update(0.0, 50)
 
 
 def test_gradient_for_tokens_of_an_older_policy_is_weighted():

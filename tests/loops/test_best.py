@@ -57,6 +57,18 @@ def test_a_number_that_is_not_there_is_refused_at_the_first_evaluation(learner, 
         best.consider(0, {"reward": 1.0, "samples": []})
 
 
+def test_a_number_that_is_missing_later_ends_no_run(learner, tmp_path):
+    """A graded reward may be 0 everywhere before the first step: then there is an accuracy, and afterwards none."""
+    directory = RunDirectory(tmp_path / "run")
+    best = BestPolicy("accuracy", learner, directory)
+    best.consider(0, {"reward": 0.0, "accuracy": 0.0})
+    with pytest.warns(UserWarning, match="step 5: eval.best_by=accuracy: .* it has reward. .* step 0 stays the best"):
+        best.consider(5, {"reward": 0.5})
+    best.consider(10, {"reward": 1.0, "accuracy": 1.0})
+    assert best.found == {"step": 10, "accuracy": 1.0}
+    assert [event["step"] for event in directory.read_events() if event["event"] == "not_compared"] == [5]
+
+
 @pytest.mark.slow
 def test_a_run_keeps_the_weights_of_its_best_evaluation(tiny_config, tmp_path, read_rows):
     """A rate that wrecks the policy: the best evaluation is not the last one."""

@@ -72,9 +72,15 @@ def test_a_temperature_that_moves_over_the_run(tiny_config, tmp_path, read_rows,
 
 @pytest.mark.slow
 def test_a_kl_coefficient_that_moves_over_the_run(tiny_config, tmp_path, read_rows):
-    settings = ("algorithm.kl_coef=0.0", "algorithm.kl_coef_end=0.4", "eval.size=2", "steps=5")
-    run_rl(tiny_config(*settings), tmp_path / "a")
-    assert [row["kl_coef"] for row in read_rows(tmp_path / "a")] == pytest.approx([0.0, 0.08, 0.16, 0.24, 0.32])
+    """From the first step to the last, also while only the critic learns, and in a run that stopped in between."""
+    line = ("algorithm.kl_coef=0.0", "algorithm.kl_coef_end=0.4", "eval.size=2", "steps=5")
+    run_rl(tiny_config(*line), tmp_path / "a")
+    assert [row["kl_coef"] for row in read_rows(tmp_path / "a")] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    ppo = (*line, "algorithm.name=ppo", "critic.warmup_steps=2", "checkpoint.every=3")
+    run_rl(tiny_config(*ppo), tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_5")
+    run_rl(tiny_config(*ppo), tmp_path / "b", resume=True)
+    assert [row["kl_coef"] for row in read_rows(tmp_path / "b")] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.slow

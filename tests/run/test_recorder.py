@@ -276,8 +276,21 @@ def test_another_length_is_told(tmp_path, capsys):
     start(False)
     assert not events_of(start(True), "length_changed")
     (said,) = events_of(start(True, epochs=3, steps=30), "length_changed")
-    assert "epochs 2.0 -> 3.0, steps 20 -> 30; the rate (linear) is that of the new length from here on" in said
+    assert "epochs 2.0 -> 3.0, steps 20 -> 30; what moves over the run (learner.lr_schedule=linear) is from here" in said
     assert said in capsys.readouterr().out
+
+
+def test_another_length_tells_of_every_setting_that_moves_over_the_run(tmp_path):
+    def start(resume: bool, **changes) -> Recorder:
+        tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": []}}
+        return Recorder(RunConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
+
+    start(False, steps=20)
+    (said,) = events_of(start(True, steps=30), "length_changed")
+    assert said == "the run's length has changed since it began: steps 20 -> 30"
+    moving = {"rollout": {"temperature_end": 0.5}, "algorithm": {"kl_coef_end": 0.0, "entropy_coef_end": 0.1}}
+    said = events_of(start(True, steps=40, **moving), "length_changed")[-1]
+    assert "(rollout.temperature_end=0.5, algorithm.kl_coef_end=0.0, algorithm.entropy_coef_end=0.1)" in said
 
 
 def test_a_resumed_run_keeps_the_moment_of_its_start(tmp_path):
