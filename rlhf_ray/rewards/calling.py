@@ -96,12 +96,18 @@ async def _settled(awaitable: Awaitable[Any], timeout_s: float | None, inputs: I
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Its result, also where a loop runs already (a notebook, an async actor): in a thread of its own then."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _loop_runs():
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class IsolatedFunction:

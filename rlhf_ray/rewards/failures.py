@@ -174,7 +174,9 @@ def _number(value: Any) -> float | Failure | None:
         return Failure(f"gave the text {value[:80]!r}", "return a number")
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
+        return Failure("gave a number beyond every float", _TOO_LARGE)
+    except (TypeError, ValueError):
         return Failure(f"gave a {type(value).__name__}", "return a number")
     if not math.isfinite(number):
         return Failure(f"gave {number}", "return a finite number (guard divisions)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
 import pytest
@@ -35,6 +36,49 @@ def without_end(completions, **_):
 def mistaken(completions, **_):
     return [price() for _ in completions]
 
+def reworded(completions, **_):
+    try:
+        return by_price(completions)
+    except KeyError as error:
+        raise ValueError("no price") from error
+
+def mistaken_while_handling(completions, **_):
+    try:
+        return by_price(completions)
+    except KeyError:
+        return [nobody]
+
+def hidden(completions, **_):
+    try:
+        return by_price(completions)
+    except KeyError:
+        raise ValueError("no price") from None
+
+def around(completions, **_):
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    raise first
+
+class Several(Exception):
+    # As asyncio's ExceptionGroup, which Python 3.10 does not have.
+    def __init__(self, exceptions):
+        super().__init__(f"{len(exceptions)} went wrong")
+        self.exceptions = exceptions
+
+def in_a_group(completions, **_):
+    found = []
+    for text in [*completions, "soup"]:
+        try:
+            price(text)
+        except KeyError as error:
+            found.append(error)
+    raise Several(found)
+
+def in_a_pool(completions, **_):
+    import multiprocessing
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(price, completions)
+
 def compute_score(data_source, solution_str, ground_truth, extra_info):
     return price(solution_str)
 """
@@ -57,7 +101,7 @@ def message(place, name, **settings):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name, line", [("by_price", 10), ("later", 10), ("compute_score", 25)])
+@pytest.mark.parametrize("name, line", [("by_price", 10), ("later", 10), ("compute_score", 68)])
 def test_the_lines_of_the_file_the_innermost_last(place, name, line):
     first, *frames = message(place, name).splitlines()
     assert first.startswith("reward 'mine' raised KeyError: 'coffee'; mend the function")
@@ -70,6 +114,43 @@ def test_the_lines_of_the_file_the_innermost_last(place, name, line):
 def test_also_from_the_process_of_its_own(place):
     assert f"{place}/prices.py:7 in price: return {LOOKUP}" in message(place, "by_price", isolated=True)
     assert f"{place}/prices.py:7 in price: return {LOOKUP}" in message(place, "later", isolated=True)
+
+
+def told(place, name, **settings):
+    """Without the numbers of lines."""
+    return re.sub(r"(?m)^  .*/prices.py:\d+ in (\w+|<listcomp>): .*$", r"  \1", message(place, name, **settings))
+
+
+@pytest.mark.parametrize("name, how", [("reworded", "caused by"), ("mistaken_while_handling", "while handling")])
+def test_the_exception_behind_it_is_shown_with_its_own_lines(place, name, how):
+    first, _, behind = told(place, name).partition(f"  {how} KeyError: 'coffee'\n")
+    assert first.count("KeyError") == 0 and first.endswith(f"  {name}\n")
+    assert behind.startswith(f"  {name}\n  by_price\n") and behind.endswith("  price")
+
+
+def test_an_exception_that_is_hidden_on_purpose_stays_so(place):
+    assert told(place, "hidden").splitlines()[1:] == ["  hidden"]
+
+
+def test_exceptions_that_cause_each_other_come_once(place):
+    assert told(place, "around").splitlines()[1:] == ["  around", "  caused by ValueError: second"]
+
+
+def test_members_of_a_group_are_shown(place):
+    assert told(place, "in_a_group").splitlines()[1:] == [
+        "  in_a_group", "  in the group KeyError: 'coffee'", "  in_a_group", "  price",
+        "  in the group KeyError: 'soup'", "  in_a_group", "  price",
+    ]  # fmt: skip
+
+
+def test_an_async_function_has_nothing_of_ours_behind_its_exception(place):
+    assert "no running event loop" not in message(place, "later")
+
+
+@pytest.mark.slow
+def test_lines_that_ran_in_a_pool_of_processes(place):
+    assert told(place, "in_a_pool").splitlines()[-2:] == ["  in_a_pool", "  price"]
+    assert told(place, "reworded", isolated=True).endswith("  price")
 
 
 def test_calls_inside_a_library_are_left_out(place):

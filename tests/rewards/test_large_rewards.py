@@ -39,7 +39,7 @@ def test_at_the_bound_the_arithmetic_still_holds():
 
 @pytest.mark.parametrize("value", [1e15, -1e20, 1e38, 1e39, 10**400])
 def test_a_large_score_is_a_failure_of_its_row(value):
-    with pytest.raises(RewardError, match="reward 'mine' gave .* for row 0; .*scale it|'mine' gave a int for row 0"):
+    with pytest.raises(RewardError, match="reward 'mine' gave .* for row 0; .*scale it"):
         score(judge(value))
     rewards = score(judge(value, on_failure="drop_group"))
     assert rewards.keep == [False, False, True] and rewards.total[2] == 1.0

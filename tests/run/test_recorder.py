@@ -276,7 +276,7 @@ def test_another_length_is_told(tmp_path, capsys):
     start(False)
     assert not events_of(start(True), "length_changed")
     (said,) = events_of(start(True, epochs=3, steps=30), "length_changed")
-    assert "epochs 2.0 -> 3.0, steps 20 -> 30; what moves over the run (learner.lr_schedule=linear) is from here" in said
+    assert "epochs 2.0 -> 3.0, steps 20 -> 30; what moves over the run (learner.lr_schedule=linear) is from" in said
     assert said in capsys.readouterr().out
 
 
