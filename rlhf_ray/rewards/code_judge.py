@@ -15,6 +15,7 @@ import io
 import sys
 import types
 
+from rlhf_ray.rewards.code_changes import ALL, kept_arguments
 from rlhf_ray.rewards.code_peer import Gone, Peer
 from rlhf_ray.rewards.code_remote import Remote, keeping_changes, type_of
 from rlhf_ray.rewards.code_wire import Wire
@@ -97,7 +98,7 @@ class Judge:
         if "unittest" in text:
             # It would end this process; the classes are run in any case.
             importlib.import_module("unittest").main = lambda *_, **__: None
-        exec(compile(_Rewritten().visit(tree), "<tests>", "exec"), self.scope)
+        exec(compile(_Rewritten(tree).visit(tree), "<tests>", "exec"), self.scope)
         if any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in tree.body):
             self._run_uncalled(tree)
 
@@ -137,20 +138,27 @@ class Judge:
 
 
 class _Rewritten(ast.NodeTransformer):
-    """`f(x)` as a statement keeps what f changes in x; `type(x)` and `x.__class__` are those of the sample."""
+    """A call keeps what it changes in its arguments where `kept_arguments` says so, and as a statement, whose value
+    nobody looks at; `type(x)` and `x.__class__` are those of the sample.
+    """
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.kept = kept_arguments(tree)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        self.generic_visit(node)
         if isinstance(node.value, ast.Call):
-            function = node.value.func
-            if not (isinstance(function, ast.Name) and function.id in ("super", "locals", "globals")):
-                node.value.func = _called("__keeping_changes__", function)
+            self.kept[node.value] = (ALL,)
+        self.generic_visit(node)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        if isinstance(node.func, ast.Name) and node.func.id == "type" and len(node.args) == 1:
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name == "type" and len(node.args) == 1:
             node.func = ast.copy_location(ast.Name("__type_of__", ast.Load()), node.func)
+        if node in self.kept and name not in ("super", "locals", "globals"):
+            keys = ast.Tuple([ast.Constant(key) for key in self.kept[node]], ast.Load())
+            node.func = _called("__keeping_changes__", node.func, keys)
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
@@ -160,8 +168,8 @@ class _Rewritten(ast.NodeTransformer):
         return node
 
 
-def _called(name: str, argument: ast.expr) -> ast.expr:
-    call = ast.Call(ast.Name(name, ast.Load()), [argument], [])
+def _called(name: str, argument: ast.expr, *more: ast.expr) -> ast.expr:
+    call = ast.Call(ast.Name(name, ast.Load()), [argument, *more], [])
     return ast.fix_missing_locations(ast.copy_location(call, argument))
 
 

@@ -12,6 +12,7 @@ import operator
 import sys
 import threading
 
+from rlhf_ray.rewards.code_changes import ALL
 from rlhf_ray.rewards.code_remote import derived, stand_in
 from rlhf_ray.rewards.code_wire import Decoder, Encoder, Unsendable, Wire
 
@@ -45,11 +46,21 @@ class Peer:
 
     # ---- asking -----------------------------------------------------------------------------------------------
 
-    def ask(self, operation: str, *operands: Any, named: dict | None = None, keep_changes: bool = False) -> Any:
+    def ask(self, operation: str, *operands: Any, named: dict | None = None, keep: tuple = ()) -> Any:
+        """`keep`: positions, of a call's arguments, and names of those whose changes are kept, or `ALL`; all are where
+        it gives None.
+        """
         encoder = Encoder(self._lend)
         try:
-            given = [encoder.encode(operand) for operand in operands]
-            given_named = {name: encoder.encode(value) for name, value in (named or {}).items()}
+            given = [encoder.encode(operand) for operand in operands[:1]]
+            owner = [None] * len(encoder.containers)  # by which argument a list, dict or the like was first met
+            for key, operand in enumerate(operands[1:]):
+                given.append(encoder.encode(operand))
+                owner += [key] * (len(encoder.containers) - len(owner))
+            given_named = {}
+            for name, value in (named or {}).items():
+                given_named[name] = encoder.encode(value)
+                owner += [name] * (len(encoder.containers) - len(owner))
         except Unsendable as error:
             self.cannot(str(error))
         captured = sys.stdout is not sys.__stdout__
@@ -60,11 +71,12 @@ class Peer:
         if operation == "next":
             return reply
         value = self.received(reply["value"])
-        if "changed" in reply and (keep_changes or value is None):
+        if "changed" in reply:
             decoder = Decoder(self._take)
             decoder.containers = encoder.containers
             for place, contents in reply["changed"]:
-                decoder.fill(encoder.containers[place], contents)
+                if value is None or ALL in keep or owner[place] in keep:
+                    decoder.fill(encoder.containers[place], contents)
         return value
 
     def exchange(self, message: dict) -> dict:

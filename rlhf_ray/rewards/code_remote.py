@@ -164,7 +164,11 @@ def _contains(self: Remote, item: Any) -> bool:
 
 
 def _call(self: Remote, *args: Any, **named: Any) -> Any:
-    result = self._ask("call", *args, named=named)
+    return _call_keeping(self, (), args, named)
+
+
+def _call_keeping(self: Remote, keep: tuple, args: tuple, named: dict) -> Any:
+    result = self._ask("call", *args, named=named, keep=keep)
     if self._about.get("named") and self._about["class"] and isinstance(result, Remote):
         _set(result, "_made", True)
     return result
@@ -252,8 +256,8 @@ def type_of(value: Any, *more: Any) -> Any:
     return value._peer.ask("type", value)
 
 
-def keeping_changes(function: Any) -> Any:
-    """Of a call whose value the test does not look at: what the call changes in its arguments is its result."""
+def keeping_changes(function: Any, keys: tuple) -> Any:
+    """`function`, whose call keeps the changes in those of its arguments."""
     if not isinstance(function, Remote):
         return function
-    return lambda *args, **named: function._ask("call", *args, named=named, keep_changes=True)
+    return lambda *args, **named: _call_keeping(function, keys, args, named)
