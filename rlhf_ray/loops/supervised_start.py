@@ -20,6 +20,7 @@ from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.templates import alpaca_prompt
 from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.models.folders import save_folder
 from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
@@ -143,7 +144,7 @@ def starting_model(
     if not path.startswith("scratch:"):
         if config.data.chat_template is None:
             return path, own_tokenizer
-        _written(folder, lambda unfinished: tokenizer.save_pretrained(unfinished))
+        _written(folder, lambda unfinished: save_folder(unfinished, tokenizer=tokenizer))
         return path, str(folder)
 
     def write(unfinished: Path) -> None:
@@ -151,8 +152,7 @@ def starting_model(
             config, labels_of(config, splits), vocab_size=len(tokenizer),
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        save_folder(unfinished, model, tokenizer)
 
     _written(folder, write)
     return str(folder), str(folder)

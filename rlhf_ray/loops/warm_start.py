@@ -17,6 +17,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.loops.supervised import Batches, warm_up
 from rlhf_ray.models.devices import Hardware, release_memory
 from rlhf_ray.models.engine import build_engine
+from rlhf_ray.models.folders import save_folder
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
@@ -47,9 +48,7 @@ def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report:
             model = warm_start(config, model, tokenizer, hardware, report)
             release_memory()  # its workers may need this GPU
         with written_whole("the policy to start from", folder) as unfinished:
-            if made:
-                model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
+            save_folder(unfinished, model if made else None, tokenizer)
     return str(folder) if made else config.model.path, str(folder)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelError
+from rlhf_ray.models.folders import save_folder
 from rlhf_ray.models.lora import Gather, merged_state
 
 if TYPE_CHECKING:
@@ -61,11 +62,8 @@ def write_pretrained(
             "step_100, into checkpoints/latest) with a lower learning rate"
         )
     model = plain_model(module)
-    folder.mkdir(parents=True, exist_ok=True)
     with _no_progress_bar(), _described_as_exported(model):
-        model.save_pretrained(folder, state_dict=weights)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_folder(folder, model, tokenizer, state_dict=weights)
 
 
 @contextmanager

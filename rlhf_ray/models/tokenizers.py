@@ -1,8 +1,9 @@
 """Tokenizers made on the spot, for machines without downloads.
 
-All three are ordinary `PreTrainedTokenizerFast` objects: `save_pretrained` writes a folder that
-`AutoTokenizer.from_pretrained` reads back. Ids 0, 1 and 2 are `<pad>`, `<eos>` and `<unk>` (bpe has no `<unk>`).
-Encoding never adds a special token; whoever builds training rows appends EOS on purpose.
+All three are ordinary `PreTrainedTokenizerFast` objects. `models/folders.py` writes them so that
+`AutoTokenizer.from_pretrained` reads them back, whatever model lies in the folder. Ids 0, 1 and 2 are `<pad>`,
+`<eos>` and `<unk>` (bpe has no `<unk>`). Encoding never adds a special token; whoever builds training rows
+appends EOS on purpose.
 """
 
 from __future__ import annotations
