@@ -39,11 +39,16 @@ _MARKS = r"[\p{M}ﾞﾟ]*"
 _STACKING = "\u1039\u17d2\u1a60\u1b44\ua9c0"
 _STACKED = rf"(?:(?<=[{_STACKING}]){SINGLE}{_MARKS})*"
 CHARACTER = rf"{SINGLE}{_MARKS}{_STACKED}"
+# What makes ❤ a red heart and 1 a key is a mark without a letter: it may end a word (1️⃣), not begin one.
+_EMOJI_MARKS = "\ufe00-\ufe0f\u20e3"
 # A word may hold inner apostrophes and hyphens ("doesn't", "low-key"), and joiners.
-WORD = rf"{CHARACTER}|{_LETTER}+(?:['’{_JOINERS}-]{_LETTER}+)*"
+WORD = rf"{CHARACTER}|(?![{_EMOJI_MARKS}]){_LETTER}+(?:['’{_JOINERS}-]{_LETTER}+)*"
 # What is printed without a blank on either side: such a character, and the punctuation that goes with it.
 _SIGNS = r"\u3001-\u303f\u3099\u309a\u30fb\u30fc\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uff9e\uff9f"
 WIDE = rf"[{_NAMED}{_SIGNS}]"
+# One emoji of several characters: with a colour or a skin, joined to others, a flag.
+_COLOURS, _TAGS, _FLAGS = "\U0001f3fb-\U0001f3ff", "\U000e0020-\U000e007f", "\U0001f1e6-\U0001f1ff"
+EMOJI = rf"[{_FLAGS}]{{2}}|[^\w\s](?:[{_EMOJI_MARKS}{_COLOURS}{_TAGS}]|\u200d[^\w\s])+"
 
 _OPENING = r"[\p{Ps}\p{Pi}]*"
 # The zero width space U+200B divides words of Thai and Khmer where an author wants it; U+001C to U+001F are blanks for
@@ -51,6 +56,8 @@ _OPENING = r"[\p{Ps}\p{Pi}]*"
 _BLANK = r"\s\u200b\x1c-\x1f"
 _CLOSING = rf"(?:(?!{SINGLE})[^{_BLANK}\w\p{{N}}\p{{Ps}}\p{{Pi}}])*"
 _SEGMENT = rf"{_OPENING}{CHARACTER}{_CLOSING}|(?:(?!{_OPENING}{SINGLE})[^{_BLANK}])+"
+
+_SELECTORS = dict.fromkeys([*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
 
 
 def segments(text: str, *, chinese: Chinese = "characters") -> list[str]:
@@ -76,12 +83,13 @@ def words(text: str, *, chinese: Chinese = "characters") -> list[str]:
 
 
 def fold(text: str) -> str:
-    """For comparison: upper and lower case are one, full-width and ligature forms are the plain ones.
+    """For comparison: upper and lower case are one, full-width and ligature forms are the plain ones, and so are
+    variants of an emoji or a character that are told apart by an invisible selector (❤ and ❤️).
 
     Unicode's NFKC around its case folding. Turkish İ becomes i; ı stays itself, because without knowing the language
     it cannot be told which i a capital I is.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(_SELECTORS)).casefold())
     return folded.replace("i\u0307", "i")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.words import WORD, fold, is_latin, segment_spans, segments, spaced, words
+from rlhf_ray.words import WORD, fold, is_latin, occurs, segment_spans, segments, spaced, words
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ from rlhf_ray.words import WORD, fold, is_latin, segment_spans, segments, spaced
         ("한국어 문장", ["한국어", "문장"]),
         ("ตลาด\u200bน้ำ", ["ต", "ล", "า", "ด", "น้", "ำ"]),
         ("?! — …", []),
+        ("ok ❤️ 👍🏽 1️⃣", ["ok", "1️⃣"]),  # the invisible selector of an emoji is no word
     ],
 )
 def test_words_of_each_script(text, found):
@@ -89,6 +90,8 @@ def test_fold_is_what_makes_texts_equal():
     assert fold("İstanbul") == fold("istanbul") == "istanbul", "no dot is left behind"
     assert fold("sık") != fold("sik"), "two Turkish words"
     assert fold("cafe\u0301") == fold("CAFÉ") == "café"
+    assert fold("❤️") == fold("❤") and fold("葛\U000e0100城") == "葛城"
+    assert occurs("❤", "好❤️！") and occurs("❤️", "好❤！")
 
 
 def test_spaced_for_libraries_that_split_at_blanks():

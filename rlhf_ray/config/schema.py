@@ -233,8 +233,8 @@ class LearnerConfig(TrainEngineConfig):
     epochs: int = Field(1, gt=0, description="passes over each step's rollouts")
     minibatches: int = Field(1, gt=0, description="optimiser steps in each pass")
     stop_kl: float | None = Field(
-        None, gt=0, description="end a step's passes early, once the policy is this far from the one that wrote the "
-        "rollouts: KL in nats a token, mean over a minibatch (`target_kl` elsewhere)"
+        None, gt=0, description="end a step's passes early, once the policy is this far from the one before them: "
+        "KL in nats a token, mean over a minibatch (`target_kl` elsewhere)"
     )  # fmt: skip
     share_prompts: bool = Field(
         False,

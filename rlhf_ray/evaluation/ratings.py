@@ -78,8 +78,8 @@ def import_ratings(sheets: Sequence[Path], key: Path) -> dict[str, dict[str, Any
 
 
 def _not_a_formula(value: str) -> str:
-    """A spreadsheet would run an answer that begins like a formula."""
-    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t")) else value
+    """A spreadsheet would run an answer that begins like a formula; those of East Asia read full-width signs too."""
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")) else value
 
 
 def _known(row: Row, identity: Mapping[str, Any], seen: set[str]) -> Mapping[str, Any]:

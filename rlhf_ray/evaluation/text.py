@@ -25,9 +25,10 @@ def self_bleu(texts: Sequence[str], limit: int = 200, *, chinese: Chinese = "cha
     """Mean BLEU-4 of each text with all others as its references (Zhu et al., 2018): 0 all different, 1 all equal.
 
     sacrebleu's sentence BLEU with its 13a tokens, exponential smoothing and, for texts of fewer than four tokens,
-    only the n-grams that there are. Characters of scripts without blanks are tokens of their own, for Chinese the same
-    ones as with its `zh` tokens. Its cost grows with the square of the number of texts: of more than `limit`,
-    evenly spaced ones are taken. None for fewer than two texts, for there is nothing to compare.
+    only the n-grams that there are. Characters of scripts without blanks are tokens of their own, for Chinese nearly
+    the same ones as with its `zh` tokens (which also part signs that Latin has, like quotes, from each other). Its cost
+    grows with the square of the number of texts: of more than `limit`, evenly spaced ones are taken. None for fewer
+    than two texts, for there is nothing to compare.
     """
     from sacrebleu.metrics import BLEU  # it is not needed in training
 

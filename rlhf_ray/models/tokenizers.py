@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_ray.errors import ConfigError, DataError, ModelError
-from rlhf_ray.words import WIDE, WORD
+from rlhf_ray.words import EMOJI, WIDE, WORD
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 TokenizerKind = Literal["char", "word", "bpe"]
@@ -24,10 +24,12 @@ TokenizerKind = Literal["char", "word", "bpe"]
 # Words and characters are those of words.py. A run of one punctuation mark is one token ("...", "--"), because
 # different marks side by side ("?)") mean different things. A blank beside a script without blanks is a token, for
 # there nothing else says that it was written.
-_TOKEN = rf"{WORD}|\s(?=\s*{WIDE})|(?<={WIDE})\s|(?<={WIDE}\s)\s|([^\w\s])\1*"
-# Decoding writes a blank before every token, and takes away those that nobody writes.
-_CLOSING = r" (?=[.,!?;:%)\]}’”]|\.\.\.)"
-_AFTER_OPENING = r"(?<=[(\[{$“]) "
+_TOKEN = rf"{WORD}|{EMOJI}|\s(?=\s*{WIDE})|(?<={WIDE})\s|(?<={WIDE}\s)\s|([^\w\s])\1*"
+# Decoding writes a blank before every token, and takes away those that nobody writes: Chinese doubles its dash and its
+# ellipsis, and a point or comma between digits is in a number (3.5) more often than between two.
+_CLOSING = r" (?=[.,!?;:%)\]}’”،؛؟۔।॥»]|\.\.\.|——|……)"
+_AFTER_OPENING = r"(?<=[(\[{$“«¿¡]|——|……) "
+_IN_A_NUMBER = r"(?<=\d[.,:]) (?=\d)"
 # Two characters that no text may hold stand for a blank that is a token, and for nothing at all: WordPiece's decoder
 # glues what begins with its prefix, usually "##", to the word before.
 _BLANK_TOKEN, _NO_PREFIX = "\ufdd0", "\ufdd1"
@@ -83,8 +85,9 @@ def word_tokenizer(
     """One token a word or punctuation mark (in scripts without blanks: a character): the `max_size` most frequent
     ones, all others `<unk>`.
 
-    Decoding joins with spaces and closes them up before `. , ! ?` and after `( [ {`. It writes none beside a character
-    of a script without blanks, where each blank of the text is a token: Chinese comes back as it went in.
+    Decoding joins with spaces and closes them up before `. , ! ?`, after `( [ {` and in numbers. It writes none beside
+    a character of a script without blanks, where each blank of the text is a token: Chinese with its punctuation and
+    numbers comes back as it went in. Latin signs inside it are spaced as in English (A + B).
     """
     splitter = pre_tokenizers.Split(Regex(_TOKEN), "removed", invert=True)
     counts: Counter[str] = Counter()
@@ -106,6 +109,7 @@ def word_tokenizer(
             decoders.Fuse(),
             decoders.Replace(Regex(_CLOSING), ""),
             decoders.Replace(Regex(_AFTER_OPENING), ""),
+            decoders.Replace(Regex(_IN_A_NUMBER), ""),
             decoders.Replace(Regex(rf"(?<={_BESIDE_WIDE}) | (?={_BESIDE_WIDE})"), ""),
             decoders.Replace(_BLANK_TOKEN, " "),
         ]

@@ -109,7 +109,7 @@ class Learner(Trainer):
             yield from ((epoch, share) for share in self.shares(batch))
 
     def _is_far(self, stats: Totals) -> bool:
-        """Whether the policy has moved far enough from the one that wrote the rollouts; all ranks say the same.
+        """Whether the policy has moved far enough from the one before the passes; all ranks say the same.
 
         A minibatch is measured before its own optimiser step: the step that finds the policy too far is the last.
         Collective, where it can end the passes at all.

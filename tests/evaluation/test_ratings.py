@@ -98,6 +98,15 @@ def test_another_evaluations_sheet_and_rows_that_come_twice(sheet, tmp_path):
         import_ratings([filled], tmp_path / "key.json")
 
 
+@pytest.mark.parametrize("answer", ["+1", "-1", "@SUM", "\tx", "\r=1", "\n=1", "＝1+1", "＋1", "－1", "＠SUM"])
+def test_no_spreadsheet_runs_an_answer(answer, tmp_path):
+    sheet = tmp_path / "sheet.csv"
+    export_ratings(sheet, tmp_path / "key.json", ["好？"], {"one": [answer]}, seed=0)
+    with sheet.open(encoding="utf-8-sig", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["prompt"], row["answer"]) == ("好？", "'" + answer)
+
+
 def test_an_empty_sheet_and_a_missing_key(sheet, tmp_path):
     with pytest.raises(DataError, match="no row is rated"):
         import_ratings([sheet], sheet.parent / "key.json")

@@ -84,6 +84,25 @@ def test_word_tokens_of_scripts_without_blanks_come_back_as_they_went_in(tmp_pat
     assert tokenizer.convert_ids_to_tokens(ids) == ["我", " ", "喜", "欢", "GPT-4"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "他说：“走！”……——《完》", "价格是3.5元，12:30开门，共1,000个",
+        "太好了❤️！好👍🏽很👨\u200d👩\u200d👧好", "到🇨🇳了👍👍👍好",
+        "مرحبا، كيف حالك؟ نعم؛ لا", "यह अच्छा है। हाँ", "¿cómo estás? «bien»", "it is 3.5 or 1,000 at 12:30",
+    ],
+)  # fmt: skip
+def test_signs_of_other_languages_numbers_and_emoji_come_back(text):
+    tokenizer = word_tokenizer([text])
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_an_emoji_is_one_token():
+    tokenizer = word_tokenizer(["👍🏽 ❤️ 👨\u200d👩\u200d👧 🇨🇳 1️⃣"])
+    ids = tokenizer("❤️👨\u200d👩\u200d👧🇨🇳👍🏽 1️⃣").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["❤️", "👨\u200d👩\u200d👧", "🇨🇳", "👍🏽", "1️⃣"]
+
+
 CHINESE = word_tokenizer(["好坏，。（“”…）ที่か1好GPT 好\n\t　好"])
 
 
