@@ -61,7 +61,8 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         for line in left_out(train_prompts, held_out):
             run.progress.note(line)
         policy, tokenizer_path = starting_policy(
-            config, directory.start, own_hardware(hardware), report=run.warm_start_progress()
+            config, directory.start, own_hardware(hardware), report=run.warm_start_progress(),
+            note=lambda line: run.progress.note(line),  # the progress is another one by then
         )
         assets = Assets(policy, tokenizer_path, hardware)
         named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)

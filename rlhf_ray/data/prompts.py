@@ -21,7 +21,7 @@ from rlhf_ray.data.rows import Row, placed, read_rows
 from rlhf_ray.data.stream import Part
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.types import detect, parse, prompt_column, prompts_in, texts_of
+from rlhf_ray.data.types import detect, parse, prompt_column, prompt_of, prompts_in, texts_of
 from rlhf_ray.data.values import EmptyRowError, says_something, shown
 from rlhf_ray.errors import DataError
 from rlhf_ray.words import segment_spans
@@ -239,24 +239,40 @@ def vocabulary_texts(source: str, *, field: str | None = None, split: str = "tra
 
 
 def located_texts(
-    source: str, *, field: str | None = None, split: str = "train", prompts_will_do: bool = False
+    source: str,
+    *,
+    field: str | None = None,
+    split: str = "train",
+    prompts_will_do: bool = False,
+    unused: Counter[str] | None = None,
 ) -> list[tuple[str, str]]:
-    """(`file:line`, text), as `load_texts`."""
-    rows = read_rows(source, split=split)
-    if field is not None:
-        return [(row.where, Columns(row, ColumnsConfig(text=field)).text("text")) for row in rows]
+    """(`file:line`, text), as `load_texts`; `unused` counts rows by column or key of messages that is no part of it."""
+    unused = Counter() if unused is None else unused
     kind: DataType | None = None
     texts = []
-    for row in rows:
+    for row in read_rows(source, split=split):
+        if field is not None:
+            columns = Columns(row, ColumnsConfig(text=field))
+            texts.append((row.where, columns.text("text")))
+            unused.update(columns.unused())
+            continue
         kind = kind or detect(row)
         try:
-            found: Sequence[Any] = parse(row, kind)
+            found: Sequence[Any] = parse(row, kind, unused=unused)
+            unused.update(_beside_texts(found))
         except DataError:
             if not prompts_will_do:
                 raise
             found = [prompt for prompt, _ in PromptRows(None, kind=kind).asked(row)]
         texts += [(row.where, "\n".join(texts_of(record))) for record in found]
     return texts
+
+
+def _beside_texts(records: Sequence[Any]) -> set[str]:
+    """What a template would read and plain texts have no place for."""
+    chats = [chat for record in records if isinstance(chat := prompt_of(record), Chat)]
+    names = {"tools": "tools", "template_args": "chat_template_kwargs"}
+    return {name for key, name in names.items() if any(getattr(chat, key) for chat in chats)}
 
 
 def first_words(text: str, count: int) -> str | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import DataConfig, RunConfig
+from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.prompt_sources import held_out_counts, load_split
 from rlhf_ray.data.prompts import PromptSet, first_words, load_texts, located_texts, vocabulary_texts
+from rlhf_ray.data.stream import Part
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.errors import ConfigError, DataError
@@ -27,11 +31,20 @@ from rlhf_ray.roles.supervised_factory import unknown_token
 from rlhf_ray.run.storage import written_whole
 
 Report = Callable[[int, float], None]
+Note = Callable[[str], None]
 Tokens = tuple[int, ...]
 
 
-def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report: Report) -> tuple[str, str]:
+def ignored(line: str) -> None:
+    """Of notes nobody wants."""
+
+
+def starting_policy(
+    config: RunConfig, folder: Path, hardware: Hardware, report: Report, note: Note = ignored
+) -> tuple[str, str]:
     """(policy, tokenizer): paths for every role to load. Writes `folder` only if something has to be made.
+
+    `report` gets the step and loss of a warm start, `note` what is to be said of its rows.
 
     A finished `folder` is used again, so a resumed run starts from the same weights.
     """
@@ -45,7 +58,7 @@ def starting_policy(config: RunConfig, folder: Path, hardware: Hardware, report:
             model = make_model(config, tokenizer) if scratch else load_policy(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
-            model = warm_start(config, model, tokenizer, hardware, report)
+            model = warm_start(config, model, tokenizer, hardware, report, note)
             release_memory()  # its workers may need this GPU
         with written_whole("the policy to start from", folder) as unfinished:
             save_folder(unfinished, model if made else None, tokenizer)
@@ -116,24 +129,36 @@ def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     )
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What a warm start learns, source after source; `unused` counts rows by column or key that it does not read."""
+
+    examples: tuple[TokenizedExample, ...]
+    parts: tuple[Part, ...]
+    unused: Mapping[str, int]
+
+
 def warm_start(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, report: Report
-) -> PreTrainedModel:
-    """Supervised steps on the training data: a task's pairs, or a file's whole texts."""
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, report: Report,
+    note: Note = ignored,
+) -> PreTrainedModel:  # fmt: skip
+    """Supervised steps on the training data: a task's pairs, or a file's whole texts; sources are drawn by weight."""
     settings = config.warm_start
     if not settings.steps:
         return model
-    examples = warm_start_examples(config, tokenizer)
+    lessons = warm_start_lessons(config, tokenizer)
+    if lessons.unused:
+        note(f"warm start: {explain_unused(lessons.unused)}")
     trainer = SupervisedTrainer(
         build_engine("torch", model, device=hardware.device, dtype=hardware.dtype),
         SFT(tokenizer.pad_token_id, unknown_token(tokenizer)),
-        {"train": examples},
+        {"train": lessons.examples},
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
         tokenizer=tokenizer,
     )
     warm_up(
         trainer,
-        Batches(len(examples), settings.batch_size, config.seed),
+        Batches(len(lessons.examples), settings.batch_size, config.seed, parts=lessons.parts),
         steps=settings.steps,
         lr=settings.lr,
         target_accuracy=settings.target_accuracy,
@@ -142,42 +167,54 @@ def warm_start(
     return model.cpu()
 
 
-def warm_start_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedExample]:
-    """Answers to learn after their prompts, or whole texts; EOS ends each that is not cut at the limit."""
+def warm_start_lessons(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Lessons:
+    """Answers to learn after their prompts, or whole texts; EOS ends each that is not cut at the limit.
+
+    Raises DataError for a source none of whose prompts leaves room for an answer.
+    """
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    limit, eos = config.warm_start.max_length, [tokenizer.eos_token_id]
-    parts, pairs = [part.data for part in config.data.parts], []
-    tasks = [data.path for data in parts if is_task(data.path)]
-    for path in tasks:
-        pairs += [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(path)]
-    if len(tasks) < len(parts):
-        train, held_out = load_split(
-            config.data, tokenizer, clock=config.clock, reference_field=config.warm_start.completion
-        )
-        if config.warm_start.completion is not None:
-            pairs += _answered_prompts(train)
+    limit, eos, completion = config.warm_start.max_length, [tokenizer.eos_token_id], config.warm_start.completion
+    sources, unused = config.data.parts, Counter[str]()
+    train = held_out = None
+    if not all(is_task(source.data.path) for source in sources):
+        train, held_out = load_split(config.data, tokenizer, clock=config.clock, reference_field=completion)
+    examples: list[TokenizedExample] = []
+    parts: list[Part] = []
+    for number, source in enumerate(sources):
+        path = source.data.path
+        if is_task(path):
+            pairs = [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(path)]
+        elif completion is not None:
+            pairs = _answered_prompts(train.sets[number])
         else:
-            pairs += [([], encode(text) + eos) for text in _texts_of_training_rows(config.data, train, held_out)]
-    # A prompt that fills the limit leaves nothing to learn.
-    return [_example(prompt, completion[: limit - len(prompt)]) for prompt, completion in pairs if len(prompt) < limit]
+            texts = _texts_of_training_rows(source.data, train.sets[number], held_out, unused)
+            pairs = [([], encode(text) + eos) for text in texts]
+        # A prompt that fills the limit leaves nothing to learn.
+        own = [_example(prompt, answer[: limit - len(prompt)]) for prompt, answer in pairs if len(prompt) < limit]
+        if not own:
+            raise DataError(
+                f"{path}: no prompt is shorter than warm_start.max_length={limit} tokens, so there is no answer to "
+                "learn; raise it"
+            )
+        examples += own
+        parts.append(Part(source.name, len(own), source.weight))
+    return Lessons(tuple(examples), tuple(parts), unused)
 
 
 def _example(prompt: Sequence[int], completion: Sequence[int]) -> TokenizedExample:
     return TokenizedExample((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
 
 
-def _texts_of_training_rows(data: DataConfig, train: PromptSet, held_out: PromptSet) -> list[str]:
+def _texts_of_training_rows(
+    data: DataConfig, train: PromptSet, held_out: PromptSet, unused: Counter[str]
+) -> list[str]:
     """The whole texts of the rows whose prompts are learned from: none that evaluation will ask about."""
-    asked, texts = {example.where for example in held_out.examples}, []
-    for part, prompts in zip(data.parts, train.sets, strict=True):
-        if not is_task(part.data.path):
-            wanted = {example.where for example in prompts.examples} - asked
-            rows = located_texts(part.data.path, field=part.data.field, split=part.data.split)
-            texts += [text for where, text in rows if where in wanted]
-    return texts
+    wanted = {example.where for example in train.examples} - {example.where for example in held_out.examples}
+    rows = located_texts(data.path, field=data.field, split=data.split, unused=unused)
+    return [text for where, text in rows if where in wanted]
 
 
 def _answered_prompts(train: PromptSet) -> list[tuple[Tokens, Tokens]]:

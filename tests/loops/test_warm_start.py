@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from safetensors.torch import load_file
 
 from rlhf_ray.build import load_data
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.prompts import located_texts
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops import warm_start
-from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy, warm_start_examples
+from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy, warm_start_lessons
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.tokenizers import build_tokenizer
@@ -81,7 +83,7 @@ def test_a_folder_is_taken_as_it_lies(tiny_config, tmp_path):
 def test_a_task_teaches_answers_and_their_end(tiny_config):
     config = tiny_config("warm_start={steps: 1, max_length: 16}")
     tokenizer = make_tokenizer(config)
-    example = warm_start_examples(config, tokenizer)[0]
+    example = warm_start_lessons(config, tokenizer).examples[0]
     prompt, answer = taken_apart(example)
     assert tokenizer.decode(prompt).endswith("=")
     assert str(eval(tokenizer.decode(prompt[:-1]))) == tokenizer.decode(answer[:-1])
@@ -94,13 +96,13 @@ def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
         "warm_start={steps: 1, max_length: 3}",
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
-    first = warm_start_examples(config, tokenizer)[0]
+    first = warm_start_lessons(config, tokenizer).examples[0]
     prompt, text = taken_apart(first)
     assert prompt == () and tokenizer.decode(text) == "a good film", "three words, no room for EOS"
-    longer = warm_start_examples(
+    longer = warm_start_lessons(
         tiny_config(f"data.path={reviews}", "data.eval_size=1", "eval.size=1", "model.tokenizer.path=scratch:word",
                     "warm_start={steps: 1, max_length: 9}"), tokenizer,
-    )  # fmt: skip
+    ).examples  # fmt: skip
     assert longer[0].token_ids[-1] == tokenizer.eos_token_id and len(longer[0].token_ids) == 4
 
 
@@ -118,9 +120,48 @@ def test_no_held_out_row_is_learned_from_whatever_was_dropped(tiny_config, tmp_p
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
     train, held_out = load_data(config, tokenizer)
-    learned = [tokenizer.decode(example.token_ids[:-1]) for example in warm_start_examples(config, tokenizer)]
+    learned = [tokenizer.decode(example.token_ids[:-1]) for example in warm_start_lessons(config, tokenizer).examples]
     assert len(held_out) == 3 and learned == [example.prompt for example in train.examples]
     assert not {example.prompt for example in held_out.examples} & set(learned)
+
+
+def test_sources_are_learned_by_their_weights_and_what_is_not_learned_is_named(tiny_config, tmp_path, monkeypatch):
+    for name, count in {"few": 2, "many": 6, "held": 1}.items():
+        lines = [{"text": f"{name} {letter} x", "id": letter} for letter in "abcdef"[:count]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tools = [{"name": "weigh"}]
+    call = {"messages": [{"role": "user", "content": "few"}, {"role": "assistant", "content": "x"}], "tools": tools}
+    (tmp_path / "calls.jsonl").write_text(json.dumps(call) + "\n" + json.dumps({**call, "tools": []}) + "\n")
+    sources = ", ".join(f"{{path: {tmp_path}/{name}.jsonl, weight: {weight}, field: text}}"
+                        for name, weight in (("few", 3), ("many", 1)))  # fmt: skip
+    config = tiny_config(
+        f"data={{sources: [{sources}], eval_path: {tmp_path}/held.jsonl, max_prompt_tokens: 8}}",
+        "model.tokenizer.path=scratch:word", "eval.size=1",
+        "warm_start={steps: 2, batch_size: 8, max_length: 9}",
+    )  # fmt: skip
+    tokenizer = make_tokenizer(config)
+    lessons = warm_start_lessons(config, tokenizer)
+    assert [(part.name, part.rows, part.weight) for part in lessons.parts] == [("few", 2, 3), ("many", 6, 1)]
+    assert lessons.unused == {"id": 8}
+    taken, notes = [], []
+    monkeypatch.setattr(warm_start, "warm_up", lambda trainer, batches, **_: taken.append(batches.rows(0)))
+    starting_policy(config, tmp_path / "start", CPU, pytest.fail, notes.append)
+    assert sorted(row < 2 for row in taken[0]) == [False] * 2 + [True] * 6, "three of every four rows"
+    assert notes == ["warm start: unused: id (8 rows)"]
+    unused = Counter()
+    located_texts(f"{tmp_path}/calls.jsonl", unused=unused)
+    assert unused == {"tools": 1}, "a plain text has no place for them"
+
+
+def test_a_source_whose_prompts_fill_the_limit_is_refused(tiny_config, reviews):
+    rows = map(json.loads, reviews.read_text().splitlines())
+    reviews.write_text("".join(json.dumps({**row, "verdict": "good"}) + "\n" for row in rows))
+    config = tiny_config(
+        f"data={{path: '{reviews}', field: text, eval_size: 1, max_prompt_tokens: 8}}", "eval.size=1",
+        "model.tokenizer.path=scratch:word", "warm_start={steps: 1, max_length: 3, completion: verdict}",
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"reviews\.jsonl: no prompt is shorter than warm_start\.max_length=3 tokens"):
+        warm_start_lessons(config, make_tokenizer(config))
 
 
 def test_tokenizers(tiny_config, reviews, tmp_path):
@@ -144,7 +185,7 @@ def test_prompts_and_answers_are_taught_with_the_generators_tokens(tiny_config, 
         "warm_start={steps: 1, max_length: 64, completion: answer}",
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
-    examples = [taken_apart(example) for example in warm_start_examples(config, tokenizer)]
+    examples = [taken_apart(example) for example in warm_start_lessons(config, tokenizer).examples]
     assert [tuple(map(tokenizer.decode, parts)) for parts in examples] == [
         ("<|user|>\na<eos>\n<|assistant|>\n", "b<eos>"),
         ("<|user|>\nc<eos>\n<|assistant|>\n", "d<eos>"),
