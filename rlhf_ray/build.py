@@ -50,7 +50,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
         config = frozen_clock(config, directory)
-        tokenizer, train_prompts, held_out = check_inputs(config, directory)
+        tokenizer, train_prompts, held_out = check_inputs(config, directory.start)
     run = Recorder(config, directory, sources_of(config, train_prompts, held_out))
     try:
         run.progress.note(
@@ -125,8 +125,10 @@ def kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, PromptSet, PromptSet]:
+def check_inputs(config: RunConfig, start: Path | None) -> tuple[Any, PromptSet, PromptSet]:
     """(tokenizer, training prompts, held-out prompts): all that people get wrong, read before anything is made.
+
+    `start`: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
 
     Raises:
         RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used, or a package that is not there.
@@ -137,7 +139,7 @@ def check_inputs(config: RunConfig, directory: RunDirectory) -> tuple[Any, Promp
     for path in config.judge_paths:
         load_tokenizer(path)
         load_shape(path)
-    tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
+    tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no completion "

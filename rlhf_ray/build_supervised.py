@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray.build import hardware_of, kept_only_if_used
+from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
@@ -51,15 +52,8 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     reports: list[CleaningReport] = []
     with kept_only_if_used(directory):
-        tokenizer = load_tokenizer(directory.start) if directory.start.is_dir() else make_tokenizer(config)
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no text "
-                "could end; set eos_token in its tokenizer_config.json"
-            )
         config = frozen_clock(config, directory)
-        splits, plain = load_splits(config, tokenizer, reports.append)
-        check_model_fits(config, tokenizer, splits)
+        tokenizer, splits, plain = check_inputs(config, directory.start, reports.append)
     batches = batches_of(config, splits["train"], plain)
     config = with_steps(config, batches)
     run = SupervisedRecorder(config, directory, sources_of(reports))
@@ -80,6 +74,27 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         run.fail(error)
         raise
     return directory.read_summary()
+
+
+def check_inputs(
+    config: SupervisedConfig, start: Path | None, note: Callable[[CleaningReport], None]
+) -> tuple[Any, Splits, int]:
+    """(tokenizer, rows by split, how many of `train` are plain text): all that people get wrong, read before anything
+    is made.
+
+    `start`: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
+    Raises RlhfRayError: a package, a file, a row or a tokenizer that cannot be used.
+    """
+    require(needs_of(config))
+    tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no text "
+            "could end; set eos_token in its tokenizer_config.json"
+        )
+    splits, plain = load_splits(config, tokenizer, note)
+    check_model_fits(config, tokenizer, splits)
+    return tokenizer, splits, plain
 
 
 def say_what_is_read(

@@ -28,6 +28,7 @@ from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
 from rlhf_ray.errors import ConfigError, StageError, Terminated
+from rlhf_ray.preflight import preflight
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.resume import begun
 from rlhf_ray.run.storage import write_atomically
@@ -73,13 +74,19 @@ def run_pipeline(
 
 
 def describe_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """Every stage's command and resolved settings, for `--dry-run`. Raises ConfigError as `run_pipeline` does."""
+    """Every stage's command, resolved settings and what was opened for it, for `--dry-run`.
+
+    Raises RlhfRayError: as `run_pipeline` does, and for what a stage could not read.
+    """
     pipeline, of_stages = load_pipeline(path, overrides)
-    stages = resolve(pipeline, Path(path).parent, Path("RUN"), of_stages)
+    unmade = Path("RUN")
+    stages = resolve(pipeline, Path(path).parent, unmade, of_stages)
+    require(need for stage in stages for need in needs_of(stage.config))
+    opened = {stage.name: preflight(stage.config, unmade) for stage in stages}
     parts = [
         f"# stage {stage.name}: rlhf-ray {stage.command}"
         + (f", reads from {', '.join(stage.needs)}" if stage.needs else "")
-        + f"\n{dump_config(stage.config)}"
+        + "\n".join(["", dump_config(stage.config), *opened[stage.name], ""])
         for stage in stages
     ]
     return "\n".join(parts)

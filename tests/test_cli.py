@@ -109,13 +109,15 @@ def test_quickstart_uses_the_config_of_the_repository(rlhf_ray, repo_root):
     assert shipped("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
 
 
-def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray):
-    status, out, _ = rlhf_ray("quickstart", "--preferences", "ppo.steps=7", "values.train=mine.jsonl", "--dry-run")
+def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text("".join(f'{{"text": "it is {i} and more", "label": {i % 2}}}\n' for i in range(1000)))
+    status, out, _ = rlhf_ray("quickstart", "--preferences", "ppo.steps=7", f"values.train={rows}", "--dry-run")
     assert status == 0
     assert [line.split()[2] for line in out.splitlines() if line.startswith("# stage")] == [
         "sft:", "judge:", "pairs:", "rm:", "ppo:", "dpo:", "eval:",
     ]  # fmt: skip
-    assert "steps: 7" in out and "path: mine.jsonl" in out and "path: RUN/rm/model" in out
+    assert "steps: 7" in out and f"path: {rows}" in out and "path: RUN/rm/model" in out
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------

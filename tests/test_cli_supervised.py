@@ -53,11 +53,12 @@ def rlhf_ray(monkeypatch, capsys):
 @pytest.mark.parametrize("command", list(SCHEMAS))
 def test_dry_run_prints_what_reads_back_and_what_it_needs(rlhf_ray, file, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    status, out, _ = rlhf_ray(command, file, "learner.lr=1e-7", "--dry-run")
+    settings = ["learner.lr=1e-7", *(["data.type=labelled"] if command == "classifier" else [])]
+    status, out, _ = rlhf_ray(command, file, *settings, "--dry-run")
     assert status == 0 and "# placement: executor local, device cpu, float32" in out and "trainer    torch" in out
     printed = tmp_path / "printed.yaml"
     printed.write_text(out)
-    assert load_config(printed, schema=SCHEMAS[command]) == load_config(file, ["learner.lr=1e-7"], SCHEMAS[command])
+    assert load_config(printed, schema=SCHEMAS[command]) == load_config(file, settings, SCHEMAS[command])
     assert not (tmp_path / "runs").exists(), "nothing was run"
 
 

@@ -30,13 +30,13 @@ LEVEL = {
     "evaluation": 4.7,
     "loops": 5, "remote": 5, "feedback": 5, "scale": 5,
     "build": 6, "serve": 6, "build_supervised": 6.5,
-    "doctor": 7, "plan": 7, "pipeline": 7,
+    "doctor": 7, "plan": 7, "preflight": 7, "pipeline": 7.5,
     "commands": 8, "cli": 9,
 }  # fmt: skip
 # What a run writes down is for those who run it; a role or a worker returns numbers and knows no files.
 USES_RUN = {
-    "run", "evaluation", "feedback", "loops", "build", "build_supervised", "plan", "pipeline", "doctor", "commands",
-    "cli",
+    "run", "evaluation", "feedback", "loops", "build", "build_supervised", "plan", "preflight", "pipeline",
+    "doctor", "commands", "cli",
 }  # fmt: skip
 
 # Heavy libraries and the only places that may name them.

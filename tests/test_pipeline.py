@@ -180,6 +180,9 @@ def test_a_stage_has_the_time_to_write_its_checkpoint(tmp_path, send, sign, ends
     assert (tmp_path / "checkpoint").exists()
 
 
-def test_the_dry_run_shows_every_stage(file):
+def test_the_dry_run_shows_every_stage(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "pairs.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
     text = pipeline.describe_pipeline(file)
     assert "# stage b: rlhf-ray dpo, reads from a" in text and "path: RUN/a/model" in text

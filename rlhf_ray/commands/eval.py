@@ -26,7 +26,10 @@ def evaluate(
 
     settings = load_config(config, overrides or [], EvalRunConfig)
     if dry_run:
-        print(dump_config(settings))
+        from rlhf_ray.preflight import preflight
+
+        opened = preflight(settings)  # first, for it may refuse
+        print("\n".join([dump_config(settings), *opened]))
         return
     quiet_libraries(settings.device)
     from rlhf_ray.evaluation.command import add_ratings, run_eval

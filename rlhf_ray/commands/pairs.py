@@ -17,7 +17,10 @@ def pairs(
 
     settings = load_config(config, overrides or [], PairsConfig)
     if dry_run:
-        print(dump_config(settings))
+        from rlhf_ray.preflight import preflight
+
+        opened = preflight(settings)  # first, for it may refuse
+        print("\n".join([dump_config(settings), *opened]))
         return
     quiet_libraries(settings.device)
     from rlhf_ray.feedback.pairs import describe, run_pairs

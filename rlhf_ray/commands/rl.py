@@ -30,10 +30,12 @@ def run(config: Path, overrides: list[str], run_dir: Path | None, resume: Resume
     settings = load_config(config, overrides)
     if dry_run:
         from rlhf_ray.plan import describe_plan
+        from rlhf_ray.preflight import preflight
 
-        plan = describe_plan(settings)  # first, for it may refuse
+        quiet_libraries(settings.device)
+        plan, opened = describe_plan(settings), preflight(settings)  # first, for they may refuse
         print(dump_config(settings))
-        print(plan)
+        print("\n".join([plan, *opened]))
         return
     quiet_libraries(settings.device)
     from rlhf_ray.build import run_rl

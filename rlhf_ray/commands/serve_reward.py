@@ -21,7 +21,10 @@ def serve_reward(
 
     settings = load_config(config, overrides or [], RewardServerConfig)
     if dry_run:
-        print(dump_config(settings))
+        from rlhf_ray.preflight import preflight
+
+        opened = preflight(settings)  # first, for it may refuse
+        print("\n".join([dump_config(settings), *opened]))
         return
     if settings.reward_model is not None:
         quiet_libraries(settings.device)

@@ -16,10 +16,12 @@ def run(
     settings = load_config(config, overrides or [], SCHEMAS[command])
     if dry_run:
         from rlhf_ray.plan import describe_supervised_plan
+        from rlhf_ray.preflight import preflight
 
-        plan = describe_supervised_plan(settings)
+        quiet_libraries(settings.device)
+        plan, opened = describe_supervised_plan(settings), preflight(settings)  # first, for they may refuse
         print(dump_config(settings))
-        print(plan)
+        print("\n".join([plan, *opened]))
         return
     quiet_libraries(settings.device)
     from rlhf_ray.build_supervised import run_supervised

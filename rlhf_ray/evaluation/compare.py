@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_ray.config.evaluation import EvalRunConfig, PerplexityConfig, RedTeamConfig, SampledModelConfig
 from rlhf_ray.config.extras import needs_of, require
+from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.prompts import PromptSet, load_texts
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.evaluation.answers import (
@@ -41,6 +42,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a comparison reads before it loads a model: prompts by model, and texts for the perplexity."""
+
+    prompts: dict[str, PromptSet]
+    red_team: dict[str, PromptSet]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """`result` is eval.json. `answers` holds each model's; `prompts` are as people read them."""
 
@@ -54,19 +64,12 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
 
     Raises RlhfRayError: data, models or rewards that cannot be used, before the first model is loaded where possible.
     """
-    require(needs_of(config))
-    _check_names(config, check_rewards(config))
-    tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
-    prompts = common_prompts({name: read_prompts(config.data, t, config.clock) for name, t in tokenizers.items()})
-    texts = _perplexity_texts(config)
-    red_team = {}
-    if config.red_team:
-        read = {name: read_prompts(config.red_team, t, config.clock) for name, t in tokenizers.items()}
-        red_team = common_prompts(read)
+    inputs = check_inputs(config)
+    prompts = inputs.prompts
     measured = {}
     for name, model in config.models.items():
         report(f"{name}: {len(prompts[name])} prompts x {config.sampling.samples_per_prompt}, {model.path}")
-        measured[name] = _measure(config, model, prompts[name], texts, red_team.get(name))
+        measured[name] = _measure(config, model, prompts[name], inputs.texts, inputs.red_team.get(name))
     base = config.baseline_name
     shown = tuple(map(shown_prompt, prompts[base].examples))
     answers = {name: m.answers for name, m in measured.items()}
@@ -87,6 +90,19 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
         "samples": side_by_side(shown[: config.samples], answers),
     }
     return Comparison(result, shown, answers)
+
+
+def check_inputs(config: EvalRunConfig) -> Inputs:
+    """All that people get wrong, read before a model is loaded. Raises RlhfRayError."""
+    require(needs_of(config))
+    _check_names(config, check_rewards(config))
+    tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
+
+    def read(data: PromptsConfig) -> dict[str, PromptSet]:
+        return common_prompts({name: read_prompts(data, t, config.clock) for name, t in tokenizers.items()})
+
+    texts = _perplexity_texts(config)
+    return Inputs(read(config.data), read(config.red_team) if config.red_team else {}, texts)
 
 
 def _check_names(config: EvalRunConfig, rewards: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from rlhf_ray.config.extras import AGREEMENT, needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.data.chat import Chat, Instruction
-from rlhf_ray.data.prompts import Example
+from rlhf_ray.data.prompts import Example, PromptSet
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
 from rlhf_ray.data.types import PreferenceRow, detect, parse
@@ -90,11 +90,7 @@ def run_pairs(
 
 def make_pairs(config: PairsConfig, report: Report = lambda line: None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(rows of pairs.jsonl, pairs.json)."""
-    require(needs_of(config))
-    names = check_rewards(config)
-    prompts = read_prompts(config.data, tokenizer_of(config.model), config.clock)
-    human = human_pairs(config)
-    require([AGREEMENT] if human else [])
+    names, prompts, human = check_inputs(config)
     with open_model(config.model, config) as model:
         report(f"{len(prompts)} prompts x {config.sampling.samples_per_prompt} answers, {config.model.path}")
         batch = model.sample(prompts, config.sampling, config.seed)
@@ -125,6 +121,19 @@ def make_pairs(config: PairsConfig, report: Report = lambda line: None) -> tuple
         **({"human": agreement(human_labels)} if human else {}),
     }
     return rows, result
+
+
+def check_inputs(config: PairsConfig) -> tuple[list[str], PromptSet, list[HumanPair]]:
+    """(names of the rewards, prompts, people's pairs): all that people get wrong, read before a model is loaded.
+
+    Raises RlhfRayError.
+    """
+    require(needs_of(config))
+    names = check_rewards(config)
+    prompts = read_prompts(config.data, tokenizer_of(config.model), config.clock)
+    human = human_pairs(config)
+    require([AGREEMENT] if human else [])
+    return names, prompts, human
 
 
 def describe(result: dict[str, Any]) -> str:

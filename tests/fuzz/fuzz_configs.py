@@ -304,12 +304,18 @@ class _NoAliases(yaml.SafeDumper):
 
 
 def _dry_run(command: str, path: Path, overrides: Sequence[str]) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of the command in this process. Whatever it raises but SystemExit is a failure."""
+    """(exit status, stdout, stderr) of the command in this process. Whatever it raises but SystemExit is a failure.
+
+    Settings only: what a dry run opens beside them is not there, and is spoiled in `fuzz_rows.py`.
+    """
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors) for errors in ("strict", "replace"))
     argv = ["rlhf-ray", command, str(path), "--dry-run", "--", *overrides]
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        opens_nothing = mock.patch("rlhf_ray.preflight.preflight", return_value=[])
+        in_pipelines = mock.patch("rlhf_ray.pipeline.preflight", return_value=[])
+        printed = (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err))
+        with opens_nothing, in_pipelines, mock.patch.object(sys, "argv", argv), printed[0], printed[1]:
             with bounded():
                 try:
                     cli.main()
