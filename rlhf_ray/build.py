@@ -21,6 +21,7 @@ from rlhf_ray.loops.best import BestPolicy
 from rlhf_ray.loops.evaluate import Evaluator
 from rlhf_ray.loops.rl import train
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
+from rlhf_ray.loops.sft_rows import SFTData, load_sft_data
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.flops import device_name, peak_flops
@@ -31,6 +32,7 @@ from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
 from rlhf_ray.roles.protocols import Learner, Roles, Sampling
 from rlhf_ray.roles.reference import AdapterFreeReference, Reference
+from rlhf_ray.roles.sft_term import SFTRows
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
@@ -50,15 +52,16 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
         config = frozen_clock(config, directory)
-        tokenizer, train_prompts, held_out = check_inputs(config, directory.start)
-    run = Recorder(config, directory, sources_of(config, train_prompts, held_out))
+        tokenizer, train_prompts, held_out, sft = check_inputs(config, directory.start)
+    read = sources_of(config, train_prompts, held_out) | (sft.fingerprints if sft else {})
+    run = Recorder(config, directory, read)
     try:
         run.progress.note(
             f"device: {hardware}; generator: {config.generator.engine}; learner: {config.learner.engine}"
         )
         if len(train_prompts.parts) > 1:
             run.progress.note(described(train_prompts.parts))
-        for line in left_out(train_prompts, held_out):
+        for line in [*left_out(train_prompts, held_out), *(sft.notes if sft else [])]:
             run.progress.note(line)
         policy, tokenizer_path = starting_policy(
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress(),
@@ -67,7 +70,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         assets = Assets(policy, tokenizer_path, hardware)
         named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
         stop = with_turn_ends(named, tokenizer)
-        with open_roles(config, assets) as roles:
+        with open_roles(config, assets, sft.rows if sft else None) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
@@ -125,8 +128,9 @@ def kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def check_inputs(config: RunConfig, start: Path | None) -> tuple[Any, PromptSet, PromptSet]:
-    """(tokenizer, training prompts, held-out prompts): all that people get wrong, read before anything is made.
+def check_inputs(config: RunConfig, start: Path | None) -> tuple[Any, PromptSet, PromptSet, SFTData | None]:
+    """(tokenizer, training prompts, held-out prompts, rows of sft_data): all that people get wrong, read before
+    anything is made.
 
     `start`: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
 
@@ -149,7 +153,7 @@ def check_inputs(config: RunConfig, start: Path | None) -> tuple[Any, PromptSet,
     longest = _check_policy_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
     if config.uses_critic and config.critic.path is not None:
         _check_critic_fits(config, tokenizer, longest)
-    return tokenizer, train, held_out
+    return tokenizer, train, held_out, load_sft_data(config, tokenizer)
 
 
 def _check_policy_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> int:
@@ -226,18 +230,18 @@ def left_out(train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
 
 
 @contextmanager
-def open_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
+def open_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = None) -> Iterator[Roles]:
     """The roles as this config places them; closed at the end, also after an error."""
     if config.executor == "ray":
         from rlhf_ray.remote.roles import open_remote_roles
 
-        with open_remote_roles(config, assets) as roles:
+        with open_remote_roles(config, assets, sft) as roles:
             yield roles
         return
     transport = "in_process" if config.sync.transport == "auto" else config.sync.transport
     generator = make_generator(config, assets, transport)
     try:
-        learner = make_learner(config, assets, transport)
+        learner = make_learner(config, assets, transport, sft)
         learner.connect(generator)
         yield Roles(
             generator=generator,

@@ -18,7 +18,7 @@ from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.config.schema import RewardConfig, RunConfig
-from rlhf_ray.config.sections import Section
+from rlhf_ray.config.sections import RowsConfig, Section
 from rlhf_ray.config.supervised import DPOConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.paths import HUB_PREFIX, looks_local
 from rlhf_ray.data.rows import read_rows
@@ -115,6 +115,8 @@ def rows_of(config: Section) -> list[Rows]:
         found += _held_out(config.eval.test_path, config.data.eval_split)
     if isinstance(config, SFTConfig) and config.plain_text is not None:
         found.append(Rows(config.plain_text.data.path, config.plain_text.data.split))
+    if isinstance(config, RunConfig) and config.sft_data is not None:
+        found += [Rows(part.data.path, part.data.split) for part in config.sft_data.parts]
     if isinstance(config, SampledRunConfig):
         found.append(Rows(config.data.path, config.data.split))
     if isinstance(config, EvalRunConfig):
@@ -133,12 +135,19 @@ def limited(config: Config) -> Config:
     if data is None:
         return config
     held_out = data.eval_size if isinstance(config, RunConfig | SupervisedConfig) else 0
-    most = max(MOST_ROWS, 2 * held_out)
+    update = {"data": _first_rows(data, max(MOST_ROWS, 2 * held_out))}
+    if isinstance(config, RunConfig) and config.sft_data is not None:
+        update["sft_data"] = _first_rows(config.sft_data, MOST_ROWS)
+    return config.model_copy(update=update)
+
+
+def _first_rows(data: RowsConfig, most: int) -> RowsConfig:
+    """The section with at most so many rows of each of its sources."""
     update: dict[str, Any] = {"limit": min(data.limit or most, most)}
     if getattr(data, "sources", None):
         sources = [s.model_copy(update={"limit": min(s.limit or data.limit or most, most)}) for s in data.sources]
         update["sources"] = sources
-    return config.model_copy(update={"data": data.model_copy(update=update)})
+    return data.model_copy(update=update)
 
 
 def _open_all(config: Section) -> None:

@@ -99,10 +99,11 @@ def test_a_reward_that_is_not_there(override, expected):
 @pytest.mark.parametrize(("command", "override"), [
     ("rl", "reward_model={path: ./gone}"), ("rl", "safety={path: ./gone}"), ("dpo", "dpo.reference=./gone"),
     ("sft", "plain_text={data: {path: gone.jsonl, max_length: 64}, share: 0.5}"), ("rm", "eval.test_path=gone.jsonl"),
+    ("rl", "sft_data={path: gone.jsonl, max_length: 64}"),
 ])  # fmt: skip
 def test_what_a_command_needs_beside_its_model_and_its_data(command, override):
     with pytest.raises((ModelError, DataError), match="gone"):
-        preflight(config_of(command, override))
+        preflight(config_of(command, override, **({"algorithm": {"sft_coef": 0.1}} if "sft_data" in override else {})))
 
 
 def test_eval_pairs_and_the_reward_server():
@@ -140,6 +141,9 @@ def test_of_a_large_dataset_only_the_first_rows_are_read(here, monkeypatch):
     assert limited(config).data.limit == MOST_ROWS
     assert limited(config_of("rl", "data.path=many.jsonl", "data.eval_size=1500")).data.limit == 3000
     assert limited(config_of("rl", "data.limit=7")).data.limit == 7
+    beside = config_of("rl", "algorithm.sft_coef=0.1", "sft_data={path: answers.jsonl, max_length: 64}")
+    assert limited(beside).sft_data.limit == MOST_ROWS
+    assert "answers.jsonl" in preflight(beside)[0]
 
 
 def test_a_pipeline_opens_what_no_stage_has_yet_to_make(here):

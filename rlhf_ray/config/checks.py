@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.data_checks import sft_problems, template_problems
 from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.ray_checks import placement_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, PromptsConfig, RunConfig
+from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, RunConfig
 from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
 from rlhf_ray.config.sources import source_problems
 
@@ -33,6 +33,7 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
         *_rewards(config),
         *_batch_shapes(config),
         *_data(config),
+        *sft_problems(config),
         *_lengths(config),
         *_model(config),
         *tokenizer_problems(config.model),
@@ -118,15 +119,6 @@ def _data(config: RunConfig) -> list[str]:
             )
         problems += template_problems(data, key)
     return problems
-
-
-def template_problems(data: PromptsConfig | DatasetConfig, key: str = "data") -> list[str]:
-    if data.template in ("alpaca", "none") and (data.chat_template or data.chat_template_args or data.system_prompt):
-        return [
-            f"{key}.template={data.template} uses no chat template, so {key}.chat_template, {key}.chat_template_args "
-            f"and {key}.system_prompt would do nothing; remove them, or set {key}.template=chat"
-        ]
-    return []
 
 
 def _lengths(config: RunConfig) -> list[str]:

@@ -88,3 +88,9 @@ class DatasetConfig(SeveralSources):
     overlong: Literal["error", "drop", "truncate"] = "error"
     cleaning: CleaningConfig = CleaningConfig()
     sources: list[DatasetSourceConfig] = Field([], description="several sources, instead of `path`")
+
+
+class SFTDataConfig(DatasetConfig):
+    """What a policy goes on to learn while it is reinforced (`algorithm.sft_coef`): rows as `sft` reads them."""
+
+    batch_size: int = Field(32, gt=0, description="rows of each optimiser step")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from rlhf_ray.config.checks import template_problems
+from rlhf_ray.config.data_checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, SafetyConfig

@@ -50,6 +50,7 @@ def needs_of(config: Section) -> list[Need]:
     if isinstance(config, RunConfig):
         needs += _of_engine("learner", config.learner)
         needs += _of_engine("critic", config.critic) if config.uses_critic else []
+        needs += _of_cleaning(config.sft_data.cleaning) if config.sft_data is not None else []
         needs += [*_of_generator(config.generator), *_of_rewards(config.rewards)]
     if isinstance(config, SampledRunConfig):
         needs += [*_of_generator(config.generator), *_of_rewards(config.rewards)]

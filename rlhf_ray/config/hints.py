@@ -34,6 +34,8 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "ent_coef": ("algorithm.entropy_coef",),
     "lambd": ("algorithm.lam",),
     "gae_lambda": ("algorithm.lam",),
+    "ptx_coef": ("algorithm.sft_coef",),
+    "pretrain_data": ("sft_data.path",),
     "scale_rewards": ("algorithm.normalize_std",),
     "norm_adv_by_std_in_grpo": ("algorithm.normalize_std",),
     "target_kl": ("learner.stop_kl",),

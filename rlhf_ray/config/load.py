@@ -28,6 +28,7 @@ from rlhf_ray.errors import ConfigError
 Config = TypeVar("Config", bound=Section)
 Run = TypeVar("Run", bound=RunConfig | SupervisedConfig)
 
+_OF_SOURCES = ("data", "sft_data")  # sections that may be lists of sources
 _LONGEST = 2000  # characters of one problem
 _SHOWN = reprlib.Repr()  # of a wrong value: a section in its place may hold thousands
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
@@ -71,7 +72,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def with_long_forms(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with lists of sources as sections, so that `data.sources.0.path` has a place in each of its forms."""
-    return {**tree, "data": long_form(tree["data"])} if "data" in tree else tree
+    return {**tree, **{name: long_form(tree[name]) for name in _OF_SOURCES if name in tree}}
 
 
 def _forget_preset(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -113,8 +114,8 @@ def set_value(tree: dict[str, Any], dotted: str, value: Any, source: str) -> Non
         node[keys[-1]] = value
     else:
         raise ConfigError(f"{source}: {'.'.join(keys[:-1])} is a value, not a section")
-    if keys[0] == "data":
-        tree["data"] = long_form(tree["data"])
+    if keys[0] in _OF_SOURCES:
+        tree[keys[0]] = long_form(tree[keys[0]])
 
 
 def _parse_value(text: str, override: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.data import SFTDataConfig
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import MOST_WORKERS, RowsConfig, Section, TrainEngineConfig, TrainingRunConfig
 from rlhf_ray.config.sources import SeveralSources, SourceConfig
@@ -189,6 +190,9 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "seq_mean", "seq_sum_const"] = "token_mean"
     entropy_coef: float = Field(0.0, ge=0)
     entropy_coef_end: float | None = Field(None, ge=0, description="entropy_coef moves here over the run")
+    sft_coef: float = Field(
+        0.0, ge=0, description="PPO-ptx: adds so much of the loss of sft (nats a token) on rows of sft_data"
+    )
     kl_in: Literal["loss", "reward"] = "loss"
     kl_coef: float = Field(0.0, ge=0, description="0: the reference model is not even loaded")
     kl_coef_end: float | None = Field(None, ge=0, description="kl_controller=fixed: kl_coef moves here over the run")
@@ -279,6 +283,7 @@ class RunConfig(TrainingRunConfig):
 
     steps: int = Field(100, gt=0)
     data: DataConfig
+    sft_data: SFTDataConfig | None = Field(None, description="rows for algorithm.sft_coef")
     warm_start: WarmStartConfig = WarmStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     generator: GeneratorConfig = GeneratorConfig()

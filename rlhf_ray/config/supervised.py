@@ -14,10 +14,10 @@ from rlhf_ray.config.checks import (
     engine_problems,
     quantize_problems,
     scratch_problems,
-    template_problems,
     tokenizer_problems,
 )
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.data_checks import length_problems, template_problems
 from rlhf_ray.config.ray_checks import shared_gpu_problems
 from rlhf_ray.config.sections import ModelConfig, Section, TrainEngineConfig, TrainingRunConfig
 from rlhf_ray.config.sources import source_problems
@@ -62,7 +62,7 @@ class SupervisedConfig(TrainingRunConfig):
             *_learner_problems(self.learner, self.model),
             *source_problems(self.data),
             *(problem for part in self.data.parts for problem in template_problems(part.data, part.key)),
-            *_length_problems("data", self.data, self.model),
+            *length_problems("data", self.data, self.model),
             *_validation_problems(self.data, self.eval),
         ]
 
@@ -81,15 +81,6 @@ def _learner_problems(learner: SupervisedLearnerConfig, model: ModelConfig) -> l
     if learner.gradient_checkpointing and model.path == "scratch:lstm":
         problems.append("learner.gradient_checkpointing has nothing to recompute in scratch:lstm; set it to false")
     return problems
-
-
-def _length_problems(name: str, data: DatasetConfig, model: ModelConfig) -> list[str]:
-    if not model.path.startswith("scratch:") or data.max_length <= model.scratch.max_length:
-        return []
-    return [
-        f"{name}.max_length={data.max_length} exceeds model.scratch.max_length={model.scratch.max_length}; "
-        "raise the model's or lower the data's"
-    ]
 
 
 def _validation_problems(data: DatasetConfig, validation: ValidationConfig) -> list[str]:
@@ -125,7 +116,7 @@ class SFTConfig(SupervisedConfig):
         problems, rows = super().contradictions(device), self.plain_text_rows
         if self.plain_text is None:
             return problems
-        problems += _length_problems("plain_text.data", self.plain_text.data, self.model)
+        problems += length_problems("plain_text.data", self.plain_text.data, self.model)
         if self.plain_text.data.sources:
             problems.append("plain_text.data.sources: the plain text is one source; set plain_text.data.path")
         if not 0 < rows < self.learner.batch_size:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
@@ -111,16 +112,22 @@ def check_model_fits(config: SupervisedConfig, tokenizer: PreTrainedTokenizerBas
     Raises ConfigError, ModelError.
     """
     labels_of(config, splits)  # a label without a name is found before anything is made
-    path = config.model.path
+    check_rows_fit(config.model, tokenizer, [ids for items in splits.values() for item in items for ids in _ids(item)])
+
+
+def check_rows_fit(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], name: str = "data"
+) -> None:
+    """`name`: of the section that says where the rows come from. Raises as `check_model_fits` does."""
+    path = model.path
     if path.startswith("scratch:"):
         return  # made to fit; the config's own checks know its length
-    shape = load_shape(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
-    rows = [ids for items in splits.values() for item in items for ids in _token_ids(item)]
+    shape = load_shape(path, trust_remote_code=model.trust_remote_code).get_text_config()
     positions, longest = getattr(shape, "max_position_embeddings", None), max(map(len, rows))
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"the longest row has {longest} tokens, and {path} has {positions} positions; set data.max_length="
-            f"{positions}, with data.overlong=truncate or drop"
+            f"the longest row has {longest} tokens, and {path} has {positions} positions; set {name}.max_length="
+            f"{positions}, with {name}.overlong=truncate or drop"
         )
     highest = max(map(max, rows))
     if highest >= shape.vocab_size:
@@ -131,7 +138,7 @@ def check_model_fits(config: SupervisedConfig, tokenizer: PreTrainedTokenizerBas
         )
 
 
-def _token_ids(item: Any) -> list[tuple[int, ...]]:
+def _ids(item: Any) -> list[tuple[int, ...]]:
     return [item.chosen.token_ids, item.rejected.token_ids] if hasattr(item, "chosen") else [item.token_ids]
 
 

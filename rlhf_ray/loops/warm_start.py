@@ -19,6 +19,7 @@ from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.loops.supervised import Batches, warm_up
+from rlhf_ray.loops.supervised_start import corpus
 from rlhf_ray.models.devices import Hardware, release_memory
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.folders import save_folder
@@ -27,7 +28,6 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.objectives import SFT
 from rlhf_ray.roles.supervised import SupervisedTrainer
-from rlhf_ray.roles.supervised_factory import unknown_token
 from rlhf_ray.run.storage import written_whole
 
 Report = Callable[[int, float], None]
@@ -82,6 +82,7 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
         texts = [settings.alphabet]
     else:
         texts = training_texts(config)
+        texts += [] if config.sft_data is None else corpus(config.sft_data)
         if not any(texts):
             raise DataError(f"{config.data.paths}: it has no text to make a tokenizer from; check the file and data.*")
     return build_tokenizer(
@@ -151,7 +152,7 @@ def warm_start(
         note(f"warm start: {explain_unused(lessons.unused)}")
     trainer = SupervisedTrainer(
         build_engine("torch", model, device=hardware.device, dtype=hardware.dtype),
-        SFT(tokenizer.pad_token_id, unknown_token(tokenizer)),
+        SFT.of(tokenizer),
         {"train": lessons.examples},
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
         tokenizer=tokenizer,

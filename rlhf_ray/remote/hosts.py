@@ -28,6 +28,7 @@ from rlhf_ray.roles.factory import (
     make_reward,
 )
 from rlhf_ray.roles.protocols import Request, Sampling, Scores
+from rlhf_ray.roles.sft_term import SFTRows
 
 if TYPE_CHECKING:
     from rlhf_ray.sync.sender import WeightClient
@@ -107,10 +108,12 @@ class TrainerHost(Host):
 
 class LearnerHost(TrainerHost):
     @reported
-    def build(self, config: RunConfig, assets: Assets, transport: str, rank: Rank) -> None:
+    def build(
+        self, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None, rank: Rank
+    ) -> None:
         self.rank = rank
         self.release_port()
-        self.role = make_learner(config, assets, transport, rank)
+        self.role = make_learner(config, assets, transport, sft, rank)
 
     @reported
     def connect(self, generators: WeightClient) -> None:

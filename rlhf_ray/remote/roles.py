@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.remote.batcher import BatchHost
 from rlhf_ray.remote.calls import Deadline
@@ -34,6 +36,7 @@ from rlhf_ray.remote.split import even_pieces, fixed_pieces
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.protocols import Roles
 from rlhf_ray.roles.reference import AdapterFreeReference
+from rlhf_ray.roles.sft_term import SFTRows
 
 HOSTS: dict[str, type[Host]] = {
     "learner": LearnerHost,
@@ -46,7 +49,7 @@ HOSTS: dict[str, type[Host]] = {
 
 
 @contextmanager
-def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
+def open_remote_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = None) -> Iterator[Roles]:
     """Start the workers this config asks for, and yield their handles; everything started here ends here.
 
     Raises:
@@ -67,7 +70,7 @@ def open_remote_roles(config: RunConfig, assets: Assets) -> Iterator[Roles]:
             for seat in plan.seats:
                 host = HOSTS[seat.name.split()[0]]
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
-            _build(crew, plan, config, everywhere(assets), transport)
+            _build(crew, plan, config, everywhere(assets), transport, sft)
             crew.built()
             yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
@@ -83,7 +86,9 @@ def everywhere(assets: Assets) -> Assets:
     })  # fmt: skip
 
 
-def _build(crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str) -> None:
+def _build(
+    crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None
+) -> None:
     """Load every model, all at the same time; on shared GPUs the generators first."""
     until = time.monotonic() + config.ray.start_deadline_s
 
@@ -100,7 +105,8 @@ def _build(crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport:
         crew.results(calls)
         calls = [worker.start(GeneratorHost.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
-    for role, host, extra in (("learner", LearnerHost, (transport,)), ("critic", CriticHost, ())):
+    rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
+    for role, host, extra in (("learner", LearnerHost, (transport, rows)), ("critic", CriticHost, ())):
         ranks = crew.named(role)
         for number, worker in enumerate(ranks):
             first = places[ranks[0].name]

@@ -22,8 +22,10 @@ from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.objectives import SFT
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward import Reward, RewardModel
+from rlhf_ray.roles.sft_term import SFTRows, SFTTerm
 from rlhf_ray.sync.factory import make_sender
 
 if TYPE_CHECKING:
@@ -105,7 +107,9 @@ def make_reward(config: RunConfig, assets: Assets) -> Reward:
     return Reward(RewardSet(functions), policys, model=model, safety=safety, stop=stop)
 
 
-def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank = Rank()) -> Learner:
+def make_learner(
+    config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None = None, rank: Rank = Rank()
+) -> Learner:
     lora, trust = config.model.lora, config.model.trust_remote_code
     packing = {} if lora is None else quantization(lora.quantize, assets.hardware.dtype)
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
@@ -119,17 +123,32 @@ def make_learner(config: RunConfig, assets: Assets, transport: str, rank: Rank =
         receivers=config.generator.count * config.generator.tensor_parallel,
         device=assets.hardware.device,
     )
+    tokenizer = _tokenizer(config, assets)
     return Learner(
         train_engine(config.learner, model, assets.hardware, rank, config.ray.call_deadline_s),
         config.learner,
         config.algorithm,
-        tokenizer=_tokenizer(config, assets),
+        tokenizer=tokenizer,
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
         sender=sender,
         seed=config.seed,
         total_steps=config.steps,
         first_step=config.critic.warmup_steps if config.uses_critic else 0,
+        sft=_sft_term(config, sft, tokenizer),
+    )
+
+
+def _sft_term(config: RunConfig, rows: SFTRows | None, tokenizer: PreTrainedTokenizerBase) -> SFTTerm | None:
+    if config.sft_data is None or rows is None:
+        return None
+    return SFTTerm(
+        rows,
+        SFT.of(tokenizer),
+        coef=config.algorithm.sft_coef,
+        batch_size=config.sft_data.batch_size,
+        seed=config.seed,
+        tokens_per_microbatch=config.learner.tokens_per_microbatch,
     )
 
 

@@ -24,6 +24,7 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter
 from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver
+from rlhf_ray.roles.sft_term import MicroLoss, SFTTerm
 from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
 from rlhf_ray.roles.training import Share, Totals, Trainer
 from rlhf_ray.sync.sender import WeightSender
@@ -53,7 +54,9 @@ class Learner(Trainer):
         seed: int,
         total_steps: int,
         first_step: int = 0,
+        sft: SFTTerm | None = None,
     ) -> None:
+        """`sft`: what the policy learns beside its rollouts, where `algorithm.sft_coef` asks for it."""
         sharing = PromptSharing.of(engine.module) if config.share_prompts else None
         super().__init__(engine, config, seed=seed, total_steps=total_steps, first_step=first_step, sharing=sharing)
         self.algorithm = algorithm
@@ -63,6 +66,7 @@ class Learner(Trainer):
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.sender = sender
+        self.sft = sft
         self.generators: WeightReceiver | None = None
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -92,8 +96,9 @@ class Learner(Trainer):
         entropy_coef = linear(self.algorithm.entropy_coef, self.algorithm.entropy_coef_end, step, self.total_steps)
         totals, grad_norms = Totals(), []
         loss = partial(self._loss, kl_coef=kl_coef, entropy_coef=entropy_coef)
-        for epoch, share in self._passes(batch):
-            grad_norm, stats = self.optimiser_step(batch, share, partial(loss, first_epoch=epoch == 0), lr)
+        for number, (epoch, share) in enumerate(self._passes(batch)):
+            more = self._sft_losses(step, number)
+            grad_norm, stats = self.optimiser_step(batch, share, partial(loss, first_epoch=epoch == 0), lr, more)
             grad_norms.append(grad_norm)
             totals.add(stats.values)
             if self._is_far(stats):
@@ -107,6 +112,12 @@ class Learner(Trainer):
         """(inner epoch, this rank's part) of each optimiser step."""
         for epoch in range(self.config.epochs):
             yield from ((epoch, share) for share in self.shares(batch))
+
+    def _sft_losses(self, step: int, number: int) -> Sequence[MicroLoss]:
+        """Of a step's optimiser step 0, 1, ...: by its place in the run, for a step may end early (`stop_kl`)."""
+        if self.sft is None:
+            return ()
+        return self.sft.losses(self.engine, step * self.config.epochs * self.config.minibatches + number)
 
     def _is_far(self, stats: Totals) -> bool:
         """Whether the policy has moved far enough from the one before the passes; all ranks say the same.
@@ -204,6 +215,8 @@ class Learner(Trainer):
             "lr": lr,
             **self.usage(totals),
         }
+        if self.sft is not None:
+            metrics["sft/tokens"] = totals["sft/tokens"]
         if "kl_ref_sum" in totals:
             metrics["kl_ref"] = totals["kl_ref_sum"] / max(1.0, totals["sequences"])
         return metrics

@@ -10,6 +10,35 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """This rank's micro-batches, as places in a list of items; dummies at the end keep it in step with the others."""
+
+    parts: tuple[tuple[int, ...], ...]
+    real: int
+    padding: float  # share of padding in what all ranks compute, dummies included
+
+
+def plan_items(rows: Sequence[Sequence[int]], max_tokens: int, rank: int = 0, world_size: int = 1) -> Plan:
+    """Micro-batches of items of about the same length, balanced over the ranks; every rank gets equally many.
+
+    Args:
+        rows: of each item, the tokens of each sequence that it makes.
+        max_tokens: padded tokens of a micro-batch.
+    """
+    costs = [len(lengths) * max(lengths) for lengths in rows]
+    ranks = split_ranks(range(len(rows)), costs, world_size)
+    parts = [split_microbatches(own, costs, max_tokens) for own in ranks]
+    shortest = min(range(len(rows)), key=lambda place: costs[place])
+    longest = max(map(len, parts))
+    parts_of_all = [[*own, *[[shortest]] * (longest - len(own))] for own in parts]
+    # The first item of a micro-batch is its longest.
+    computed = sum(len(places) * costs[places[0]] for own in parts_of_all for places in own)
+    padding = 1 - sum(map(sum, rows)) / computed
+    return Plan(tuple(map(tuple, parts_of_all[rank])), len(parts[rank]), padding)
 
 
 def split_minibatches(prompt_ids: Sequence[int], count: int, seed: int) -> list[list[int]]:

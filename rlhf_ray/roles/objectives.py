@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from rlhf_ray.algo.calibration import calibration_error, correlation, histogram,
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.algo.preference import bradley_terry_loss
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
 Measured = dict[str, Tensor]  # one number an item, by name; "loss" carries the gradient
@@ -78,6 +81,12 @@ class SFT:
     def __init__(self, pad_token_id: int, ignored_token: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.ignored_token = ignored_token
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SFT:
+        """Without `<unk>`, unless the tokenizer uses one token for that and for the end (as GPT-2's does)."""
+        unknown = tokenizer.unk_token_id
+        return cls(tokenizer.pad_token_id, None if unknown == tokenizer.eos_token_id else unknown)
 
     def lengths(self, item: TokenizedExample) -> tuple[int, ...]:
         return (len(item.token_ids),)

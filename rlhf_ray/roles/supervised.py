@@ -22,7 +22,7 @@ from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
-from rlhf_ray.roles.microbatch import split_microbatches, split_ranks
+from rlhf_ray.roles.microbatch import Plan, plan_items
 from rlhf_ray.roles.objectives import Measured, Objective
 from rlhf_ray.roles.preferences import DPO, ReferencedPair, answer_logprobs
 
@@ -40,15 +40,6 @@ class Report:
 
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """This rank's micro-batches, as places in the list of items; dummies at the end keep it in step with the others."""
-
-    parts: tuple[tuple[int, ...], ...]
-    real: int
-    padding: float  # share of padding in what all ranks compute, dummies included
 
 
 class SupervisedTrainer:
@@ -136,17 +127,7 @@ class SupervisedTrainer:
     def _plan(self, items: Sequence[Any]) -> Plan:
         """Micro-batches of items of about the same length, balanced over the ranks."""
         rows = [self.objective.lengths(item) for item in items]
-        costs = [len(lengths) * max(lengths) for lengths in rows]
-        ranks = split_ranks(range(len(items)), costs, self.engine.world_size)
-        parts = [split_microbatches(rank, costs, self.tokens_per_microbatch) for rank in ranks]
-        shortest = min(range(len(items)), key=lambda place: costs[place])
-        longest = max(map(len, parts))
-        parts_of_all = [[*mine, *[[shortest]] * (longest - len(mine))] for mine in parts]
-        # The first item of a micro-batch is its longest.
-        computed = sum(len(places) * costs[places[0]] for mine in parts_of_all for places in mine)
-        mine = self.engine.rank
-        padding = 1 - sum(map(sum, rows)) / computed
-        return Plan(tuple(map(tuple, parts_of_all[mine])), len(parts[mine]), padding)
+        return plan_items(rows, self.tokens_per_microbatch, self.engine.rank, self.engine.world_size)
 
     def _gathered(self, count: int, plan: Plan, measured: Sequence[Measured]) -> Measured:
         """What all ranks have measured, in the order of the items: [items] float64 on the CPU. Collective."""

@@ -49,7 +49,7 @@ def make_objective(
 ) -> Objective:
     pad = tokenizer.pad_token_id
     if isinstance(config, SFTConfig):
-        return SFT(pad, unknown_token(tokenizer))
+        return SFT.of(tokenizer)
     if isinstance(config, RMConfig):
         return BradleyTerry(pad, config.rm.margin_scale)
     if isinstance(config, DPOConfig):
@@ -57,11 +57,6 @@ def make_objective(
     if isinstance(config, ClassifierConfig):
         return Classification(pad, labels)
     raise ConfigError(f"{type(config).__name__} is none of the supervised commands' configs")
-
-
-def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of `<unk>`, unless the tokenizer uses one token for that and for the end (as GPT-2's does)."""
-    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
 def labels_of(config: SupervisedConfig, splits: Splits) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.forward import over_microbatches
 from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
+from rlhf_ray.roles.sft_term import MicroLoss
 from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines
 
 
@@ -119,13 +120,15 @@ class Trainer:
         share: Share,
         loss_of: Callable[[MicroBatch, Share], tuple[Tensor, Mapping[str, Tensor]]],
         lr: float,
+        more: Sequence[MicroLoss] = (),
     ) -> tuple[float, Totals]:
         """Accumulate `loss_of` over the micro-batches of a share and step once; (gradient norm, this rank's totals).
 
+        `more` are forward passes over other rows, as many on every rank: their gradients are added before clipping.
         Raises DivergenceError where too many steps in a row had to be skipped.
         """
         totals = Totals()
-        last = len(share.microbatches) - 1
+        last = len(share.microbatches) + len(more) - 1
         for index, micro in enumerate(share.batches(batch)):
             loss, stats = loss_of(micro, share)
             self.engine.backward(loss, last=index == last)
@@ -133,6 +136,10 @@ class Trainer:
             sizes = micro.line_tokens
             real = sum(sizes) if index < share.real else 0
             totals.add({"tokens_computed": len(sizes) * max(sizes), "tokens_wanted": real})
+        for index, compute in enumerate(more, start=len(share.microbatches)):
+            loss, stats = compute()
+            self.engine.backward(loss, last=index == last)
+            totals.add(stats)
         grad_norm = self.engine.step(lr)
         self._skipped.count(grad_norm)
         return grad_norm, totals

@@ -8,6 +8,7 @@ from rlhf_ray.errors import ConfigError
 
 SCRATCH = ("model.path=scratch:qwen2", "model.tokenizer.path=scratch:char", "data.max_prompt_tokens=8",
            "rollout.max_new_tokens=8", "data.path=task:arithmetic")  # fmt: skip
+PTX = ("algorithm.sft_coef=0.1", "sft_data.path=x.jsonl")
 LSTM = (*SCRATCH, "model.path=scratch:lstm")
 RAY = ("executor=ray",)
 LATE = (*RAY, "rollout.max_staleness=1", "algorithm.correction=truncate")
@@ -30,6 +31,19 @@ CASES = {
     "two temperatures": (["rollout.temperature_end=0.5", "rollout.temperatures=[0.5,1]"],
                          "rollout.temperature_end moves rollout.temperature", "set one of the two",
                          ["rollout.temperature_end=0.5"]),
+    "ptx without rows": (["algorithm.sft_coef=0.1"], "algorithm.sft_coef=0.1 has no rows to learn",
+                         "set sft_data.path", ["algorithm.sft_coef=0.1", "sft_data.path=x.jsonl"]),
+    "ptx rows without a coefficient": (["sft_data.path=x.jsonl"], "algorithm.sft_coef is 0, so the rows of sft_data",
+                                       "remove sft_data", ["algorithm.sft_coef=0.1", "sft_data=[x.jsonl, y.jsonl]"]),
+    "ptx rows held out": ([*PTX, "sft_data.eval_size=4"], "sft_data.eval_path and sft_data.eval_size hold rows out",
+                          "remove them", PTX),
+    "two chat templates": ([*PTX, "sft_data.chat_template=zephyr"], "sft_data.chat_template=zephyr: a model has one",
+                           "set data.chat_template for both",
+                           [*PTX, "sft_data.chat_template=zephyr", "data.chat_template=zephyr"]),
+    "long ptx rows": ([*SCRATCH, *PTX, "sft_data.max_length=129"], "sft_data.max_length=129 exceeds",
+                      "lower the data's", [*SCRATCH, *PTX, "sft_data.max_length=128"]),
+    "ptx template": ([*PTX, "sft_data.template=none", "sft_data.system_prompt=x"], "sft_data.template=none uses no",
+                     "set sft_data.template=chat", [*PTX, "sft_data.system_prompt=x"]),
     "no reward": (["rewards=[]"], "no reward: every advantage would be 0", "set rewards or reward_model.path",
                   ["rewards=[]", "reward_model.path=x"]),
     "reward name": (["rewards.0.function=my.py:mean"], "rewards.0: the name mean is taken", "set rewards.0.name",

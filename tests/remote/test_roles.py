@@ -82,17 +82,25 @@ def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp
 
 
 def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path):
-    """Three ranks and two, which share completions of every length; the many also compute a group's prompt once."""
+    """Three ranks and two, which share completions of every length; the many also compute a group's prompt once.
+
+    Beside them two rows a step are learned: one of the three ranks has none.
+    """
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "12+34=46" * n}) + "\n" for n in (1, 2, 3)))
+    ptx = ("algorithm.sft_coef=0.5", f"sft_data.path={tmp_path}/rows.jsonl", "sft_data.max_length=32",
+           "sft_data.batch_size=2")  # fmt: skip
     ppo = (
         "logging.rollouts=24", "algorithm.name=ppo", "learner.minibatches=2", "critic.minibatches=3",
         "algorithm.kl_coef=0",  # no reference: a worker less to start
+        *ptx,
     )  # fmt: skip
     run_rl(tiny_config(*ppo), tmp_path / "one")
     run_rl(tiny_config(*ppo, "executor=ray", *SHARDED, "learner.share_prompts=true"), tmp_path / "many")
     require_equal(tmp_path / "one", tmp_path / "many", tolerance=1e-5)
     assert len({row["tokens"] for step in completions_of(tmp_path / "one") for row in step}) > 3, "ragged"
     for step in metrics_of(tmp_path / "many"):
-        assert step["loss/value"] > 0 and step["critic/grad_norm"] > 0
+        assert step["loss/value"] > 0 and step["critic/grad_norm"] > 0 and step["loss/sft"] > 1
+    assert sum(step["sft/tokens"] for step in metrics_of(tmp_path / "many")) == 4 * (8 + 16 + 24), "four epochs"
 
 
 def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp_path, monkeypatch):

@@ -106,3 +106,50 @@ def reference_logprobs(model: PreTrainedModel, batch: Batch, temperature: float 
 @pytest.fixture(name="reference_logprobs")
 def _reference_logprobs() -> Callable[..., Tensor]:
     return reference_logprobs
+
+
+class OneOfTwo:
+    """Stands in for one of two ranks: keeps its losses apart, adds nothing up."""
+
+    def __init__(self, model, rank: int) -> None:
+        self.engine, self.rank, self.world_size = TorchEngine(model, max_grad_norm=1e9), rank, 2
+        self.device, self.module, self.calls = self.engine.device, self.engine.module, []
+
+    def __call__(self, **inputs):
+        self.calls.append("forward")
+        return self.engine(**inputs)
+
+    def backward(self, loss, *, last):
+        self.calls.append(f"backward{' last' if last else ''}")
+        self.engine.backward(loss, last=last)
+
+    def step(self, lr):
+        self.calls.append("step")
+        return 1.0
+
+    def all_reduce(self, value, op="sum"):
+        return value.clone()
+
+
+@pytest.fixture
+def one_of_two() -> type[OneOfTwo]:
+    return OneOfTwo
+
+
+def gradients_of(learner: Learner, batch: Batch, kl_coef: float = 0.0) -> dict[str, Tensor]:
+    """The gradient an update would step with."""
+    kept: dict[str, Tensor] = {}
+
+    def step(lr: float) -> float:
+        kept.update({n: p.grad.clone() for n, p in learner.engine.module.named_parameters() if p.grad is not None})
+        learner.engine.module.zero_grad()
+        return 1.0
+
+    learner.engine.step = step
+    learner.update(batch, 0, kl_coef)
+    return kept
+
+
+@pytest.fixture(name="gradients_of")
+def _gradients_of() -> Callable[..., dict[str, Tensor]]:
+    return gradients_of

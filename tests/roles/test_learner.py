@@ -91,7 +91,7 @@ def test_rows_of_different_temperatures(tiny, learner_of, ragged, reference_logp
     assert (reference.logprobs(batch) - ours).abs().max() < 1e-5
 
 
-def test_given_answers_count_as_the_policys_own(tiny, learner_of, ragged, with_advantages):
+def test_given_answers_count_as_the_policys_own(tiny, learner_of, ragged, with_advantages, gradients_of):
     """Nobody knows how likely they were where they come from: no mismatch, no correction, a ratio that starts at 1."""
     batch = with_advantages(ragged)
     logp = learner_of(tiny()).logprobs(batch)
@@ -198,24 +198,10 @@ def test_gradients_are_clipped_by_their_global_norm(tiny, learner_of, ragged, wi
 # ---- what must not change the update --------------------------------------------------------------------------
 
 
-def gradients_of(learner, batch, kl_coef=0.0) -> dict[str, torch.Tensor]:
-    """The gradient an update would step with."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def step(lr: float) -> float:
-        kept.update({n: p.grad.clone() for n, p in learner.engine.module.named_parameters() if p.grad is not None})
-        learner.engine.module.zero_grad()
-        return 1.0
-
-    learner.engine.step = step
-    learner.update(batch, 0, kl_coef)
-    return kept
-
-
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum_const"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_microbatch_budget_does_not_change_the_update(
-    tiny, learner_of, ragged, with_advantages, kind, aggregation
+    tiny, learner_of, ragged, with_advantages, kind, aggregation, gradients_of
 ):
     batch = with_advantages(ragged)
     algorithm = {"aggregation": aggregation}
@@ -226,7 +212,7 @@ def test_the_microbatch_budget_does_not_change_the_update(
         assert distance(whole, parts) < 1e-6, budget
 
 
-def test_gradient_checkpointing_does_not_change_the_update(tiny, learner_of, ragged, with_advantages):
+def test_gradient_checkpointing_does_not_change_the_update(tiny, learner_of, ragged, with_advantages, gradients_of):
     batch = with_advantages(ragged)
     plain = gradients_of(learner_of(tiny()), batch)
     model = tiny()
@@ -297,39 +283,18 @@ def test_terms_that_the_loss_does_not_have_are_reported(tiny, learner_of, ragged
     assert distance(weights(plain), weights(learner)) == 0
 
 
-class TwoRanks:
-    """Stands in for one of two ranks: keeps its losses apart, adds nothing up."""
-
-    def __init__(self, model, rank: int) -> None:
-        self.engine, self.rank, self.world_size = TorchEngine(model, max_grad_norm=1e9), rank, 2
-        self.device, self.module, self.calls = self.engine.device, self.engine.module, []
-
-    def __call__(self, **inputs):
-        self.calls.append("forward")
-        return self.engine(**inputs)
-
-    def backward(self, loss, *, last):
-        self.calls.append(f"backward{' last' if last else ''}")
-        self.engine.backward(loss, last=last)
-
-    def step(self, lr):
-        self.calls.append("step")
-        return 1.0
-
-    def all_reduce(self, value, op="sum"):
-        return value.clone()
-
-
 @pytest.mark.parametrize("settings", [
     {"tokens_per_microbatch": 7},
     {"tokens_per_microbatch": 8, "share_prompts": True},  # the second rank's only answer is the longest
     {"tokens_per_microbatch": 99, "share_prompts": True},
 ])  # fmt: skip
-def test_two_ranks_share_the_gradient_and_make_the_same_calls(tiny, learner_of, ragged, with_advantages, settings):
+def test_two_ranks_share_the_gradient_and_make_the_same_calls(
+    tiny, learner_of, ragged, with_advantages, one_of_two, settings, gradients_of
+):
     """The sum of both ranks' gradients is the gradient of one process, with equally many collectives."""
     batch = with_advantages(ragged)
     whole = gradients_of(learner_of(tiny()), batch)
-    engines = [TwoRanks(tiny(), rank) for rank in range(2)]
+    engines = [one_of_two(tiny(), rank) for rank in range(2)]
     for engine in engines:
         learner = learner_of(None, engine=engine, **settings)
         learner.update(batch, 0, 0.0)
@@ -376,7 +341,7 @@ def test_a_better_answer_becomes_likelier(tiny, learner_of, ragged, with_advanta
     assert (change[::2] > 0).all() and (change[1::2] < 0).all()
 
 
-def test_truncated_importance_weights_scale_the_loss(tiny, learner_of, ragged, with_advantages):
+def test_truncated_importance_weights_scale_the_loss(tiny, learner_of, ragged, with_advantages, gradients_of):
     """The generator was e^0.5 times less sure than the learner: every token counts min(e^0.5, 1.2)."""
     batch = with_advantages(ragged)
     learner = learner_of(tiny(), {"correction": "truncate", "correction_cap": 1.2})
@@ -390,7 +355,9 @@ def test_truncated_importance_weights_scale_the_loss(tiny, learner_of, ragged, w
     assert metrics["mismatch/ess"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_masked_importance_weights_drop_what_is_too_far_on_either_side(tiny, learner_of, ragged, with_advantages):
+def test_masked_importance_weights_drop_what_is_too_far_on_either_side(
+    tiny, learner_of, ragged, with_advantages, gradients_of
+):
     batch = with_advantages(ragged)
     logp = learner_of(tiny()).logprobs(batch)
     kept = gradients_of(learner_of(tiny(), {"correction": "mask", "correction_cap": 2.0}), batch.replace(logp_gen=logp))
