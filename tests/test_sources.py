@@ -74,6 +74,8 @@ def test_rl_draws_by_weight_and_reports_by_source(rl, tmp_path, capsys):
         assert "source/sums/reward/right" in row and "source/words/reward/right" not in row, "not theirs to judge"
     assert {"eval/source/sums/reward", "eval/source/words/reward"} <= rows[1].keys()
     assert {"source/sums/reward", "source/words/reward/length"} <= summary["after"].keys()
+    written = (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["source"] for line in written] == ["sums"] * 6 + ["words"] * 2
     said = capsys.readouterr().out
     assert "sources: sums 75.0% (6 rows), words 25.0% (4 rows); drawn by weight" in said.replace("\n", " ")
     shown = [sample["prompt"] for sample in summary["after"]["samples"]]

@@ -57,7 +57,7 @@ def train(
             if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.steps:
                 with run.timer("eval"):
                     metrics |= numbers_of(evaluator.evaluate(step + 1), "eval/")
-        run.log(step + 1, metrics, scored.batch.rows, scored.scores)
+        run.log(step + 1, metrics, scored.batch.rows, scored.scores, scored.sources)
         # After the log (so its time counts with the next step): a kill between the two repeats a step and its row;
         # the other way round the row would be lost.
         due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0

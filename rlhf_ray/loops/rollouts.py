@@ -44,6 +44,7 @@ class Scored:
     scores: Scores
     metrics: dict[str, float]
     position: int  # in the prompt stream, behind this step's prompts
+    sources: tuple[str, ...] = ()  # each row's, where there are several
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Rollouts:
         batch, scores = self._to_learn_from(rounds, chosen)
         if self.algorithm.overlong_buffer:
             metrics["reward/overlong_penalty"] = float(scores.by_function["overlong_penalty"].mean())
-        return Scored(batch, scores, metrics, position)
+        return Scored(batch, scores, metrics, position, self._sources_of(batch.rows))
 
     def _judge(self, positions: Sequence[int], step: int) -> Judged:
         """Answers to these prompts of the stream, and their rewards."""
@@ -161,9 +162,9 @@ class Rollouts:
 
     def _by_source(self, rows: Rows, scores: Scores, step: int, position: int) -> dict[str, float]:
         """The same metrics of each source that has a name; how often its prompts have been gone through so far."""
-        if not any(part.name for part in self.prompts.parts):
+        names = self._sources_of(rows)
+        if not names:
             return {}
-        names = [self.prompts.examples[self.stream[prompt][1]].source for prompt in rows.prompt_id]
         metrics: dict[str, float] = {}
         for part, epochs in zip(self.prompts.parts, self.stream.epochs(position), strict=True):
             own = [row for row, name in enumerate(names) if name == part.name]
@@ -172,6 +173,12 @@ class Rollouts:
                 found |= rollout_metrics(rows.select(own), scores.select(own), step)
             metrics |= {f"source/{part.name}/{name}": x for name, x in found.items() if not name.startswith("stale")}
         return metrics
+
+    def _sources_of(self, rows: Rows) -> tuple[str, ...]:
+        """The name of each row's source; empty where there is only one path."""
+        if not any(part.name for part in self.prompts.parts):
+            return ()
+        return tuple(self.prompts.examples[self.stream[prompt][1]].source for prompt in rows.prompt_id)
 
     def _to_learn_from(self, rounds: Sequence[Judged], chosen: set[int]) -> tuple[Batch, Scores]:
         """The rows of the chosen prompts, with what the driver knows of them as columns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,13 @@ class Recorder:
         self.progress.close()  # a terminal holds one live bar at a time
         self.progress = progress
 
-    def log(self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores) -> None:
-        """One finished step: numbers to the loggers, completions to rollouts/, a line to the screen."""
+    def log(
+        self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores, sources: Sequence[str] = ()
+    ) -> None:
+        """One finished step: numbers to the loggers, completions to rollouts/, a line to the screen.
+
+        `sources`: the name of each row's source, where there are several.
+        """
         nothing = dict.fromkeys([*_COUNTS, *(f"time/{part}" for part in _PARTS)], 0.0)
         metrics = {**nothing, **metrics, **self.timer.take()}
         seconds = max(metrics["time/step"], 1e-9)
@@ -116,7 +121,8 @@ class Recorder:
         for event in scores.events:
             self.directory.event("reward_failed", step=step, **event)
         if self.config.logging.rollouts:
-            self.directory.write_rollouts(step, rollout_rows(rows, scores, self.config.logging.rollouts))
+            written = rollout_rows(rows, scores, self.config.logging.rollouts, sources)
+            self.directory.write_rollouts(step, written)
         if step % self.config.logging.samples_every == 0:
             rewards = scores.score.tolist()
             self.progress.show_samples(step, [(*text, rewards[i]) for i, text in enumerate(scores.texts[:3])])
@@ -190,11 +196,12 @@ def _summary_of(directory: RunDirectory) -> dict[str, Any]:
         return {}
 
 
-def rollout_rows(rows: Rows, scores: Scores, count: int) -> list[dict[str, Any]]:
-    """The first `count` completions of a step, for rollouts/step_N.jsonl."""
+def rollout_rows(rows: Rows, scores: Scores, count: int, sources: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The first `count` completions of a step, for rollouts/step_N.jsonl; with their sources, where there are any."""
     return [
         {
             "prompt_id": rows.prompt_id[i],
+            **({"source": sources[i]} if sources else {}),
             "prompt": prompt,
             "completion": completion,
             "reward": float(scores.score[i]),

@@ -252,7 +252,9 @@ def test_metrics_of_each_source_are_those_of_its_own_answers(generator, reward, 
         algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3, steps=20,
     )  # fmt: skip
     for step in (0, 1):
-        metrics = made.next(step).metrics
+        scored = made.next(step)
+        metrics = scored.metrics
+        assert scored.sources == ("math",) * 6 + ("chat",) * 2
         asked = [request.columns["data_source"] for request in generator.asked[step]]
         assert asked == ["math"] * 6 + ["chat"] * 2
         assert metrics["source/math/reward/mean"] == 2.5 and metrics["source/chat/reward/mean"] == 6.5
@@ -264,4 +266,5 @@ def test_metrics_of_each_source_are_those_of_its_own_answers(generator, reward, 
 
 
 def test_one_source_has_no_metrics_of_its_own(rollouts):
-    assert not any(name.startswith("source/") for name in rollouts().next(0).metrics)
+    scored = rollouts().next(0)
+    assert not any(name.startswith("source/") for name in scored.metrics) and scored.sources == ()

@@ -81,6 +81,7 @@ def test_rollout_rows():
         "truncated": True,
     }]  # fmt: skip
     assert len(rollout_rows(ROWS, SCORES, 5)) == 2
+    assert [row["source"] for row in rollout_rows(ROWS, SCORES, 5, ("math", "talk"))] == ["math", "talk"]
 
 
 def test_rollouts_may_be_switched_off(recorder, tmp_path):
