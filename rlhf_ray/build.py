@@ -19,6 +19,7 @@ from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.loops.best import BestPolicy
 from rlhf_ray.loops.evaluate import Evaluator
+from rlhf_ray.loops.export import export
 from rlhf_ray.loops.rl import train
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.loops.sft_rows import SFTData, load_sft_data
@@ -37,7 +38,6 @@ from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.recorder import Recorder
 from rlhf_ray.run.resume import frozen_clock
-from rlhf_ray.run.storage import written_whole
 from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
 
 
@@ -84,8 +84,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
                     result["best"] = evaluator.best.found
             finally:
                 rollouts.close()
-            with written_whole("the model", directory.model) as unfinished:
-                roles.learner.export_model(unfinished)
+            export(roles.learner, directory.model, directory.adapter if config.model.lora else None)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)
@@ -258,7 +257,9 @@ def open_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = None) ->
 
 
 def _best(config: RunConfig, roles: Roles, directory: RunDirectory) -> BestPolicy | None:
-    return None if config.eval.best_by is None else BestPolicy(config.eval.best_by, roles.learner, directory)
+    if config.eval.best_by is None:
+        return None
+    return BestPolicy(config.eval.best_by, roles.learner, directory, lora=config.model.lora is not None)
 
 
 def _reference(config: RunConfig, assets: Assets, learner: Learner) -> Reference | AdapterFreeReference | None:

@@ -15,6 +15,7 @@ from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, Supervise
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import ModelError
+from rlhf_ray.loops.export import export
 from rlhf_ray.loops.supervised import Batches, Judged, Trainer, train
 from rlhf_ray.loops.supervised_notes import balance_of, notes_on_validation
 from rlhf_ray.loops.supervised_start import (
@@ -31,7 +32,6 @@ from rlhf_ray.roles.supervised_factory import make_trainer
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.resume import frozen_clock
-from rlhf_ray.run.storage import written_whole
 from rlhf_ray.run.supervised_recorder import SupervisedRecorder
 
 Config = TypeVar("Config", bound=SupervisedConfig)
@@ -67,8 +67,9 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
             result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
             if isinstance(config, RMConfig):
                 doubt_judge(result, run)
-            with written_whole("the model", directory.model) as unfinished:
-                trainer.export_model(unfinished)
+            # What a reward model or a classifier has learned is not all in its adapter: its head is new.
+            adapts = config.model.lora is not None and isinstance(config, SFTConfig | DPOConfig)
+            export(trainer, directory.model, directory.adapter if adapts else None)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)

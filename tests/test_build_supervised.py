@@ -71,6 +71,30 @@ def steady(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if not name.startswith(("time/", "perf/", "cost/"))}
 
 
+# ---- LoRA's adapter beside the model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_lora_run_leaves_its_adapter_too(config, tmp_path, command):
+    from peft import PeftModel
+
+    run_supervised(config(command, "model.lora.r=2", "steps=2"), tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "start")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "start")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, merged, atol=1e-5, rtol=0)
+    assert (merged - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("command", ["rm", "classifier"])
+def test_a_new_head_is_in_no_adapter_so_there_is_none(config, tmp_path, command):
+    run_supervised(config(command, "model.lora.r=2", "steps=1"), tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "adapter").exists()
+
+
 # ---- each command ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 PROMPT_SHOWN = 300  # characters
@@ -33,7 +34,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     if samples.row_count:
         console.print(samples)
     # print: rich would break a long path in two
-    print(f"Everything is in {summary['run_dir']}; the model is in {summary['run_dir']}/model")
+    folder = Path(summary["run_dir"])
+    adapter = f", its LoRA adapter alone in {folder / 'adapter'}" if (folder / "adapter").is_dir() else ""
+    print(f"Everything is in {folder}; the model is in {folder / 'model'}{adapter}")
 
 
 def _sample_text(sample: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.loops.export import export
 from rlhf_ray.roles.protocols import Learner
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.storage import to_json, write_atomically, written_whole
+from rlhf_ray.run.storage import to_json, write_atomically
 
 
 class BestPolicy:
@@ -21,11 +22,12 @@ class BestPolicy:
     the steps after its checkpoint, and with them their evaluations: one that was the best is exported once more.
     """
 
-    def __init__(self, by: str, learner: Learner, directory: RunDirectory) -> None:
+    def __init__(self, by: str, learner: Learner, directory: RunDirectory, *, lora: bool = False) -> None:
         self.by = by
         self.learner = learner
         self._directory = directory
         self.folder = directory.best_model
+        self._adapter = directory.best_adapter if lora else None
         self._file = directory.best_file
         self.found: dict[str, Any] = _read(self._file) if directory.resumed else {}
 
@@ -47,8 +49,7 @@ class BestPolicy:
             return
         # A repeated step is exported again: what lies there may be of a run that was killed after it. NaN is no better.
         if value > self.found.get(self.by, float("-inf")) or step == self.found.get("step"):
-            with written_whole("the best model", self.folder) as unfinished:
-                self.learner.export_model(unfinished)
+            export(self.learner, self.folder, self._adapter, "the best model")
             self.found = {"step": step, self.by: value}
             write_atomically(self._file, to_json(self.found) + "\n")
 

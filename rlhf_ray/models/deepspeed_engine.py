@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, WorkerError
 from rlhf_ray.models.devices import with_index
-from rlhf_ray.models.pretrained import plain_state, write_pretrained
+from rlhf_ray.models.pretrained import Export, exported_state, write_pretrained
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -138,9 +138,9 @@ class DeepSpeedEngine:
         torch.distributed.all_reduce(result, operations[op])
         return result.to(value.device)
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
+    def export(self, what: Export = "model") -> Iterator[tuple[str, Tensor]]:
         with torch.no_grad(), _BucketGather(self.module, GATHER_ELEMENTS) as gather:
-            yield from plain_state(self.module, gather)
+            yield from exported_state(self.module, what, gather)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,12 +198,12 @@ class DeepSpeedEngine:
         missing = [name for name in names if not list((folder / TAG).glob(f"*{name}"))]
         return (f"{folder / TAG} lacks {missing[0]}", 0) if missing else (None, int(saved["steps"]))
 
-    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        state = [(name, tensor.cpu()) for name, tensor in self.export() if self.rank == 0]
+    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model") -> None:
+        state = [(name, tensor.cpu()) for name, tensor in self.export(what) if self.rank == 0]
         problem = None
         if self.rank == 0:
             try:
-                write_pretrained(self.module, state, folder, tokenizer)
+                write_pretrained(self.module, state, folder, tokenizer, what)
             except ModelError as error:  # caught, as what follows: the other ranks are waiting
                 problem = str(error)
             except Exception as error:  # safetensors has errors of its own for a full disk

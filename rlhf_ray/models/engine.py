@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import ModelOutput
 
+    from rlhf_ray.models.pretrained import Export
+
 EngineKind = Literal["torch", "deepspeed"]
 
 
@@ -69,8 +71,8 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Undo `save`. Raises CheckpointError if `folder` is incomplete or of another shape. Collective."""
 
-    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write a plain Hugging Face folder, LoRA merged. Collective; rank 0 writes."""
+    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model") -> None:
+        """Write a plain Hugging Face folder, LoRA merged, or one of the adapter alone. Collective; rank 0 writes."""
 
     def close(self) -> None:
         """Free what must be freed by hand (process groups)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.trainable import is_packed
 
@@ -64,6 +65,9 @@ def apply_lora(
             raise ConfigError(
                 f"model.lora.target_modules={target_modules!r} does not fit {type(model).__name__}: {error}"
             ) from error
+    if is_folder(folder := typed_path(model.name_or_path)):
+        # The adapter's folder says what it belongs to, to whoever loads it, from wherever.
+        adapted.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     for name in trained_modules:
         model.get_submodule(name).requires_grad_(True)
     return adapted
@@ -117,6 +121,15 @@ def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tup
                 if name in packed and getattr(packed[name], "source_cls", None) is Conv1D:
                     weight = weight.T.contiguous()  # GPT-2's [in, out] was turned before it was packed
             yield name.replace(_BASE, "."), weight
+
+
+def adapter_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(PEFT's name, tensor) of the adapters alone; `gather` as for `merged_state`."""
+    gather = gather or (lambda tensors: nullcontext())
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            with gather([parameter]):
+                yield name, parameter.detach()
 
 
 def _unpacked(module: nn.Module) -> Tensor:

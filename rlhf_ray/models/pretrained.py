@@ -1,4 +1,4 @@
-"""A network in training as the plain Hugging Face model that leaves it: names, tensors, a folder; LoRA merged."""
+"""A network in training as what leaves it: a plain Hugging Face model with LoRA merged, or the LoRA adapter alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.folders import save_folder
-from rlhf_ray.models.lora import Gather, merged_state
+from rlhf_ray.models.lora import Gather, adapter_state, merged_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# All that a learner has to give, or what LoRA has learned beside a model that stayed as it was.
+Export = Literal["model", "adapter"]
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -43,13 +46,21 @@ def plain_state(module: nn.Module, gather: Gather | None = None) -> Iterator[tup
             yield name, tensor.detach()
 
 
+def exported_state(
+    module: nn.Module, what: Export = "model", gather: Gather | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """`plain_state`, or (PEFT's name, tensor) of the adapter."""
+    return adapter_state(module, gather) if what == "adapter" else plain_state(module, gather)
+
+
 def write_pretrained(
     module: nn.Module,
     state: Iterable[tuple[str, Tensor]],
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
+    what: Export = "model",
 ) -> None:
-    """Write `state` with the config of `module` as a folder that `from_pretrained` reads.
+    """Write `state` with the config of `module` as a folder that `from_pretrained` reads, Transformers' or PEFT's.
 
     Raises ModelError for weights that are not finite: such a folder loads without a word, and answers nonsense.
     """
@@ -61,6 +72,10 @@ def write_pretrained(
             f"written to {folder}: the training has diverged; go on from an earlier checkpoint (write its name, like "
             "step_100, into checkpoints/latest) with a lower learning rate"
         )
+    if what == "adapter":
+        # False: by itself, PEFT asks the Hub whether the embeddings have grown.
+        save_folder(folder, module, tokenizer, state_dict=weights, save_embedding_layers=False)
+        return
     model = plain_model(module)
     with _no_progress_bar(), _described_as_exported(model):
         save_folder(folder, model, tokenizer, state_dict=weights)

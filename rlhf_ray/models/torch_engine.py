@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError
-from rlhf_ray.models.pretrained import plain_state, write_pretrained
+from rlhf_ray.models.pretrained import Export, exported_state, plain_state, write_pretrained
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -167,8 +167,8 @@ class TorchEngine:
             if saved is not None:
                 mine.copy_(saved)
 
-    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        write_pretrained(self.module, self.export(), folder, tokenizer)
+    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model") -> None:
+        write_pretrained(self.module, exported_state(self.module, what), folder, tokenizer, what)
 
     def close(self) -> None:
         """Nothing to free by hand."""

@@ -233,3 +233,6 @@ class RemoteLearner(RemoteTrainer):
 
     def export_model(self, folder: Path) -> None:
         self.group.call(LearnerHost.export_model, folder.resolve())
+
+    def export_adapter(self, folder: Path) -> None:
+        self.group.call(LearnerHost.export_adapter, folder.resolve())

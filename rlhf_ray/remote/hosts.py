@@ -146,6 +146,10 @@ class LearnerHost(TrainerHost):
         self.role.export_model(folder)
 
     @reported
+    def export_adapter(self, folder: Path) -> None:
+        self.role.export_adapter(folder)
+
+    @reported
     def shut_down(self) -> None:
         self.role.sender.close()
         self.role.engine.close()

@@ -59,6 +59,10 @@ class SupervisedHost(TrainerHost):
     def export_model(self, folder: Path) -> None:
         self.role.export_model(folder)
 
+    @reported
+    def export_adapter(self, folder: Path) -> None:
+        self.role.export_adapter(folder)
+
 
 class RemoteSupervisedTrainer(RemoteTrainer):
     """All ranks together, as the loop sees them."""
@@ -84,6 +88,9 @@ class RemoteSupervisedTrainer(RemoteTrainer):
 
     def export_model(self, folder: Path) -> None:
         self.group.call(SupervisedHost.export_model, folder.resolve())
+
+    def export_adapter(self, folder: Path) -> None:
+        self.group.call(SupervisedHost.export_adapter, folder.resolve())
 
 
 @contextmanager

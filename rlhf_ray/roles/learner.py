@@ -256,3 +256,7 @@ class Learner(Trainer):
     def export_model(self, folder: Path) -> None:
         """A plain Hugging Face folder with the tokenizer. Collective."""
         self.engine.save_pretrained(folder, self.tokenizer)
+
+    def export_adapter(self, folder: Path) -> None:
+        """What LoRA has learned, as a folder that PEFT reads, with the tokenizer. Collective."""
+        self.engine.save_pretrained(folder, self.tokenizer, "adapter")

@@ -186,6 +186,9 @@ class Learner(Protocol):
     def export_model(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""
 
+    def export_adapter(self, folder: Path) -> None:
+        """Write what LoRA has learned, and nothing else, as a folder that PEFT reads."""
+
 
 @dataclass(frozen=True)
 class Roles:

@@ -199,3 +199,7 @@ class SupervisedTrainer:
         """A plain Hugging Face folder with the tokenizer. Collective."""
         self.engine.save_pretrained(folder, self.tokenizer)
 
+    def export_adapter(self, folder: Path) -> None:
+        """What LoRA has learned, as a folder that PEFT reads, with the tokenizer. Collective."""
+        self.engine.save_pretrained(folder, self.tokenizer, "adapter")
+

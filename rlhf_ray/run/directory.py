@@ -1,7 +1,7 @@
 """The run directory: one folder that holds everything a run leaves behind.
 
     config.yaml  data.json  metrics.jsonl  events.jsonl  summary.json  before.json
-    rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/  best_model/  best.json
+    rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/  adapter/  best_model/  best_adapter/  best.json
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ CONTENTS = (
     "config.yaml", "data.json", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "best.json",
     "rollouts", "checkpoints", "tensorboard",
-    *(f"{folder}{state}" for folder in ("start", "model", "best_model") for state in ("", ".unfinished", ".old")),
+    *(f"{folder}{state}" for folder in ("start", "model", "adapter", "best_model", "best_adapter")
+      for state in ("", ".unfinished", ".old")),
 )  # fmt: skip
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")  # any of these makes a folder a run
 
@@ -85,6 +86,10 @@ class RunDirectory:
         return self.path / "best_model"
 
     @property
+    def best_adapter(self) -> Path:
+        return self.path / "best_adapter"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -116,6 +121,11 @@ class RunDirectory:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """What LoRA has learned, in PEFT's format; `model` has it merged."""
+        return self.path / "adapter"
 
     def write_config(self, yaml_text: str) -> None:
         """The resolved config. A resumed run with other settings is allowed, but never unnoticed.

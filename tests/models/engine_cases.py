@@ -154,6 +154,8 @@ class Rank:
         if key[0] in ("untied", "lora", "critic"):
             engine.save_pretrained(target, None)
             found["saved"] = target
+        if key[0] == "lora":
+            engine.save_pretrained(target / "adapter", None, "adapter")
         self.found[key] = found
         engine.close()
 

@@ -159,6 +159,16 @@ def test_the_saved_folder_holds_the_exported_weights(found: Any, name: str, stag
     assert equal(dict(loaded.state_dict()), run["weights"])
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_adapter_alone_gives_the_exported_weights(found: Any, stage: int) -> None:
+    from peft import PeftModel
+
+    run = found(2)["variants"][0]["lora", stage]
+    merged = PeftModel.from_pretrained(tiny(), run["saved"] / "adapter").merge_and_unload()
+    for name, weight in merged.state_dict().items():
+        torch.testing.assert_close(weight, run["weights"][name], atol=1e-6, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("variant", [("checkpointing", 3), ("offload", 2), ("offload", 3)])
 def test_memory_savers_do_not_change_the_numbers(found: Any, variant: tuple[str, int]) -> None:
     expected = reference(tiny())

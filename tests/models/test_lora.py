@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import math
+import stat
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError
 from rlhf_ray.models import lora
-from rlhf_ray.models.loading import load_policy
+from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.lora import apply_lora, merged_state, quantization
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.tokenizers import char_tokenizer
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.models.trainable import switch_dropout_off
 
@@ -113,6 +119,53 @@ def test_clear_refusals():
         list(merged_state(model))
 
 
+# ---- the adapter's folder ---------------------------------------------------------------------------------------
+
+
+def adapted_folders(base: Path, folder: Path, **options) -> Path:
+    """`model` and `adapter` in `folder`, of a policy that began as `base`."""
+    engine = TorchEngine(apply_lora(load_policy(base, **options), r=4, alpha=8, seed=2))
+    for step in range(2):  # B begins at 0: after one step, A has not moved
+        engine.backward(engine(input_ids=IDS).logits[..., 3 + step].sum(), last=True)
+        assert engine.step(1e-2) > 0
+    tokenizer = char_tokenizer("abc")
+    engine.save_pretrained(folder / "model", tokenizer)
+    engine.save_pretrained(folder / "adapter", tokenizer, "adapter")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_peft_reads_the_adapter_and_computes_what_the_merged_model_does(kind, tmp_path, monkeypatch):
+    import peft
+
+    small(kind).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    adapted_folders(Path("base"), tmp_path)
+    adapter = tmp_path / "adapter"
+    with torch.no_grad():
+        merged = load_policy(tmp_path / "model")(IDS).logits
+        adapted = peft.PeftModel.from_pretrained(load_policy(tmp_path / "base"), adapter)
+        torch.testing.assert_close(adapted(IDS).logits, merged, atol=1e-5, rtol=0)
+        assert (merged - load_policy(tmp_path / "base")(IDS).logits).abs().max() > 0.01
+        # The folder says what it belongs to, wherever whoever loads it stands; and brings the tokenizer.
+        monkeypatch.chdir("/")
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
+        torch.testing.assert_close(found(IDS).logits, merged, atol=1e-5, rtol=0)
+    assert load_tokenizer(adapter)("abc").input_ids == AutoTokenizer.from_pretrained(adapter)("abc").input_ids
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in adapter.iterdir()}) == 1
+    names = load_file(adapter / "adapter_model.safetensors")
+    assert names and all(".lora_" in name for name in names), "nothing of the model that it began with"
+
+
+def test_the_adapter_of_a_diverged_policy_is_not_written(tmp_path):
+    engine = TorchEngine(with_adapters("qwen2"))
+    with torch.no_grad():
+        next(p for n, p in engine.module.named_parameters() if "lora_B" in n)[0, 0] = math.nan
+    with pytest.raises(ModelError, match="1 of .* weights are not finite"):
+        engine.save_pretrained(tmp_path / "adapter", None, "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 # ---- QLoRA ----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +233,20 @@ def test_a_packed_model_trains_is_saved_and_leaves_as_a_plain_folder(packed, tmp
         plain = load_policy(tmp_path / "model")
         torch.testing.assert_close(plain(IDS).logits, engine(input_ids=IDS).logits, atol=1e-5, rtol=0)
     step()
+
+
+def test_the_adapter_of_packed_weights_belongs_to_packed_weights(packed, tmp_path):
+    import peft
+
+    base = tmp_path / "base"
+    build_scratch("qwen2", vocab_size=20, hidden_size=64, layers=1, heads=2, seed=1).save_pretrained(base)
+    packing = quantization("nf4", torch.float32)
+    adapted_folders(base, tmp_path, **packing)
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(load_policy(base, **packing), tmp_path / "adapter")
+        switch_dropout_off(adapted)  # and no packing anew for evaluation on a CPU, which rounds
+        merged = load_policy(tmp_path / "model")
+        torch.testing.assert_close(adapted(IDS).logits, merged(IDS).logits, atol=1e-5, rtol=0)
 
 
 def test_packing_without_its_package(monkeypatch):

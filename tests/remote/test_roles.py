@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file
 
 from rlhf_ray.build import run_rl
 from rlhf_ray.run.recorder import Recorder
@@ -79,6 +81,10 @@ def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp
     for local, remote in zip(metrics_of(tmp_path / "local"), metrics_of(tmp_path / "ray"), strict=True):
         names = ("source/arithmetic/count", "source/more/count", "source/more/reward/mean", "source/more/epochs")
         assert [remote[name] for name in names] == [local[name] for name in names] and local[names[0]] == 16
+    adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("local", "ray")]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=0)
 
 
 def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path):

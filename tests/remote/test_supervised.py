@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_ray.build_supervised import run_supervised
@@ -54,7 +55,8 @@ def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
     first = tmp_path / "pairs.jsonl"
     sources = [f"data.sources=[{{path: {first}, weight: 2}}, {{path: {more}, weight: 1}}]", "data.path=null"]
     ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
-    for name, overrides in (("local", []), ("ray", ray)):
+    lora = ["model.lora.r=2", "learner.lr=0.01"] if command == "dpo" else []
+    for name, overrides in (("local", lora), ("ray", [*lora, *ray])):
         if command == "sft":
             run_supervised(config(tmp_path, command, *sources, *overrides, "steps=2"), tmp_path / name)
         run_supervised(config(tmp_path, command, *sources, *overrides), tmp_path / name, resume=command == "sft")
@@ -70,6 +72,13 @@ def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
     weights = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (one, other)]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-5, rtol=0)
+    adapters = [run / "adapter" / "adapter_model.safetensors" for run in (one, other)]
+    assert [adapter.is_file() for adapter in adapters] == [command == "dpo"] * 2
+    if command == "dpo":
+        learned = [load_file(adapter) for adapter in adapters]
+        assert learned[0].keys() == learned[1].keys()
+        for name in learned[0]:
+            torch.testing.assert_close(learned[1][name], learned[0][name], atol=1e-5, rtol=0)
 
 
 def test_every_rank_has_a_gpu_of_its_own(tmp_path):
