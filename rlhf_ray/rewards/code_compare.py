@@ -41,10 +41,11 @@ def _plain_of(kind: str, content: Any, seen: list) -> Any:
         return seen[content]
     if kind == "tuple":
         return [plain(item, seen) for item in content]
-    if kind == "dict":
+    if kind in ("dict", "mapping"):
         made: dict = {}
         seen.append(made)
-        made.update({_key(plain(key, seen)): plain(value, seen) for key, value in content})
+        pairs = content if kind == "dict" else content[2]
+        made.update({_key(plain(key, seen)): plain(value, seen) for key, value in pairs})
         return made
     if kind == "int":
         return int(content, 16)
@@ -52,15 +53,12 @@ def _plain_of(kind: str, content: Any, seen: list) -> Any:
         return plain(content[0], seen)
     if kind == "scalar":
         return plain(content[1], seen)
-    if kind == "known" and content[0] == "collections" and content[1] != "deque":
-        return plain(content[2], seen)[-1] if content[1] != "OrderedDict" else _ordered(plain(content[2], seen))
     if kind == "array":
-        return _shaped(plain(content[2], seen), list(content[1]))
+        place = len(seen)
+        seen.append(None)
+        seen[place] = _shaped([plain(item, seen) for item in content[2]], list(content[1]))
+        return seen[place]
     raise NotPlain(f"a {kind} is not plain data")
-
-
-def _ordered(parts: list) -> dict:
-    return {_key(key): value for key, value in parts[0]}
 
 
 def _shaped(flat: list, shape: list[int]) -> Any:

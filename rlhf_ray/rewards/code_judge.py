@@ -98,6 +98,10 @@ class Judge:
         if "unittest" in text:
             # It would end this process; the classes are run in any case.
             importlib.import_module("unittest").main = lambda *_, **__: None
+        if "seed" in text:
+            self.peer.seeds.watch("random")
+            if "numpy" in text or "np." in text:
+                self.peer.seeds.watch("numpy.random")
         exec(compile(_Rewritten(tree).visit(tree), "<tests>", "exec"), self.scope)
         if any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in tree.body):
             self._run_uncalled(tree)

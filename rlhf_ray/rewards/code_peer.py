@@ -14,6 +14,7 @@ import threading
 
 from rlhf_ray.rewards.code_changes import ALL
 from rlhf_ray.rewards.code_remote import derived, stand_in
+from rlhf_ray.rewards.code_seeds import Seeds
 from rlhf_ray.rewards.code_wire import Decoder, Encoder, Unsendable, Wire
 
 TYPE_CHECKING = False  # `typing` itself takes longer to import than most samples to run
@@ -39,6 +40,7 @@ class Peer:
         self.used = 0
         self.scope: dict[str, Any] = {}  # the test's names
         self.test_classes: set[str] = set()
+        self.seeds = Seeds()
         self._lent: list[Any] = []
         self._stand_ins: dict[int, Any] = {}
         self._errors: dict[int, type] = {}
@@ -65,6 +67,8 @@ class Peer:
             self.cannot(str(error))
         captured = sys.stdout is not sys.__stdout__
         message = {"do": operation, "with": given, "named": given_named, "print": captured}
+        if operation == "call" and (seeds := self.seeds.take()):
+            message["seeds"] = Encoder(self._lend).encode(seeds)
         reply = self.exchange(message)
         if captured and operation != "next":
             sys.stdout.write(str(reply.get("printed", "")))

@@ -18,6 +18,7 @@ import sys
 import types
 from collections.abc import Iterator
 
+from rlhf_ray.rewards.code_seeds import sow
 from rlhf_ray.rewards.code_wire import Decoder, Encoder, Unsendable, Wire
 
 TYPE_CHECKING = False  # `typing` itself takes longer to import than most samples to run
@@ -127,7 +128,8 @@ class Server:
             return {"value": Encoder(self._handle).encode(self._function(message["name"], message["calls"], decoder))}
         operands = [decoder.decode(part) for part in message["with"]]
         named = {name: decoder.decode(part) for name, part in message.get("named", {}).items()}
-        before = [_copy(container) for container in decoder.containers]
+        before = [container.copy() for container in decoder.containers]
+        sow(Decoder(self._taken).decode(message.get("seeds")) or {})
         with contextlib.redirect_stdout(_Capped(printed)) if message.get("print") else contextlib.nullcontext():
             if operation == "next":
                 return self._next(*operands)
@@ -350,16 +352,14 @@ def _fits(function: Any, args: list, named: dict) -> bool:
     return True
 
 
-def _copy(container: Any) -> Any:
-    return container.copy()
-
-
 def _same(now: Any, then: Any) -> bool:
+    if hasattr(now, "tobytes"):  # numpy's array
+        return now.shape == then.shape and now.tobytes() == then.tobytes()
+    if isinstance(now, (set, bytearray)):
+        return now == then
     if isinstance(now, dict):
         now, then = [*now.keys(), *now.values()], [*then.keys(), *then.values()]
-    if isinstance(now, list):
-        return len(now) == len(then) and all(map(operator.is_, now, then))
-    return now == then
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _defines(kind: type, name: str) -> bool:

@@ -6,6 +6,7 @@ data and stays data: no message makes the reader import, call or build anything 
 
 from __future__ import annotations
 
+import collections
 import importlib
 import json
 import os
@@ -26,14 +27,14 @@ _LISTED: dict[tuple[str, str], Callable[[Any], list]] = {
     ("decimal", "Decimal"): lambda v: [str(v)],
     ("datetime", "timedelta"): lambda v: [v.days, v.seconds, v.microseconds],
     ("datetime", "date"): lambda v: [v.year, v.month, v.day],
-    ("datetime", "time"): lambda v: [v.hour, v.minute, v.second, v.microsecond],
-    ("datetime", "datetime"): lambda v: [v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond],
-    ("collections", "deque"): lambda v: [list(v), v.maxlen],
-    ("collections", "OrderedDict"): lambda v: [list(v.items())],
-    ("collections", "Counter"): lambda v: [dict(v)],
-    ("collections", "defaultdict"): lambda v: [None, dict(v)],
+    ("datetime", "time"): lambda v: [v.hour, v.minute, v.second, v.microsecond, _zone(v)],
+    ("datetime", "datetime"): lambda v: [v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, _zone(v)],
+    ("datetime", "timezone"): lambda v: list(v.__getinitargs__()),
+    ("zoneinfo", "ZoneInfo"): lambda v: [v.key],
     ("uuid", "UUID"): lambda v: [v.hex],
 }
+# And those that can be changed.
+_MAPPINGS = {"OrderedDict", "Counter", "defaultdict"}
 
 
 class Unsendable(Exception):
@@ -43,8 +44,8 @@ class Unsendable(Exception):
 class Encoder:
     """Turns the values of one message into JSON.
 
-    `containers` holds the lists, dicts and sets met so far, in order; one met again becomes a reference to its
-    place. The reader's `Decoder.containers` has the same order.
+    `containers` holds the lists, dicts, sets, arrays and whatever else can be changed, in the order in which they were
+    met; one met again becomes a reference to its place. The reader's `Decoder.containers` has the same order.
 
     Args:
         other: gives the JSON of a value that is not plain data, or raises Unsendable.
@@ -61,7 +62,7 @@ class Encoder:
             return value
         if kind is int:
             return value if -_LARGE < value < _LARGE else {"int": hex(value)}
-        if kind in (list, dict, set, bytearray):
+        if kind in (list, dict, set, bytearray) or _is_changeable(kind, value):
             place = self._place.setdefault(id(value), len(self.containers))
             if place < len(self.containers):
                 return {"seen": place}
@@ -78,11 +79,11 @@ class Encoder:
         if value is Ellipsis:
             return {"ellipsis": True}
         known = (kind.__module__, kind.__qualname__)
-        listed = known in _LISTED and getattr(sys.modules.get(known[0]), known[1], None) is kind
-        if listed and getattr(value, "tzinfo", None) is None:
+        if known in _LISTED and getattr(sys.modules.get(known[0]), known[1], None) is kind:
             return {"known": [*known, self.encode(_LISTED[known](value))]}
-        if kind.__module__ == "numpy" and (array := self._numpy(value)) is not None:
-            return array
+        numpy = sys.modules.get("numpy") if kind.__module__ == "numpy" else None
+        if numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in _PLAIN_KINDS:
+            return {"scalar": [value.dtype.str, self.encode(value.item())]}
         return self.other(value)
 
     def contents(self, value: Any) -> Any:
@@ -90,18 +91,17 @@ class Encoder:
         if isinstance(value, list):
             return list(value) if _simple(value) else [self.encode(item) for item in value]
         if isinstance(value, dict):
-            return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
+            pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
+            if type(value) is dict:
+                return {"dict": pairs}
+            return {"mapping": [type(value).__name__, self.encode(getattr(value, "default_factory", None)), pairs]}
         if isinstance(value, bytearray):
             return {"bytearray": value.hex()}
-        return {"set": [self.encode(item) for item in value]}
-
-    def _numpy(self, value: Any) -> Any:
-        numpy = sys.modules.get("numpy")
-        if isinstance(value, numpy.ndarray) and value.dtype.kind in _PLAIN_KINDS:
-            return {"array": [value.dtype.str, list(value.shape), self.encode(value.ravel().tolist())]}
-        if isinstance(value, numpy.generic) and value.dtype.kind in _PLAIN_KINDS:
-            return {"scalar": [value.dtype.str, self.encode(value.item())]}
-        return None
+        if isinstance(value, set):
+            return {"set": [self.encode(item) for item in value]}
+        if isinstance(value, collections.deque):
+            return {"deque": [value.maxlen, [self.encode(item) for item in value]]}
+        return {"array": [value.dtype.str, list(value.shape), self.contents(value.ravel().tolist())]}
 
 
 class Decoder:
@@ -127,6 +127,12 @@ class Decoder:
             self.containers.append(made)
             self.fill(made, given)
             return made
+        if kind in ("mapping", "deque", "array"):
+            made = getattr(self, f"_{kind}")(*content)
+            self.containers.append(made)
+            if kind != "array":
+                self.fill(made, given)
+            return made
         if kind in ("tuple", "frozenset"):
             return {"tuple": tuple, "frozenset": frozenset}[kind](self.decode(item) for item in content)
         if kind in ("range", "slice", "complex"):
@@ -139,8 +145,8 @@ class Decoder:
             return Ellipsis
         if kind == "known" and tuple(content[:2]) in _LISTED:
             return self._listed(*content)
-        if kind in ("array", "scalar"):
-            return self._numpy(*content)
+        if kind == "scalar":
+            return _numpy_type(content[0]).type(self.decode(content[1]))
         return self.other(given)
 
     def fill(self, container: Any, given: Any) -> None:
@@ -148,29 +154,74 @@ class Decoder:
         if isinstance(container, list):
             container[:] = given if _simple(given) else [self.decode(item) for item in given]
         elif isinstance(container, dict):
-            pairs = [(self.decode(key), self.decode(item)) for key, item in given["dict"]]
+            pairs = given["dict"] if "dict" in given else given["mapping"][2]
+            items: Any = [(self.decode(key), self.decode(item)) for key, item in pairs]
             container.clear()
-            container.update(pairs)
+            container.update(dict(items))
         elif isinstance(container, bytearray):
             container[:] = bytes.fromhex(given["bytearray"])
-        else:
+        elif isinstance(container, set):
             items = [self.decode(item) for item in given["set"]]
             container.clear()
             container.update(items)
+        elif isinstance(container, collections.deque):
+            items = [self.decode(item) for item in given["deque"][1]]
+            container.clear()
+            container.extend(items)
+        else:
+            array = self._array(*given["array"])
+            if container.shape != array.shape:
+                container.resize(array.shape, refcheck=False)
+            container[...] = array
 
     def _listed(self, module: str, name: str, parts: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*self.decode(parts))
 
-    def _numpy(self, dtype: str, *content: Any) -> Any:
+    def _mapping(self, name: str, factory: Any, pairs: list) -> Any:
+        if name not in _MAPPINGS:
+            raise ValueError(f"{name!r} is no kind of dict")
+        return getattr(collections, name)(*[self.decode(factory)] if name == "defaultdict" else [])
+
+    def _deque(self, maxlen: int | None, items: list) -> Any:
+        return collections.deque(maxlen=maxlen)
+
+    def _array(self, dtype: str, shape: list, items: list) -> Any:
         import numpy
 
-        if numpy.dtype(dtype).kind not in _PLAIN_KINDS:
-            # A forged reply: an array of objects could not be sent on, and would count as a test that cannot be judged.
-            raise ValueError(f"numpy's {dtype} is not plain data")
-        if len(content) == 1:
-            return numpy.dtype(dtype).type(self.decode(content[0]))
-        shape, items = content
-        return numpy.array(self.decode(items), dtype=dtype).reshape(shape)
+        made: list = []
+        self.fill(made, items)
+        return numpy.array(made, dtype=_numpy_type(dtype)).reshape(shape)
+
+
+def _is_changeable(kind: type, value: Any) -> bool:
+    if kind.__module__ == "collections":
+        return kind.__name__ in (*_MAPPINGS, "deque") and getattr(collections, kind.__name__) is kind
+    if kind.__module__ != "numpy":
+        return False
+    numpy = sys.modules.get("numpy")
+    return kind is getattr(numpy, "ndarray", None) and value.dtype.kind in _PLAIN_KINDS
+
+
+def _numpy_type(dtype: str) -> Any:
+    import numpy
+
+    found = numpy.dtype(dtype)
+    if found.kind not in _PLAIN_KINDS:
+        # A forged reply: an array of objects could not be sent on, and would count as a test that cannot be judged.
+        raise ValueError(f"numpy's {dtype} is not plain data")
+    return found
+
+
+def _zone(value: Any) -> Any:
+    """Of a time: its zone, where that is the library's; of any other what it says of this time."""
+    zone = value.tzinfo
+    library = zone is None or (type(zone).__module__, type(zone).__qualname__) in _LISTED
+    if library and getattr(zone, "key", "") is not None:
+        return zone
+    offset = value.utcoffset()
+    if offset is None:
+        raise Unsendable("a time in a zone that does not know its distance from UTC")
+    return sys.modules["datetime"].timezone(offset, str(value.tzname()))
 
 
 def _simple(items: list) -> bool:

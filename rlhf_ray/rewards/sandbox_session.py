@@ -18,8 +18,8 @@ from typing import Any
 from rlhf_ray.rewards.sandbox import Limits, Started, started
 
 _PACKAGE = "rlhf_ray.rewards."
-_SAMPLE = ("code_wire", "code_sample")
-_JUDGE = ("code_wire", "code_changes", "code_remote", "code_peer", "code_judge")
+_SAMPLE = ("code_wire", "code_seeds", "code_sample")
+_JUDGE = ("code_wire", "code_seeds", "code_changes", "code_remote", "code_peer", "code_judge")
 _STDERR_KEPT = 2000
 _TICK = 0.05
 
