@@ -68,7 +68,7 @@ class Encoder:
         if not ids:
             raise DataError(f"the prompt {text!r} has no tokens; remove the row")
         if chat is not None:
-            self._unused |= check_written(chat, text)
+            self._unused |= check_written(chat, text, write=self._template().text)
         return text, ids
 
     def answer(self, prompt: Prompt, answer: Text) -> TokenizedExample:
@@ -194,7 +194,7 @@ class Encoder:
         since = 0
         for pieces, last in zip(sequences, turns[-len(sequences) :], strict=True):
             part = chat.with_messages(chat.messages[: last + 1])
-            self._unused |= check_written(part, "".join(piece.text for piece in pieces), since)
+            self._unused |= check_written(part, "".join(piece.text for piece in pieces), since, self._template().text)
             since = last + 1
         if any(message["role"] != "system" for message in chat.messages[since:]):
             self._unused.add("messages[] after the last answer that is learned")

@@ -97,6 +97,13 @@ class ChatTemplate:
         self._special = special_pattern(tokenizer)
         self._eos = tokenizer.eos_token
 
+    def text(self, chat: Chat) -> str | None:
+        """A conversation as the template writes it; None where it refuses it."""
+        try:
+            return self._render(chat)[0]
+        except DataError:
+            return None
+
     def prompt(self, chat: Chat) -> list[Piece]:
         """Pieces of what the generator sees; earlier answers are pieces of their own, as they are in training."""
         text, _ = self._render(chat, ask=True)

@@ -2,14 +2,16 @@
 
 A template for plain chats writes no tool calls, one for images no plain text. What it drops, a model would neither read
 nor learn, so such a conversation is refused. Strings are looked for as templates write them: trimmed, or escaped as in
-JSON, once or twice. The messages are looked for one after another, so that a call is not found in the tool's schema.
+JSON, once or twice. The messages are looked for one after another, so that a call is not found in the tool's schema;
+and an answer that tools reply to also in the text that ends with it, so that a call is not found in its reply.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.data.chat import Chat, Message
@@ -21,11 +23,15 @@ _FIRST = ("system", "developer")  # templates gather these at the top, or put th
 _SHORT = 40
 
 
-def check_written(chat: Chat, text: str, since: int = 0) -> set[str]:
+def check_written(
+    chat: Chat, text: str, since: int = 0, write: Callable[[Chat], str | None] = lambda chat: None
+) -> set[str]:
     """Names of what the template leaves out without harm: ids and names that link messages, details of schemas.
 
-    `since`: the first message to look for, where another text was found to hold those before. Reasoning may be missing
-    from all but a last answer, as templates drop it from earlier turns by design; then it is among the names.
+    `since`: the first message to look for, where another text was found to hold those before. `write` gives the text
+    of the beginning of the chat, None where the template writes no conversation that ends there. Reasoning may be
+    missing from all but a last answer, as templates drop it from earlier turns by design, and so may a text beside
+    calls, which some take for reasoning, if it is written where the calls stand last; then it is among the names.
     Raises DataError for anything else that is not in the text.
     """
     unused = set() if since else _check_tools(chat.tools, text)
@@ -35,13 +41,37 @@ def check_written(chat: Chat, text: str, since: int = 0) -> set[str]:
         # Some write an answer's text behind what the tools said to its calls.
         begin = {"tool": called_at, **dict.fromkeys(_FIRST, 0)}.get(role, at)
         is_last = number == len(chat.messages) - 1
-        end = _check_message(message, text, begin, thoughts=is_last)
-        if not is_last and role == "assistant" and any(_find(t, text, begin) is None for t in _spoken(message)[0]):
+        replies_from = None
+        if not is_last and role == "assistant" and chat.messages[number + 1]["role"] == "tool":
+            replies_from = _check_alone(chat.with_messages(chat.messages[: number + 1]), text, begin, write)
+        if replies_from is not None and message.get("tool_calls"):
+            end = _check_calls(message, text, begin)
+        else:
+            end = _check_message(message, text, begin, thoughts=is_last)
+        if not is_last and role == "assistant" and any(_find(t, text, begin) is None for t in _said(message)):
             unused.add("messages[] thoughts of an answer before the last")
-        called_at = begin if role == "assistant" else called_at
+        if role == "assistant":
+            called_at = begin if replies_from is None else replies_from
         at = at if role in _FIRST else max(at, end)
         unused |= {f"messages[].{name}" for name, value in _links(message) if _find(value, text) is None}
     return unused
+
+
+def _check_alone(chat: Chat, text: str, begin: int, write: Callable[[Chat], str | None]) -> int | None:
+    """Where in `text` the replies to the last answer of `chat` may begin: its calls stand before them.
+
+    None where the template writes no such chat. Raises DataError for a piece of the answer that is not in the text that
+    ends with it: in the whole text it may have been found in a reply.
+    """
+    alone = write(chat)
+    if alone is None:
+        return None
+    message, common = chat.messages[-1], len(os.path.commonprefix([alone, text]))
+    _check_message(message, alone, min(begin, common), thoughts=False)
+    if common < begin:
+        return begin  # the text goes on otherwise before the answer begins, so its places say nothing here
+    # Up to the calls only: some templates write an answer's text behind the replies, which may begin like it.
+    return max(begin, min(common, _check_calls(message, alone, begin)))
 
 
 def _check_message(message: Message, text: str, begin: int, *, thoughts: bool) -> int:
@@ -52,6 +82,11 @@ def _check_message(message: Message, text: str, begin: int, *, thoughts: bool) -
         end = max(end, _demand(piece, text, begin, "the text", message))
     for piece in thought if thoughts else ():
         end = max(end, _demand(piece, text, begin, "the reasoning", message))
+    return max(end, _check_calls(message, text, begin))
+
+
+def _check_calls(message: Message, text: str, begin: int) -> int:
+    end = begin
     for call in message.get("tool_calls") or ():
         for piece in (call["function"]["name"], *_leaves(call["function"]["arguments"])):
             end = max(end, _demand(piece, text, begin, "the tool calls", message))
@@ -110,6 +145,12 @@ def _spoken(message: Message) -> tuple[list[str], list[str]]:
         thoughts += _THOUGHT.split(before) if closed else []
         said += _THOUGHT.split(after)
     return thoughts, said
+
+
+def _said(message: Message) -> list[str]:
+    """What calls may lose once something follows them: thoughts, and the text beside them."""
+    thoughts, said = _spoken(message)
+    return [*thoughts, *(said if message.get("tool_calls") else ())]
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -76,11 +76,14 @@ DROPPED = {
 }
 
 
+FOLDER = importlib.resources.files("trl") / "chat_templates"
+ALL = sorted(file.name.removesuffix(".jinja") for file in FOLDER.iterdir() if file.name.endswith(".jinja"))
+
+
 def renderer(name):
     tokenizer = char_tokenizer("ab")
     tokenizer.bos_token = "<bos>"
-    file = importlib.resources.files("trl") / "chat_templates" / f"{name}.jinja"
-    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return Renderer(tokenizer, {})
 
 
@@ -114,6 +117,60 @@ def test_a_call_is_not_found_in_the_tools_or_the_question():
     with pytest.raises(DataError, match="drops the tool calls of the assistant's message .'weigh_stone'"):
         check_written(Chat((ask, calling(OTHER))), text)
     check_written(Chat((ask, calling(OTHER))), text.replace("[end]", "weigh_stone(stone=chalk)[end]"))
+
+
+def called(call, reply, said="", answer="Nine stones."):
+    """(question, call, reply, answer); the call is a function's name and its argument."""
+    function = {"name": call[0], "arguments": {"kind": call[1]}}
+    asks = {"role": "assistant", "content": said, "tool_calls": [{**CALL, "function": function}]}
+    return Chat((ASK, asks, {**TOLD, "name": call[0], "content": reply}, {**SAY, "content": answer}))
+
+
+def is_written(render, chat):
+    def write(part):
+        try:
+            return render(part)[0]
+        except DataError:
+            return None
+
+    try:
+        check_written(chat, render(chat)[0], write=write)
+    except DataError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_call_is_dropped_or_written_whatever_its_reply_and_the_answer_repeat(name):
+    render = renderer(name)
+    call = ("weigh_stone", "basalt")
+    for said in ("", "Let me weigh it."):
+        right = is_written(render, called(call, "12 g", said))
+        assert is_written(render, called(call, "basalt", said)) == right, "a reply that is the argument"
+        repeated = f'{said} {{"kind": "basalt", "by": "weigh_stone"}}'
+        assert is_written(render, called(call, repeated, said)) == right, "a reply with all that was called"
+        assert is_written(render, called(call, "12 g", said, repeated)) == right, "an answer with all that was called"
+        assert is_written(render, called(call, "12 g", said, "12 g")) == right, "an answer that is the reply"
+
+
+def test_a_thought_beside_a_call_that_only_the_last_turn_shows_is_named():
+    """gpt-oss takes the text beside a call for a thought, and drops it once an answer follows."""
+    render, chat = renderer("gptoss"), called(("weigh_stone", "basalt"), "12 g", "Let me weigh it.")
+    text, _ = render(chat)
+    assert "Let me" not in text and "Let me" in render(chat.with_messages(chat.messages[:2]))[0]
+    names = check_written(chat, text, write=lambda part: render(part)[0])
+    assert "messages[] thoughts of an answer before the last" in names
+
+
+def test_a_reply_that_is_dropped_is_not_found_in_its_call():
+    def write(chat):
+        words = [m["content"] for m in chat.messages if m["role"] != "tool"]
+        calls = [c["function"] for m in chat.messages for c in m.get("tool_calls", ())]
+        return "|".join(words[:1] + [f"{c['name']}({c['arguments']})" for c in calls] + words[1:])
+
+    chat = called(("weigh_stone", "basalt"), "basalt")
+    with pytest.raises(DataError, match="drops the text of the tool's message .'basalt'"):
+        check_written(chat, write(chat), write=write)
 
 
 def test_numbers_and_nested_values_of_arguments_are_looked_for():
