@@ -27,6 +27,7 @@ _OURS = ("weight",)
 _KEY, _TEXT = "probe_key", "probe-text"
 _ARGUMENTS = {_KEY: "value"}
 _QUESTION: Message = {"role": "user", "content": "question"}
+THINK, _CLOSED = "<think>", "</think>"
 
 
 class Renderer:
@@ -50,7 +51,11 @@ class Renderer:
         A chat to be asked about whose last message is the assistant's is not finished: its text ends where that
         message's content ends, as `continue_final_message` has it.
         """
-        return self._render(self._adapted(chat), ask=ask)
+        chat = self._adapted(chat)
+        last = chat.messages[-1]
+        if ask and last["role"] == "assistant" and str(last.get("content")).lstrip().startswith(THINK):
+            return self._with_begun_thought(chat), ()
+        return self._render(chat, ask=ask)
 
     def has_marks(self, chat: Chat) -> bool:
         return bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template(chat)))
@@ -82,6 +87,22 @@ class Renderer:
                 f"the chat template refuses the conversation ({error}); mend the row, or the template"
             ) from error
         return texts[0], [span for span in marks[0] if span[0] < span[1]] if marked else ()
+
+    def _with_begun_thought(self, chat: Chat) -> str:
+        """A chat whose last message begins with a thought, which ends there or goes on.
+
+        Templates that put thoughts where they belong, or drop them, take a thought that is not closed for the answer
+        and write an empty one before it, and do not find a closed one again. There it stands as the model writes it.
+        """
+        content = chat.messages[-1]["content"]
+        try:
+            text, _ = self._render(chat, ask=True)
+            if not text[: text.rfind(THINK)].rstrip().endswith(_CLOSED):
+                return text
+        except DataError:
+            pass
+        prompt, _ = self._render(chat.with_messages(chat.messages[:-1]), ask=True)
+        return prompt + without_opening(content, prompt)
 
     # ---- what the template can read ------------------------------------------------------------------------
 
@@ -133,6 +154,12 @@ class Renderer:
             return self._render(Chat(messages))[0]
         except DataError:
             return None
+
+
+def without_opening(content: str, prompt: str) -> str:
+    """An answer without its beginning, if that stands at the end of the prompt already: `<think>`, opened there."""
+    opened = next((n for n in range(len(content), 0, -1) if prompt.endswith(content[:n])), 0)
+    return content[opened:]
 
 
 def _called(arguments: Any, content: str | None = "") -> Message:

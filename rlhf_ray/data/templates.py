@@ -7,15 +7,16 @@ generator's prompt ends, and its tokens are the ones that the generator will see
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.user_paths import is_file, typed_path
-from rlhf_ray.data.chat import Chat, Message
-from rlhf_ray.data.rendering import Renderer, Span
+from rlhf_ray.data.chat import Chat, Message, Messages
+from rlhf_ray.data.messages import REASONING
+from rlhf_ray.data.rendering import THINK, Renderer, Span, without_opening
 from rlhf_ray.data.turn_end import end_of_turn, special_pattern
 from rlhf_ray.errors import DataError
 
@@ -41,7 +42,7 @@ CHAT_TEMPLATES = {
     )
 }
 
-_THINK = "<think>"
+_Marked: TypeAlias = tuple[str, list[Span]]
 
 
 @dataclass(frozen=True)
@@ -145,19 +146,12 @@ class ChatTemplate:
         None where its place in the text cannot be told. It depends on what stands before the answer only, so an answer
         in a prompt and in training has the same place.
         """
-        message, end = chat.messages[i], self.end.of(chat.messages[i]) or self._eos
+        end = self.end.of(chat.messages[i]) or self._eos
         prompt, _ = self._render(chat.with_messages((*chat.messages[:i], *([begun] if begun else []))), ask=True)
-        text, marks = self._render(chat.with_messages(chat.messages[: i + 1]))
-        start = len(prompt)
-        if (thought := _left_out_thought(message, prompt, text)) is not None:
-            text = prompt + thought + end
-            marks = [(start, len(text))]
-        elif text.startswith(prompt):
-            marks = [mark for mark in marks if mark[1] > start]
-        elif (moved := _behind_opened_thought(prompt, text, marks)) is not None:
-            text, marks = moved
-        else:
+        placed = self._behind(prompt, chat.with_messages(chat.messages[: i + 1]), end, begun)
+        if placed is None:
             return None
+        (text, marks), start = placed, len(prompt)
         if len(text) <= start:
             return None
         stop, written = self._stop(text, start, end), None
@@ -171,6 +165,39 @@ class ChatTemplate:
             return None
         begin, last = own[-1][0], max(own[-1][1], stop)
         return _Turn(start, last, text[:last], (*own[:-1], (begin, last)), written)
+
+    def _behind(self, prompt: str, chat: Chat, end: str, begun: Message | None) -> _Marked | None:
+        """(text, the marks of the answer) of a chat that ends with an answer, behind the prompt that it answers.
+
+        `end` is what ends the turn. None where the two do not belong together.
+        """
+        message, (text, marks), start = chat.messages[-1], self._render(chat), len(prompt)
+        if begun is not None:
+            if not text.startswith(prompt):  # as the generator goes on: with nothing but the rest
+                text = prompt + message["content"].removeprefix(begun["content"]) + end
+                return text, [(start, len(text))]
+            return text, [(max(mark[0], start), mark[1]) for mark in marks if mark[1] > start]
+        if (thought := _left_out_thought(message, prompt, text)) is not None:
+            text = prompt + thought + end
+            return text, [(start, len(text))]
+        if text.startswith(prompt):
+            return text, [mark for mark in marks if mark[1] > start]
+        return _behind_opened_thought(prompt, text, marks) or self._behind_earlier_thoughts(prompt, text, marks, chat)
+
+    def _behind_earlier_thoughts(self, prompt: str, text: str, marks: Sequence[Span], chat: Chat) -> _Marked | None:
+        """If only the prompt holds the thoughts that led to earlier calls, and the template drops them with the answer.
+
+        It does (gpt-oss) if the text is the same for a chat without them; there the answer's place can be told.
+        """
+        for bare in _without_thoughts(chat.messages[:-1]):
+            before = chat.with_messages(bare)
+            if self.text(before.with_messages((*bare, chat.messages[-1]))) != text:
+                continue
+            shorter, _ = self._render(before, ask=True)
+            if text.startswith(shorter):
+                shift = len(prompt) - len(shorter)
+                return prompt + text[len(shorter) :], [(b + shift, e + shift) for b, e in marks if e > len(shorter)]
+        return None
 
     def _stop(self, text: str, start: int, end: str) -> int:
         """Where what ends the turn ends in `text`, -1 where it is not there."""
@@ -217,27 +244,32 @@ def _left_out_thought(message: Message, prompt: str, text: str) -> str | None:
     content, reasoning = message.get("content"), message.get("reasoning_content")
     if not isinstance(content, str) or message.get("tool_calls"):
         return None
-    if isinstance(reasoning, str) and prompt.rstrip().endswith(_THINK):
-        content = f"{_THINK}\n{reasoning}\n</think>\n\n{content}"
-    thought = content.rpartition("</think>")[0].removeprefix(_THINK).strip()
+    if isinstance(reasoning, str) and prompt.rstrip().endswith(THINK):
+        content = f"{THINK}\n{reasoning}\n</think>\n\n{content}"
+    thought = content.rpartition("</think>")[0].removeprefix(THINK).strip()
     if not thought or thought in text[len(os.path.commonprefix([prompt, text])) :]:
         return None
-    # Where the prompt has opened the thought already, it is not opened twice.
-    opened = next((n for n in range(len(content), 0, -1) if prompt.endswith(content[:n])), 0)
-    return content[opened:]
+    return without_opening(content, prompt)
 
 
-def _behind_opened_thought(prompt: str, text: str, marks: Sequence[Span]) -> tuple[str, list[Span]] | None:
+def _without_thoughts(messages: Messages) -> Iterator[Messages]:
+    """Messages without their reasoning, and without the text beside calls, which gpt-oss takes for reasoning too."""
+    bare = tuple({key: value for key, value in m.items() if key not in REASONING} for m in messages)
+    yield bare
+    yield tuple({**m, "content": ""} if m.get("tool_calls") else m for m in bare)
+
+
+def _behind_opened_thought(prompt: str, text: str, marks: Sequence[Span]) -> _Marked | None:
     """(text, the answer's marks) with the answer of `text` behind `prompt`, if they differ in an opened thought only.
 
     Such a prompt ends with `<think>` and a line break, and the template writes an answer without a thought after
     another (or none): the generator would get that prompt and go on with the rest.
     """
-    opened = prompt.rfind(_THINK)
+    opened = prompt.rfind(THINK)
     if opened < 0 or not text.startswith(prompt[:opened]):
         return None
     # Not in the middle of a token: `<think>` and `<|im_end|>` begin alike.
-    common = len(os.path.commonprefix([prompt, text])) if text.startswith(_THINK, opened) else opened
+    common = len(os.path.commonprefix([prompt, text])) if text.startswith(THINK, opened) else opened
     shift, own = len(prompt) - common, [mark for mark in marks if mark[1] > common]
     moved = [(b, common) for b, _ in own if b < common]
     return prompt + text[common:], [*moved, *((max(b, common) + shift, e + shift) for b, e in own)]
