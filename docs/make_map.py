@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAP = ROOT / "docs" / "map.md"
 # Folder -> which of its files stand in the map. Of the tests, their folders tell enough: they mirror rlhf_ray/.
 LISTED = {
-    "rlhf_ray": ("*.py",), "configs": ("*.yaml",), "examples": ("*.py",), "benchmarks": ("*.py", "*.md"),
+    "rlhf_ray": ("*.py",), "configs": ("*.yaml", "*.py"), "examples": ("*.py",), "benchmarks": ("*.py", "*.md"),
     "docs": ("*.md", "*.py"), "docker": ("Dockerfile.*",), "requirements": ("*.txt",),
 }  # fmt: skip
 HEADER = """# Map

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from rlhf_ray import cli
-from rlhf_ray.commands.options import quiet_libraries, shipped
+from rlhf_ray.commands.options import quiet_libraries
 from rlhf_ray.commands.summary import print_summary
 from rlhf_ray.config.load import load_config
+from rlhf_ray.config.shipped import shipped_config
 from rlhf_ray.run.directory import RunDirectory
 
 
@@ -106,7 +107,7 @@ def test_quickstart_uses_the_config_of_the_repository(rlhf_ray, repo_root):
     assert status == 0
     printed = yaml.safe_load(out)
     assert printed["steps"] == 7 and printed["name"] == "grpo-arithmetic"
-    assert shipped("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
+    assert shipped_config("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
 
 
 def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray, tmp_path):

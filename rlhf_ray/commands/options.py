@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -52,10 +51,3 @@ def interruptible(how_to_go_on: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"rlhf-ray: interrupted{how_to_go_on}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def shipped(config: str) -> Path:
-    """A file of configs/ in a checkout, or its copy that is installed with the package."""
-    package = Path(str(resources.files("rlhf_ray")))
-    checkout = package.parent / "configs" / config
-    return checkout if checkout.is_file() else package / "configs" / config

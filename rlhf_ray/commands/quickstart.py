@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.commands import pipeline, rl
-from rlhf_ray.commands.options import DryRun, Overrides, Resume, ResumeMode, RunDir, shipped
+from rlhf_ray.commands.options import DryRun, Overrides, Resume, ResumeMode, RunDir
+from rlhf_ray.config.shipped import shipped_config
 
 
 def quickstart(
@@ -22,6 +23,6 @@ def quickstart(
 ) -> None:
     """A small transformer learns to add, from nothing, in a few minutes on a laptop. Needs no network and no GPU."""
     if preferences:
-        pipeline.run(shipped("pipeline_reviews.yaml"), overrides or [], run_dir, resume, dry_run)
+        pipeline.run(shipped_config("pipeline_reviews.yaml"), overrides or [], run_dir, resume, dry_run)
     else:
-        rl.run(shipped("grpo_arithmetic.yaml"), overrides or [], run_dir, resume, dry_run)
+        rl.run(shipped_config("grpo_arithmetic.yaml"), overrides or [], run_dir, resume, dry_run)

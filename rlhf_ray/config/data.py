@@ -75,7 +75,7 @@ class DatasetSourceConfig(SourceConfig):
 
 
 class DatasetConfig(SeveralSources):
-    """`path` is a file, a folder or a Hugging Face dataset name (owner/name, owner/name:subset): see docs/data.md."""
+    """`path` is a file, a folder, a Hugging Face dataset (owner/name:subset) or `shipped:<file>`: see docs/data.md."""
 
     split: str = Field("train", description="of a folder or a Hugging Face dataset")
     eval_path: str | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")

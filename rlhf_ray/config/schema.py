@@ -19,7 +19,7 @@ from rlhf_ray.config.sources import SeveralSources, SourceConfig
 
 
 class PromptsConfig(RowsConfig):
-    """`path` is `task:arithmetic`, a file, a folder or a Hugging Face dataset name: see docs/data.md."""
+    """`path` is a file, a folder, a Hugging Face dataset name, `shipped:<file>` or `task:arithmetic`: docs/data.md."""
 
     split: str = Field("train", description="of a task, a folder or a Hugging Face dataset")
     field: str | None = Field(None, description="column with the prompt; empty: by the dataset's type (docs/data.md)")

@@ -47,7 +47,8 @@ class SourceConfig(Section):
     def label(self) -> str:
         if self.name is not None:
             return self.name
-        stem = Path(self.path.partition(":")[2] if self.path.startswith("task:") else self.path).name.split(".")[0]
+        named = self.path.startswith(("task:", "shipped:"))
+        stem = Path(self.path.partition(":")[2] if named else self.path).name.split(".")[0]
         return re.sub(r"[^\w.-]+", "_", stem) or "source"
 
 

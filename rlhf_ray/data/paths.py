@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from rlhf_ray.config import shipped
 from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.errors import DataError
 
@@ -38,7 +39,7 @@ def looks_local(source: str) -> bool:
     path = typed_path(source)
     return (
         os.path.exists(path)  # Path.exists raises for a name that is too long
-        or source.startswith((".", "/", "~"))
+        or source.startswith((".", "/", "~", shipped.PREFIX))
         or source.endswith("/")
         or "\\" in source
         or source.partition(":")[0].count("/") > 1

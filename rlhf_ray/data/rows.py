@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config import shipped
 from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.data.json_files import json_rows
 from rlhf_ray.data.paths import HUB_PREFIX, absent, files_of_split, kind_of, looks_local, unreadable
@@ -61,7 +62,7 @@ def read_rows(
     trees_as: TreeForm | None = "messages",
     dropped: Counter[str] | None = None,
 ) -> Iterator[Row]:
-    """Rows of a local file or folder, or of a Hugging Face dataset by name.
+    """Rows of a local file or folder, of a Hugging Face dataset by name, or of a file of this package (`shipped:...`).
 
     Files: JSONL, JSON arrays, CSV, TSV, plain text (one `{"text": line}` a non-empty line), each also gzipped; parquet
     and Arrow. Folders: of `datasets.save_to_disk`, or with files named after the split. `split` applies to folders and
@@ -83,6 +84,8 @@ def read_rows(
 def _read(source: str, split: str) -> Iterator[Found]:
     if source.startswith(HUB_PREFIX):
         yield from hub_rows(source.removeprefix(HUB_PREFIX), split)
+    elif source.startswith(shipped.PREFIX):
+        yield from _read_file(source, shipped.shipped_rows(source))
     elif not looks_local(source):
         yield from hub_rows(source, split)
     else:

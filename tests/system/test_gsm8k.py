@@ -20,7 +20,8 @@ SMALL = (
 
 def test_grpo_steps_on_grade_school_problems(rlhf_ray, shared_data, tmp_path):
     folder = tmp_path / "run"
-    run = rlhf_ray("rl", "configs/grpo_gsm8k.yaml", *SMALL, run_dir=folder)
+    files = [f"data.path={shared_data / 'gsm8k.train.jsonl'}", f"data.eval_path={shared_data / 'gsm8k.test.jsonl'}"]
+    run = rlhf_ray("rl", "configs/grpo_gsm8k.yaml", *files, *SMALL, run_dir=folder)
     assert len(run.steps) == 2 and all(0 <= step["reward/math"] <= 1 for step in run.steps)
     rollouts = [json.loads(line) for file in (folder / "rollouts").iterdir() for line in file.read_text().splitlines()]
     asked = {row["question"] for row in map(json.loads, (shared_data / "gsm8k.train.jsonl").open())}
