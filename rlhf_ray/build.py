@@ -12,6 +12,7 @@ import torch
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.prompt_sources import load_split
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import described
@@ -53,7 +54,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     with kept_only_if_used(directory):
         config = frozen_clock(config, directory)
         tokenizer, train_prompts, held_out, sft = check_inputs(config, directory.start)
-    read = sources_of(config, train_prompts, held_out) | (sft.fingerprints if sft else {})
+    read = sources_of(config, train_prompts, held_out, tokenizer) | (sft.fingerprints if sft else {})
     run = Recorder(config, directory, read)
     try:
         run.progress.note(
@@ -63,6 +64,8 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
             run.progress.note(described(train_prompts.parts))
         for line in [*left_out(train_prompts, held_out), *(sft.notes if sft else [])]:
             run.progress.note(line)
+        if len(held_out) < config.eval.size:
+            run.progress.note(f"held out: {len(held_out)} prompts; there are no more, and eval.size={config.eval.size}")
         policy, tokenizer_path = starting_policy(
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress(),
             note=lambda line: run.progress.note(line),  # the progress is another one by then
@@ -211,9 +214,10 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
     )
 
 
-def sources_of(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet) -> dict[str, str]:
-    """Fingerprints of all the rows that the run reads, by source."""
-    found = {prompts.label: prompts.read for prompts in train_prompts.sets}
+def sources_of(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet, tokenizer: Any) -> dict[str, str]:
+    """Fingerprints of all the rows that the run reads, by source, and of the template that makes them prompts."""
+    found = {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template)}
+    found |= {prompts.label: prompts.read for prompts in train_prompts.sets}
     # Held-out rows of a file of their own are read as far as they are asked for.
     more = {prompts.label: prompts.read for prompts in held_out.sets if prompts.label not in found}
     return {**found, **{f"{label}, the first {config.eval.size}": read for label, read in more.items()}}

@@ -13,6 +13,7 @@ from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import ModelError
 from rlhf_ray.loops.export import export
@@ -56,7 +57,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         tokenizer, splits, plain = check_inputs(config, directory.start, reports.append)
     batches = batches_of(config, splits["train"], plain)
     config = with_steps(config, batches)
-    run = SupervisedRecorder(config, directory, sources_of(reports))
+    run = SupervisedRecorder(config, directory, sources_of(reports, tokenizer))
     try:
         say_what_is_read(config, reports, splits, batches, run)
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
@@ -114,9 +115,9 @@ def say_what_is_read(
             run.alarm("length_imbalance", balance.advice, run.steps_done)
 
 
-def sources_of(reports: Sequence[CleaningReport]) -> dict[str, str]:
-    """Fingerprints of all the rows that the run reads, by source, in the order of reading."""
-    found: dict[str, str] = {}
+def sources_of(reports: Sequence[CleaningReport], tokenizer: Any) -> dict[str, str]:
+    """Fingerprints of all the rows that the run reads, by source, in the order of reading, and of the chat template."""
+    found = {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template)}
     for report in reports:
         name, number = report.source, 1
         while name in found:  # another split of it

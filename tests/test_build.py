@@ -87,6 +87,16 @@ def test_a_prompt_over_the_limit(config, tmp_path, data, capsys):
     assert f"{path}: prompts left out: 1 longer than max_prompt_tokens\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_fewer_held_out_prompts_than_asked_for_are_told(config, tmp_path, data, capsys):
+    other = data(*GOOD[:3], name="held.jsonl")
+    settings = (f"data.path={data(*GOOD)}", "data.field=prompt", f"data.eval_path={other}")
+    run_rl(config(*settings, "eval.size=4"), tmp_path / "less")
+    assert "held out: 3 prompts; there are no more, and eval.size=4\n" in capsys.readouterr().out
+    run_rl(config(*settings, "eval.size=3"), tmp_path / "all")
+    assert "held out:" not in capsys.readouterr().out
+
+
 def test_a_model_folder_without_a_tokenizer(config, tmp_path, model_folder):
     for path in model_folder.glob("tokenizer*"):
         path.unlink()

@@ -293,6 +293,17 @@ def test_resume_refuses_rows_that_have_changed(config, tmp_path, command):
     assert "steps 1 -> 2" in next(event["reason"] for event in events if event["event"] == "length_changed")
 
 
+def test_resume_refuses_another_chat_template_in_the_same_file(config, tmp_path):
+    template, run = tmp_path / "chat.jinja", tmp_path / "run"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    settings = ("data.template=chat", f"data.chat_template={template}", "checkpoint.every=1")
+    run_supervised(config("sft", "steps=1", *settings), run)
+    run_supervised(config("sft", "steps=2", *settings), run, resume=True)
+    template.write_text("{% for m in messages %}{{ m.content }}={% endfor %}")
+    with pytest.raises(DataError, match="the chat template, so the same rows would be other texts"):
+        run_supervised(config("sft", "steps=3", *settings), run, resume=True)
+
+
 def test_resume_refuses_plain_text_that_has_changed_or_is_new(config, tmp_path):
     plain, run = tmp_path / "plain.jsonl", tmp_path / "run"
     plain.write_text("".join(json.dumps({"text": f"{n}+{n}"}) + "\n" for n in range(8)))

@@ -17,6 +17,7 @@ import yaml
 from rlhf_ray.build import run_rl
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.run.directory import RunDirectory, require_alone
 
@@ -134,6 +135,27 @@ def test_answers_that_have_changed_are_noticed_too(config, tmp_path):
     events = RunDirectory(run, resume=True).read_events()
     (said,) = [event["reason"] for event in events if event["event"] == "data_changed"]
     assert said.endswith(f"{held_out}, held out, the first 1")
+
+
+@pytest.mark.slow
+def test_a_chat_template_that_has_changed_is_noticed(config, tmp_path):
+    """The same rows, the same path of the template, and other prompts."""
+    data, template, run = tmp_path / "data.jsonl", tmp_path / "chat.jinja", tmp_path / "run"
+    data.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("abc", "abd", "abe", "abf")))
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    settings = (f"data.path={data}", "data.template=chat", f"data.chat_template={template}",
+                "model.tokenizer.alphabet='abcdefsy .0123456789'", "data.max_prompt_tokens=24")  # fmt: skip
+    run_rl(config(*settings), run)
+    whole = template.read_text()
+    template.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    with pytest.raises(DataError, match="has changed since the run began: the chat template, so the same rows would"):
+        run_rl(config(*settings, "steps=2"), run, resume=True)
+    template.write_text(whole)
+    (run / "data.json").write_text(json.dumps({  # as a version left it that kept none of the template
+        name: value for name, value in json.loads((run / "data.json").read_text()).items() if name != CHAT_TEMPLATE
+    }))  # fmt: skip
+    assert run_rl(config(*settings, "steps=2"), run, resume=True)["steps"] == 2
+    assert not [event for event in RunDirectory(run, resume=True).read_events() if event["event"] == "data_changed"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""What rows say, as a short text that two readings can be compared by: of content and order, not of any template."""
+"""What rows say, as a short text that two readings can be compared by: of content and order, not of any template; and
+the same of a chat template."""
 
 from __future__ import annotations
 
@@ -39,6 +40,19 @@ class Fingerprint:
     @property
     def value(self) -> str:
         return f"{self.rows} rows {self._digest.hexdigest()}"
+
+
+# Under this name a template's fingerprint stands beside those of rows.
+CHAT_TEMPLATE = "the chat template"
+
+
+def fingerprint_of_template(template: str | Mapping[str, str] | None) -> str:
+    """Of what a tokenizer has: a text, several by name, or nothing."""
+    if template is None:
+        return "none"
+    # A tokenizer that was saved and loaded has read its template as a text file: with other ends of lines.
+    text = json.dumps(template, sort_keys=True).replace(r"\r\n", r"\n")
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _plain(value: Any) -> Any:

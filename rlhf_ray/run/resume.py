@@ -11,6 +11,7 @@ import yaml
 
 from rlhf_ray.config.clock import Dated, at_moment
 from rlhf_ray.config.sections import TrainingRunConfig
+from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.run.directory import RunDirectory
 
@@ -116,12 +117,15 @@ def _other_rows(data: Mapping[str, str], directory: RunDirectory) -> str | None:
         )
     if changed:
         return f"the data has changed since the run began, and nothing was made from it yet: {'; '.join(changed)}"
-    if others := [name for name in data if name not in old]:
+    # An older version kept none of the template.
+    if others := [name for name in data if name not in old and name != CHAT_TEMPLATE]:
         return f"read now and not when the run began, so what is measured on it cannot be compared: {', '.join(others)}"
     return None
 
 
 def _said(name: str, before: str, now: str) -> str:
+    if name == CHAT_TEMPLATE:
+        return f"{name}, so the same rows would be other texts"
     counts = [text.partition(" ")[0] for text in (before, now)]
     if counts[0] != counts[1]:
         return f"{name} ({counts[0]} rows then, {counts[1]} now)"

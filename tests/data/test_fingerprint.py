@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.datasets import load_supervised
-from rlhf_ray.data.fingerprint import Fingerprint
+from rlhf_ray.data.fingerprint import Fingerprint, fingerprint_of_template
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.errors import DataError
@@ -90,6 +90,12 @@ def test_a_supervised_source_says_what_it_has_read(write):
     data = DatasetConfig(path=write(*rows), eval_path=held_out)
     load_supervised(data, tokenizer, seed=0, on_report=reports.append)
     assert [report.read for report in reports] == [of(*rows), of({"prompt": "four", "completion": "4"})]
+
+
+def test_a_templates_fingerprint_is_of_its_text_and_not_of_its_ends_of_lines():
+    texts = ["{{ a }}\n{{ b }}", "{{ a }}\r\n{{ b }}", "{{ a }}{{ b }}", {"default": "{{ a }}"}, None]
+    one, other, *rest = map(fingerprint_of_template, texts)
+    assert one == other and len({one, *rest}) == 4
 
 
 def test_llama_takes_its_date_from_the_clock_and_a_date_of_ones_own_goes_before_it(write):
