@@ -228,6 +228,15 @@ def prompt_options(data: PromptsConfig, clock: datetime | None) -> dict[str, Any
     }
 
 
+def prompt_encoder(data: PromptsConfig, tokenizer: PreTrainedTokenizerBase, clock: datetime | None) -> Encoder:
+    """How `load_prompts` reads prompts under these settings; the tokenizer gets the chat template."""
+    set_chat_template(tokenizer, data.chat_template)
+    return Encoder(
+        tokenizer, style=data.template, system_prompt=data.system_prompt, chat_template_args=data.chat_template_args,
+        clock=clock,
+    )  # fmt: skip
+
+
 def load_texts(source: str, *, field: str | None = None, split: str = "train") -> list[str]:
     """All the text of each row, or one column's: the corpus for a tokenizer and for a supervised warm start."""
     return [text for _, text in located_texts(source, field=field, split=split)]

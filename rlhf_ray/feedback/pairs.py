@@ -14,7 +14,8 @@ from rlhf_ray.config.extras import AGREEMENT, needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.data.chat import Chat, Instruction
-from rlhf_ray.data.prompts import Example, PromptSet
+from rlhf_ray.data.encoding import Encoder
+from rlhf_ray.data.prompts import Example, PromptSet, prompt_encoder
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
 from rlhf_ray.data.types import PreferenceRow, detect, parse
@@ -49,8 +50,8 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HumanPair:
-    """One row of the data that says what people prefer, as texts; `chat`: its prompt, where it is a conversation whose
-    answers are one message each."""
+    """One row of the data that says what people prefer, as texts; `chat`: its prompt with what the settings give it,
+    where it is a conversation whose answers are one message each."""
 
     prompt: str
     chosen: str
@@ -130,8 +131,9 @@ def check_inputs(config: PairsConfig) -> tuple[list[str], PromptSet, list[HumanP
     """
     require(needs_of(config))
     names = check_rewards(config)
-    prompts = read_prompts(config.data, tokenizer_of(config.model), config.clock)
-    human = human_pairs(config)
+    tokenizer = tokenizer_of(config.model)
+    prompts = read_prompts(config.data, tokenizer, config.clock)
+    human = human_pairs(config, prompt_encoder(config.data, tokenizer, config.clock))
     require([AGREEMENT] if human else [])
     return names, prompts, human
 
@@ -159,8 +161,11 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def human_pairs(config: PairsConfig) -> list[HumanPair]:
-    """The first pairs of the data, where its rows say what people prefer; else none. Empty answers are left out."""
+def human_pairs(config: PairsConfig, encoder: Encoder | None = None) -> list[HumanPair]:
+    """The first pairs of the data, where its rows say what people prefer; else none. Empty answers are left out.
+
+    `encoder`: how prompts of the data are read, so that a reward model reads these as it reads the sampled ones.
+    """
     if config.human_pairs == 0 or is_task(config.data.path):
         return []
     pairs: list[HumanPair] = []
@@ -169,13 +174,13 @@ def human_pairs(config: PairsConfig) -> list[HumanPair]:
             break
         with suppress(EmptyRowError):
             records = [record for record in parse(row, detect(row)) if isinstance(record, PreferenceRow)]
-            pairs += map(_human_pair, records)
+            pairs += [_human_pair(record, encoder) for record in records]
     return pairs
 
 
-def _human_pair(row: PreferenceRow) -> HumanPair:
+def _human_pair(row: PreferenceRow, encoder: Encoder | None) -> HumanPair:
     single = all(isinstance(answer, str) or len(answer) == 1 for answer in (row.chosen, row.rejected))
-    chat = row.prompt if isinstance(row.prompt, Chat) and single else None
+    chat = encoder.chat_of(row.prompt) if encoder is not None and single else None
     return HumanPair(*map(prompt_text, (row.prompt, row.chosen, row.rejected)), chat)
 
 

@@ -10,10 +10,12 @@ from rlhf_ray import cli
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import load_config, parse_config
+from rlhf_ray.data.prompts import prompt_encoder
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.types import PreferenceRow, detect, parse
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.feedback.pairs import describe, make_pairs, run_pairs
+from rlhf_ray.evaluation.answers import tokenizer_of
+from rlhf_ray.feedback.pairs import describe, human_pairs, make_pairs, run_pairs
 from rlhf_ray.rewards.failures import Failure
 from rlhf_ray.rewards.judge_questions import Opinion
 
@@ -149,6 +151,23 @@ def test_agreement_with_people(config, table, judge, dialogues, folders):
     assert (human["agreed"], human["disagreed"], human["ties"]) == (1, 0, 2)
     _, result = make_pairs(config(data=dialogues, model=model, sampling=wide, human_pairs=0))
     assert "human" not in result
+
+
+def test_pairs_of_people_are_read_with_what_the_settings_give_a_prompt(config, tmp_path, folders):
+    ask, yes, no = ({"role": role, "content": said} for role, said in (("user", "Q"), ("assistant", "x"),
+                                                                      ("assistant", "y")))  # fmt: skip
+    path, rule = tmp_path / "people.jsonl", {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [ask], "chosen": [yes], "rejected": [no]},
+            {"prompt": [{**rule, "content": "Rhyme."}, ask], "chosen": [yes], "rejected": [no]},
+            {"prompt": [ask], "chosen": [yes, ask, yes], "rejected": [no]}]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(path), "chat_template": "zephyr", "system_prompt": "Be brief.",
+            "chat_template_args": {"mood": "calm"}}  # fmt: skip
+    settings = config(data=data)
+    pairs = human_pairs(settings, prompt_encoder(settings.data, tokenizer_of(settings.model), settings.clock))
+    asked = [pair.chat and pair.chat.messages for pair in pairs]
+    assert asked == [(rule, ask), ({**rule, "content": "Rhyme."}, ask), None]
+    assert pairs[0].chat.template_args["mood"] == "calm"
 
 
 def test_a_missing_package_is_no_surprise_after_sampling(config, table, dialogues, monkeypatch):
