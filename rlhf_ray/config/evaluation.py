@@ -42,7 +42,7 @@ class EvalPromptsConfig(PromptsConfig):
 
 class SamplingConfig(Section):
     samples_per_prompt: int = Field(1, gt=0)
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(512, gt=0)
     temperature: float = Field(1.0, ge=0, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)

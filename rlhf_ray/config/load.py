@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf_ray.config import dialect
 from rlhf_ray.config.checks import contradictions
 from rlhf_ray.config.hints import hint_for
-from rlhf_ray.config.schema import AlgorithmConfig, RunConfig
+from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig, RunConfig, passes_of
 from rlhf_ray.config.sections import Section, section_in
 from rlhf_ray.config.sources import long_form
 from rlhf_ray.config.supervised import SupervisedConfig
@@ -84,13 +84,21 @@ def _forget_preset(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     section = tree.get("algorithm")
     if not isinstance(section, dict) or not any(text.startswith("algorithm.name=") for text in overrides):
         return
+    name = section.get("name", "grpo")
     try:
-        given = AlgorithmConfig(name=section.get("name", "grpo")).model_dump(mode="json")
-    except ValidationError:
+        given = AlgorithmConfig(name=name).model_dump(mode="json")
+        prompts = RolloutConfig(**tree.get("rollout", {})).prompts_per_step
+    except (ValidationError, TypeError):
         return  # a name that is none; if the override mends it, the rest of the section was set by hand
-    tree["algorithm"] = {
-        key: value for key, value in section.items() if key == "name" or key not in given or value != given[key]
-    }
+    tree["algorithm"] = {"name": name, **_without(section, given)}
+    for trained in ("learner", "critic"):
+        if isinstance(tree.get(trained), dict):
+            tree[trained] = _without(tree[trained], passes_of(name, prompts))
+
+
+def _without(section: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What of a section is not as given."""
+    return {key: value for key, value in section.items() if key not in given or value != given[key]}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

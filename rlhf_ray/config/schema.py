@@ -7,6 +7,7 @@ What it shares with supervised runs is in `config/sections.py`. `config/load.py`
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,7 @@ class WarmStartConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0, description="answers sampled for each prompt")
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(512, gt=0)
     temperature: float = Field(1.0, gt=0)
     temperature_end: float | None = Field(None, gt=0, description="the temperature moves here over the run")
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(
@@ -167,6 +168,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# How often the learner and the critic go over each step's rollouts, and in how many minibatches. PPO's paper does so 3
+# to 15 times (Schulman et al. 2017, tables 3 to 5), TRL's PPO 4 times. The other algorithms take one step.
+_PASSES = {"ppo": 4}
+
+
+def passes_of(name: str, prompts_per_step: int) -> dict[str, int]:
+    """`epochs` and `minibatches` of the learner and the critic that an algorithm means, where the config says nothing.
+
+    Minibatches are to be of one size, so of 6 prompts there are 2 and not 4.
+    """
+    passes = _PASSES.get(name, 1)
+    return {"epochs": passes, "minibatches": math.gcd(passes, prompts_per_step)}
+
+
 class AlgorithmConfig(Section):
     """`name` fills in the other fields (see PRESETS); each may still be set by hand."""
 
@@ -234,8 +249,8 @@ class AlgorithmConfig(Section):
 
 
 class LearnerConfig(TrainEngineConfig):
-    epochs: int = Field(1, gt=0, description="passes over each step's rollouts")
-    minibatches: int = Field(1, gt=0, description="optimiser steps in each pass")
+    epochs: int = Field(1, gt=0, description="passes over each step's rollouts; with algorithm.name=ppo: 4")
+    minibatches: int = Field(1, gt=0, description="optimiser steps in each pass; with algorithm.name=ppo: 4")
     stop_kl: float | None = Field(
         None, gt=0, description="end a step's passes early, once the policy is this far from the one before them: "
         "KL in nats a token, mean over a minibatch (`target_kl` elsewhere)"
@@ -252,8 +267,8 @@ class CriticConfig(TrainEngineConfig):
 
     path: str | None = Field(None, description="start from this model; empty: from the policy")
     lr: float = Field(1e-5, gt=0)
-    epochs: int = Field(1, gt=0)
-    minibatches: int = Field(1, gt=0)
+    epochs: int = Field(1, gt=0, description="passes over each step's rollouts; with algorithm.name=ppo: 4")
+    minibatches: int = Field(1, gt=0, description="optimiser steps in each pass; with algorithm.name=ppo: 4")
     value_clip: float | None = Field(0.2, gt=0)
     warmup_steps: int = Field(0, ge=0, description="steps in which only the critic learns")
 
@@ -295,6 +310,21 @@ class RunConfig(TrainingRunConfig):
     critic: CriticConfig = CriticConfig()
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_passes(cls, given: Any) -> Any:
+        """`algorithm.name` says how often a step's rollouts are learned from, as it says what its loss is."""
+        algorithm = given.get("algorithm") if isinstance(given, dict) else None
+        if not isinstance(algorithm, dict) or str(algorithm.get("name")) not in _PASSES:
+            return given
+        rollout = given.get("rollout")
+        prompts = rollout.get("prompts_per_step") if isinstance(rollout, dict) else None
+        if not isinstance(prompts, int):
+            prompts = RolloutConfig().prompts_per_step
+        passes = passes_of(algorithm["name"], prompts)
+        sections = {name: given.get(name) or {} for name in ("learner", "critic")}
+        return {**given, **{name: {**passes, **own} for name, own in sections.items() if isinstance(own, dict)}}
 
     @property
     def uses_reference(self) -> bool:

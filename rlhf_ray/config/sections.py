@@ -116,8 +116,9 @@ class TrainEngineConfig(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     lr: float = Field(1e-6, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr_warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises from 0")
+    lr_warmup_steps: int | None = Field(None, ge=0, description="so many steps instead of that share; 0: no warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, of weight matrices; biases and norms are spared")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped_steps: int = Field(20, gt=0, description="steps in a row without a finite gradient that end the run")

@@ -109,6 +109,7 @@ class SamplesConfig(Section):
 
 class SFTConfig(SupervisedConfig):
     name: str = "sft"
+    epochs: float = Field(3.0, gt=0)
     plain_text: PlainTextConfig | None = None
     samples: SamplesConfig = SamplesConfig()
 

@@ -157,10 +157,13 @@ class Trainer:
 
 def scheduled_rate(config: TrainEngineConfig, step: int, total_steps: int) -> float:
     """Linear warm-up, then constant, linear or cosine decay to 0 at `total_steps`."""
-    if step < config.lr_warmup_steps:
-        return config.lr * (step + 1) / config.lr_warmup_steps
+    warmup = config.lr_warmup_steps
+    if warmup is None:
+        warmup = math.ceil(config.lr_warmup_ratio * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return config.lr
-    span = max(1, total_steps - config.lr_warmup_steps)
-    progress = min(1.0, (step - config.lr_warmup_steps) / span)
+    span = max(1, total_steps - warmup)
+    progress = min(1.0, (step - warmup) / span)
     return config.lr * (1 - progress if config.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

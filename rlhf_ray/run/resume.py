@@ -28,7 +28,8 @@ SHARDS = ("world_size", "zero_stage")
 DATE = ("clock",)
 # The settings whose effect at a step depends on how many there are.
 SCHEDULES = (
-    "learner.lr_schedule", "critic.lr_schedule", "rollout.temperature_end", "algorithm.kl_coef_end",
+    "learner.lr_schedule", "critic.lr_schedule", "learner.lr_warmup_ratio", "critic.lr_warmup_ratio",
+    "rollout.temperature_end", "algorithm.kl_coef_end",
     "algorithm.entropy_coef_end", "algorithm.kl_target_end",
 )  # fmt: skip
 # What a run directory may hold that was made from the rows of the data.
@@ -138,9 +139,19 @@ def _other_length(config: TrainingRunConfig, directory: RunDirectory) -> str | N
     if not changed:
         return None
     pairs = ", ".join(f"{name} {_at(old, name)} -> {_at(new, name)}" for name in changed)
-    moving = ", ".join(f"{name}={value}" for name in SCHEDULES if (value := _at(new, name)) not in (None, "constant"))
+    moving = ", ".join(f"{name}={_at(new, name)}" for name in SCHEDULES if _moves(new, name))
     follows = f"; what moves over the run ({moving}) is from here on where the new length has it" if moving else ""
     return f"the run's length has changed since it began: {pairs}{follows}"
+
+
+def _moves(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a setting of SCHEDULES has an effect in this config."""
+    role, _, setting = name.rpartition(".")
+    if role == "critic" and _at(config, "algorithm.advantage") != "gae":
+        return False
+    if setting == "lr_warmup_ratio":
+        return _at(config, f"{role}.lr_warmup_steps") is None and bool(_at(config, name))
+    return _at(config, name) not in (None, "constant")
 
 
 def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

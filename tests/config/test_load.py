@@ -270,6 +270,23 @@ def test_the_algorithm_as_an_override_over_a_dumped_config(load, write, old):
     assert load_config(dumped, ["algorithm.kl_coef=0.3", "algorithm.name=ppo"]) == explicit
 
 
+def passes(config) -> list[int]:
+    return [getattr(section, name) for section in (config.learner, config.critic) for name in ("epochs", "minibatches")]
+
+
+def test_ppo_goes_over_its_rollouts_several_times(load, write):
+    assert passes(load("rollout.prompts_per_step=32")) == [1, 1, 1, 1]
+    ppo = load("algorithm.name=ppo", "rollout.prompts_per_step=32")
+    assert passes(ppo) == [4, 4, 4, 4]
+    assert passes(load("algorithm.name=ppo", "rollout.prompts_per_step=6")) == [4, 2, 4, 2], "of one size"
+    assert passes(load("algorithm.name=ppo", "learner.epochs=1", "critic={minibatches: 1}")) == [1, 4, 4, 1], "by hand"
+    dumped = write(dump_config(ppo))
+    assert passes(load_config(dumped)) == [4, 4, 4, 4]
+    assert passes(load_config(dumped, ["algorithm.name=grpo"])) == [1, 1, 1, 1]
+    by_hand = write(dump_config(load("algorithm.name=ppo", "learner.epochs=2")))
+    assert passes(load_config(by_hand, ["algorithm.name=grpo"]))[0] == 2
+
+
 def test_a_name_that_is_no_name(load):
     with pytest.raises(ConfigError, match="algorithm.name: input should be 'grpo'"):
         load("algorithm.name=[ppo]")

@@ -461,6 +461,17 @@ def test_learning_rates(tiny, learner_of, schedule, expected):
         assert learner.learning_rate(step) == pytest.approx(lr, abs=1e-12), step
 
 
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"lr_warmup_ratio": 0.4}, [0.25, 0.5, 0.75, 1.0, 1.0]),
+    ({"lr_warmup_ratio": 0.11}, [0.5, 1.0, 1.0, 1.0, 1.0]),  # of 10 steps: 1.1, so two
+    ({}, [1.0, 1.0, 1.0, 1.0, 1.0]),  # 3 % of 10 steps: the first, which has the whole rate
+    ({"lr_warmup_ratio": 0.4, "lr_warmup_steps": 0}, [1.0, 1.0, 1.0, 1.0, 1.0]),
+])  # fmt: skip
+def test_the_warm_up_is_a_share_of_the_steps_or_a_number_of_them(tiny, learner_of, settings, expected):
+    learner = learner_of(tiny(), lr=1.0, **settings)
+    assert [learner.learning_rate(step) for step in range(5)] == pytest.approx(expected)
+
+
 def test_a_policy_that_waits_for_its_critic_has_its_whole_schedule(tiny, learner_of):
     learner = learner_of(tiny(), lr=1.0, lr_schedule="linear", lr_warmup_steps=2)
     learner.first_step = 6  # of 10

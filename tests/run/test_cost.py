@@ -28,7 +28,7 @@ def settings(**changes) -> RunConfig:
     ({"algorithm": {"name": "ppo"}, "critic": {"epochs": 2, "warmup_steps": 1}}, FULL, 0,
      2 * 100 * 3 + 50 * (2 + 6 * 2)),
     ({"algorithm": {"name": "ppo"}, "critic": {"epochs": 2, "warmup_steps": 1}}, FULL, 1,
-     2 * 100 * 3 + 50 * (2 + 6 * 2) + 6 * 100),
+     2 * 100 * 3 + 50 * (2 + 6 * 2) + 6 * 100 * 4),
 ])  # fmt: skip
 def test_utilisation(changes, policy, step, operations):
     workload = Workload(policy, Size(50, 50), devices=2, peak_flops=1000.0)

@@ -277,13 +277,15 @@ def test_another_length_is_told(tmp_path, capsys):
     start(False)
     assert not events_of(start(True), "length_changed")
     (said,) = events_of(start(True, epochs=3, steps=30), "length_changed")
-    assert "epochs 2.0 -> 3.0, steps 20 -> 30; what moves over the run (learner.lr_schedule=linear) is from" in said
+    assert "epochs 2.0 -> 3.0, steps 20 -> 30; what moves over the run (learner.lr_schedule=linear, " in said
+    assert "learner.lr_warmup_ratio=0.03) is from here on" in said
     assert said in capsys.readouterr().out
 
 
 def test_another_length_tells_of_every_setting_that_moves_over_the_run(tmp_path):
     def start(resume: bool, **changes) -> Recorder:
-        tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": []}}
+        tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": []},
+                "learner": {"lr_warmup_steps": 3}}  # fmt: skip
         return Recorder(RunConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
 
     start(False, steps=20)
@@ -292,6 +294,8 @@ def test_another_length_tells_of_every_setting_that_moves_over_the_run(tmp_path)
     moving = {"rollout": {"temperature_end": 0.5}, "algorithm": {"kl_coef_end": 0.0, "entropy_coef_end": 0.1}}
     said = events_of(start(True, steps=40, **moving), "length_changed")[-1]
     assert "(rollout.temperature_end=0.5, algorithm.kl_coef_end=0.0, algorithm.entropy_coef_end=0.1)" in said
+    said = events_of(start(True, steps=50, learner={"lr_warmup_ratio": 0.1}), "length_changed")[-1]
+    assert "(learner.lr_warmup_ratio=0.1)" in said, "and not that of a critic which is not there"
 
 
 def test_a_resumed_run_keeps_the_moment_of_its_start(tmp_path):
