@@ -24,8 +24,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from pydantic import BaseModel
+
 from rlhf_ray.config.extras import needs_of, require
-from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.load import dump_config, parse_config, read_yaml
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
 from rlhf_ray.errors import ConfigError, StageError, Terminated
 from rlhf_ray.preflight import preflight
@@ -192,7 +194,7 @@ def _finished(stage: Stage, stages: Sequence[Stage], directory: RunDirectory) ->
     if result is None:
         return False
     remedy = f"delete {stage.folder} to run it again, or set --run-dir to a new folder"
-    if not file.is_file() or file.read_text(encoding="utf-8") != dump_config(stage.config):
+    if not _says(file, stage.config):
         raise ConfigError(f"stage {stage.name} has finished with other settings than it has now; {remedy}")
     for source in stages:
         if source.name in stage.needs:
@@ -200,6 +202,14 @@ def _finished(stage: Stage, stages: Sequence[Stage], directory: RunDirectory) ->
             if made is None or made.time > result.time:
                 raise ConfigError(f"stage {stage.name} has finished before its input {source.name!r} did; {remedy}")
     return True
+
+
+def _says(file: Path, config: BaseModel) -> bool:
+    """Whether a file of settings means this config: a setting that the file is too old to know has its default."""
+    try:
+        return dump_config(parse_config(read_yaml(file), type(config), source=str(file))) == dump_config(config)
+    except ConfigError:  # not there, or a setting that is no more
+        return False
 
 
 def _summarize(

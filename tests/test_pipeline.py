@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_ray import pipeline
 from rlhf_ray.errors import ConfigError, StageError
@@ -102,6 +103,22 @@ def test_another_setting_of_a_finished_stage_is_refused(shell, file, tmp_path):
     pipeline.run_pipeline(file, run_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="stage b has finished with other settings"):
         pipeline.run_pipeline(file, ["b.learner.lr=1"], tmp_path / "run", resume=True)
+
+
+def test_a_setting_that_is_newer_than_a_finished_stage_is_no_other_setting(shell, file, tmp_path):
+    pipeline.run_pipeline(file, run_dir=tmp_path / "run")
+    written = tmp_path / "run/stages/b.yaml"
+    tree = yaml.safe_load(written.read_text())
+    del tree["data"]["cleaning"]["privacy"], tree["eval"]
+    written.write_text(yaml.safe_dump(tree))
+    pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)
+    assert shell.ran == ["a", "b", "c"]
+    written.write_text(yaml.safe_dump({**tree, "seed": 5}))
+    with pytest.raises(ConfigError, match="stage b has finished with other settings"):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)
+    written.write_text(yaml.safe_dump({**tree, "no_more": 5}))
+    with pytest.raises(ConfigError, match="stage b has finished with other settings"):
+        pipeline.run_pipeline(file, run_dir=tmp_path / "run", resume=True)
 
 
 def test_a_stage_older_than_its_input_is_refused(shell, file, tmp_path):
