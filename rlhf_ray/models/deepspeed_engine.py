@@ -198,12 +198,14 @@ class DeepSpeedEngine:
         missing = [name for name in names if not list((folder / TAG).glob(f"*{name}"))]
         return (f"{folder / TAG} lacks {missing[0]}", 0) if missing else (None, int(saved["steps"]))
 
-    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model") -> None:
+    def save_pretrained(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model", ends: Sequence[int] = ()
+    ) -> None:
         state = [(name, tensor.cpu()) for name, tensor in self.export(what) if self.rank == 0]
         problem = None
         if self.rank == 0:
             try:
-                write_pretrained(self.module, state, folder, tokenizer, what)
+                write_pretrained(self.module, state, folder, tokenizer, what, ends)
             except ModelError as error:  # caught, as what follows: the other ranks are waiting
                 problem = str(error)
             except Exception as error:  # safetensors has errors of its own for a full disk
@@ -230,13 +232,9 @@ def _check_options(device: torch.device, zero_stage: int, offload: str) -> None:
 
 
 def _join(
-    device: torch.device,
-    rank: int | None,
-    world_size: int | None,
-    address: str | None,
-    port: int | None,
+    device: torch.device, rank: int | None, world_size: int | None, address: str | None, port: int | None,
     timeout_s: float,
-) -> tuple[int, int]:
+) -> tuple[int, int]:  # fmt: skip
     """Enter the process group, with a deadline on each of its collectives. Returns (rank, world size)."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size

@@ -6,7 +6,7 @@ gradients are SUMS over micro-batches and ranks, clipped by their global norm, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -71,8 +71,13 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Undo `save`. Raises CheckpointError if `folder` is incomplete or of another shape. Collective."""
 
-    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model") -> None:
-        """Write a plain Hugging Face folder, LoRA merged, or one of the adapter alone. Collective; rank 0 writes."""
+    def save_pretrained(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model", ends: Sequence[int] = ()
+    ) -> None:
+        """Write a plain Hugging Face folder, LoRA merged, or one of the adapter alone. Collective; rank 0 writes.
+
+        `ends`: tokens that the model has learned to end an answer with.
+        """
 
     def close(self) -> None:
         """Free what must be freed by hand (process groups)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,13 @@ def stop_token_ids(
         named = GenerationConfig.from_pretrained(str(local_folder(path) or path)).eos_token_id
     except OSError:
         named = load_shape(path, trust_remote_code=trust_remote_code).get_text_config().eos_token_id
+    return with_named_ends(named, tokenizer)
+
+
+def with_named_ends(named: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's EOS, and those of `named`, a generation config's `eos_token_id`, that it marks as special."""
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    own = named if isinstance(named, list) else [named]
+    own = named if isinstance(named, Sequence) else [named]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *(token for token in own if token in marked)]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.folders import save_folder
+from rlhf_ray.models.loading import with_named_ends
 from rlhf_ray.models.lora import Gather, adapter_state, merged_state
 
 if TYPE_CHECKING:
@@ -59,9 +60,12 @@ def write_pretrained(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     what: Export = "model",
+    ends: Sequence[int] = (),
 ) -> None:
     """Write `state` with the config of `module` as a folder that `from_pretrained` reads, Transformers' or PEFT's.
 
+    `ends`: tokens that end an answer, as the module has learned; `generate` and vLLM stop where the folder's
+    generation_config.json says, which gets them beside those that it names already.
     Raises ModelError for weights that are not finite: such a folder loads without a word, and answers nonsense.
     """
     weights = {name: tensor.detach().to("cpu") for name, tensor in state}
@@ -77,7 +81,7 @@ def write_pretrained(
         save_folder(folder, module, tokenizer, state_dict=weights, save_embedding_layers=False)
         return
     model = plain_model(module)
-    with _no_progress_bar(), _described_as_exported(model):
+    with _no_progress_bar(), _described_as_exported(model), _stopping_at(model, tokenizer, ends):
         save_folder(folder, model, tokenizer, state_dict=weights)
 
 
@@ -97,6 +101,22 @@ def _described_as_exported(model: Any) -> Iterator[None]:
         model.config.__dict__.update(kept.__dict__)
         if quantizer is not None:
             model.hf_quantizer = quantizer
+
+
+@contextmanager
+def _stopping_at(model: Any, tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int]) -> Iterator[None]:
+    """The model's generation config with `ends`, which a classifier has no use for."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or tokenizer is None or not ends:
+        yield
+        return
+    kept = generation.eos_token_id
+    all_ends = tuple(dict.fromkeys([*with_named_ends(kept, tokenizer), *ends]))
+    generation.eos_token_id = list(all_ends) if len(all_ends) > 1 else all_ends[0]
+    try:
+        yield
+    finally:
+        generation.eos_token_id = kept
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +167,10 @@ class TorchEngine:
             if saved is not None:
                 mine.copy_(saved)
 
-    def save_pretrained(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model") -> None:
-        write_pretrained(self.module, exported_state(self.module, what), folder, tokenizer, what)
+    def save_pretrained(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model", ends: Sequence[int] = ()
+    ) -> None:
+        write_pretrained(self.module, exported_state(self.module, what), folder, tokenizer, what, ends)
 
     def close(self) -> None:
         """Nothing to free by hand."""

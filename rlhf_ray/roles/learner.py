@@ -20,6 +20,7 @@ from rlhf_ray.algo.registry import POLICY_LOSSES
 from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
+from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter
 from rlhf_ray.roles.forward import Predictions, predict
@@ -254,8 +255,8 @@ class Learner(Trainer):
         self.engine.load(folder)
 
     def export_model(self, folder: Path) -> None:
-        """A plain Hugging Face folder with the tokenizer. Collective."""
-        self.engine.save_pretrained(folder, self.tokenizer)
+        """A plain Hugging Face folder with the tokenizer, which says what ends a turn. Collective."""
+        self.engine.save_pretrained(folder, self.tokenizer, ends=turn_end_ids(self.tokenizer))
 
     def export_adapter(self, folder: Path) -> None:
         """What LoRA has learned, as a folder that PEFT reads, with the tokenizer. Collective."""

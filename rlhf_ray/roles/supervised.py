@@ -196,8 +196,8 @@ class SupervisedTrainer:
         self.engine.load(folder)
 
     def export_model(self, folder: Path) -> None:
-        """A plain Hugging Face folder with the tokenizer. Collective."""
-        self.engine.save_pretrained(folder, self.tokenizer)
+        """A plain Hugging Face folder with the tokenizer, which says what ends a turn. Collective."""
+        self.engine.save_pretrained(folder, self.tokenizer, ends=turn_end_ids(self.tokenizer))
 
     def export_adapter(self, folder: Path) -> None:
         """What LoRA has learned, as a folder that PEFT reads, with the tokenizer. Collective."""
