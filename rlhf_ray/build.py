@@ -18,7 +18,7 @@ from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import described
 from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.errors import ConfigError, ModelError
-from rlhf_ray.loops.best import BestPolicy
+from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.loops.evaluate import Evaluator
 from rlhf_ray.loops.export import export
 from rlhf_ray.loops.rl import train
@@ -263,7 +263,9 @@ def open_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = None) ->
 def _best(config: RunConfig, roles: Roles, directory: RunDirectory) -> BestPolicy | None:
     if config.eval.best_by is None:
         return None
-    return BestPolicy(config.eval.best_by, roles.learner, directory, lora=config.model.lora is not None)
+    return BestPolicy(
+        config.eval.best_by, roles.learner, directory, measure=measure_of(config), lora=config.model.lora is not None
+    )
 
 
 def _reference(config: RunConfig, assets: Assets, learner: Learner) -> Reference | AdapterFreeReference | None:

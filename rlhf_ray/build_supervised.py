@@ -12,7 +12,7 @@ from rlhf_ray.build import hardware_of, kept_only_if_used
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
-from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import ModelError
@@ -117,14 +117,7 @@ def say_what_is_read(
 
 def sources_of(reports: Sequence[CleaningReport], tokenizer: Any) -> dict[str, str]:
     """Fingerprints of all the rows that the run reads, by source, in the order of reading, and of the chat template."""
-    found = {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template)}
-    for report in reports:
-        name, number = report.source, 1
-        while name in found:  # another split of it
-            number += 1
-            name = f"{report.source}, reading {number}"
-        found[name] = report.read
-    return found
+    return {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template), **fingerprints_of(reports)}
 
 
 def batches_of(config: SupervisedConfig, rows: Sequence[Any], plain: int) -> Batches:

@@ -60,6 +60,18 @@ class CleaningReport:
         return f"{self.source}: {'; '.join(parts)}"
 
 
+def fingerprints_of(reports: Iterable[CleaningReport]) -> dict[str, str]:
+    """Of the rows that were read, by source, in the order of reading."""
+    found: dict[str, str] = {}
+    for report in reports:
+        name, number = report.source, 1
+        while name in found:  # another split of it
+            number += 1
+            name = f"{report.source}, reading {number}"
+        found[name] = report.read
+    return found
+
+
 def explain_unused(unused: Mapping[str, int]) -> str:
     """`unused: id (12 rows)`, the most frequent first."""
     return "unused: " + ", ".join(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.datasets import load_supervised
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import DataError
@@ -32,7 +32,7 @@ class SFTData:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of the rows as they were read, by source: a resumed run must find the same."""
-        return {f"sft_data: {report.source}": report.read for report in self.reports}
+        return {f"sft_data: {source}": read for source, read in fingerprints_of(self.reports).items()}
 
 
 def load_sft_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SFTData | None:

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.datasets import load_supervised
 from rlhf_ray.data.fingerprint import Fingerprint, fingerprint_of_template
 from rlhf_ray.data.prompts import load_prompts
@@ -96,6 +97,11 @@ def test_a_templates_fingerprint_is_of_its_text_and_not_of_its_ends_of_lines():
     texts = ["{{ a }}\n{{ b }}", "{{ a }}\r\n{{ b }}", "{{ a }}{{ b }}", {"default": "{{ a }}"}, None]
     one, other, *rest = map(fingerprint_of_template, texts)
     assert one == other and len({one, *rest}) == 4
+
+
+def test_two_readings_of_one_source_are_two_fingerprints():
+    reports = [CleaningReport(name, 1, 1, {}, read=read) for name, read in (("a", "1"), ("b", "2"), ("a", "3"))]
+    assert fingerprints_of(reports) == {"a": "1", "b": "2", "a, reading 2": "3"}
 
 
 def test_llama_takes_its_date_from_the_clock_and_a_date_of_ones_own_goes_before_it(write):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from rlhf_ray.build import run_rl
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.loops.best import BestPolicy
+from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.run.directory import RunDirectory
 
 
@@ -37,7 +37,8 @@ def consider(best: BestPolicy, learner: Exporting, values: dict[int, float]) -> 
 def test_the_highest_number_stays(learner, tmp_path):
     best = BestPolicy("reward", learner, RunDirectory(tmp_path / "run"))
     consider(best, learner, {0: 0.1, 10: 0.7, 20: float("nan"), 30: 0.7, 40: 0.6})
-    assert best.found == {"step": 10, "reward": 0.7} == json.loads((tmp_path / "run" / "best.json").read_text())
+    kept = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best.found == {"step": 10, "reward": 0.7} == {name: kept[name] for name in ("step", "reward")}
     assert (tmp_path / "run" / "best_model" / "model").read_text() == "10" and learner.exports == 2
 
 
@@ -55,6 +56,23 @@ def test_a_number_that_is_not_there_is_refused_at_the_first_evaluation(learner, 
     best = BestPolicy("acuracy", learner, RunDirectory(tmp_path / "run"))
     with pytest.raises(ConfigError, match="eval.best_by=acuracy: the evaluation has no such number; it has reward"):
         best.consider(0, {"reward": 1.0, "samples": []})
+
+
+def test_numbers_of_another_measure_are_not_compared(learner, tmp_path, tiny_config):
+    """A reward of twice the weight would make every later policy the best one, and half of it none."""
+    one, other = (measure_of(tiny_config(f"rewards.0.weight={weight}")) for weight in (1, 0.5))
+    assert one == measure_of(tiny_config("rewards.0.weight=1", "steps=9", "eval.every=3", "learner.lr=1")) != other
+    directory = RunDirectory(tmp_path / "run")
+    consider(BestPolicy("reward", learner, directory, measure=one), learner, {0: 0.1, 10: 0.7})
+    (tmp_path / "run" / "config.yaml").write_text("")
+    directory = RunDirectory(tmp_path / "run", resume=True)
+    assert BestPolicy("reward", learner, directory, measure=one).found == {"step": 10, "reward": 0.7}
+    with pytest.warns(UserWarning, match="step 10: what eval measures has changed, so reward 0.7 of step 10 is not"):
+        best = BestPolicy("reward", learner, directory, measure=other)
+    consider(best, learner, {20: 0.4})
+    assert best.found == {"step": 20, "reward": 0.4}
+    assert [event["step"] for event in directory.read_events() if event["event"] == "best_forgotten"] == [10]
+    assert BestPolicy("accuracy", learner, directory, measure=other).found == {}, "another number, another best"
 
 
 def test_a_number_that_is_missing_later_ends_no_run(learner, tmp_path):
