@@ -257,6 +257,8 @@ def _shortened(text: str) -> str:
 def _describe(item: Any, schema: type[BaseModel]) -> str:
     dotted = ".".join(str(part) for part in item["loc"]) or "the settings"
     if item["type"] == "extra_forbidden":
+        if item["loc"][-1] == "sources":
+            return f"{dotted}: the rows are of one source here; set {dotted.removesuffix('sources')}path, once for each"
         known = hint_for(str(item["loc"][-1]), schema)
         if known is not None:
             return f"{dotted}: unknown key; here it is {known}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rlhf_ray.config.data import CleaningConfig, ColumnsConfig, DataType
+from rlhf_ray.data.columns import NamedColumns
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.near_duplicates import NearDuplicates
 from rlhf_ray.data.overlap import HeldOutPrompts
@@ -29,6 +30,7 @@ class CleaningReport:
     `read` is the fingerprint of the rows as they stand there.
     `unused` counts the rows that have a column, or a key of their messages, which nothing reads. `overlap` counts
     examples whose prompt the run is also judged on and that were kept, `personal` the personal data by kind.
+    `absent` holds, by role, the columns that the settings name and no row has.
     """
 
     source: str
@@ -41,6 +43,7 @@ class CleaningReport:
     overlap: Mapping[str, int] = field(default_factory=dict)
     personal: Mapping[str, int] = field(default_factory=dict)
     masked: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left_out = ", ".join(f"{count} {why}" for why, count in self.dropped.items() if count)
@@ -51,6 +54,8 @@ class CleaningReport:
             parts.append(f"cut at max_length: {self.cut}")
         if self.unused:
             parts.append(explain_unused(self.unused))
+        if self.absent:
+            parts.append(explain_absent(self.absent))
         if self.overlap:
             asked = ", ".join(f"{count} {place}" for place, count in self.overlap.items())
             parts.append(f"prompts {asked} (cleaning.overlap=drop leaves such rows out)")
@@ -79,6 +84,11 @@ def explain_unused(unused: Mapping[str, int]) -> str:
     )
 
 
+def explain_absent(absent: Mapping[str, str]) -> str:
+    """`no row has 'rules' (columns.system)`."""
+    return "no row has " + ", ".join(f"{name!r} (columns.{role})" for role, name in absent.items())
+
+
 class Earlier:
     """Rows that have been seen before: those that say exactly the same, and, above a likeness, nearly the same."""
 
@@ -103,6 +113,7 @@ class Cleaner:
         self.unused: Counter[str] = Counter()
         self.overlap: Counter[str] = Counter()
         self.personal = PersonalData(settings.privacy)
+        self.named: NamedColumns | None = None
         self._earlier = Earlier(settings.near_duplicates) if earlier is None else earlier
 
     def records(self, rows: Iterable[Row], kind: DataType | None, names: ColumnsConfig) -> Iterator[tuple[Row, Record]]:
@@ -118,6 +129,8 @@ class Cleaner:
 
     def wanted(self, row: Row, kind: DataType, names: ColumnsConfig) -> list[Record]:
         """The records of one row that are to be used. Raises as `records` does."""
+        self.named = self.named or NamedColumns(names)
+        self.named.see(row)
         row = self.personal.seen(row)
         try:
             records = parse(row, kind, names, self.unused)
@@ -201,4 +214,5 @@ class Cleaner:
             dict(self.overlap),
             dict(self.personal.counts),
             self._settings.privacy == "mask",
+            {} if self.named is None else self.named.absent,
         )

@@ -31,6 +31,22 @@ _ALSO_CALLED = {
 }
 
 
+class NamedColumns:
+    """The columns that the settings name, of which some may be in no row: a slip that nothing else would show."""
+
+    def __init__(self, names: ColumnsConfig):
+        self._left = {role: name for role, name in names if name is not None}
+
+    def see(self, row: Row) -> None:
+        if self._left:
+            self._left = {role: name for role, name in self._left.items() if name not in row.fields}
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """By role, those that no row so far has."""
+        return dict(self._left)
+
+
 class Columns:
     """A row as its type reads it: each role's value, under the name that the settings give or the usual one.
 

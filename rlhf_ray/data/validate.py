@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig, DataType
 from rlhf_ray.data.cleaning import Cleaner
+from rlhf_ray.data.columns import NamedColumns
 from rlhf_ray.data.datasets import labelled, make_encoder
 from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
@@ -91,6 +92,7 @@ class _Findings:
         self._data, self._tokenizer, self._command, self._show = data, tokenizer, command, show
         self._watch = watch
         self._reader: _Reader | None = None
+        self._named = NamedColumns(data.columns)
         self._waiting: list[Row | DataError] = []  # until it is known who reads them
         self.read_as: Counter[str] = Counter()  # what reading itself leaves out, by reason
         self._types: Counter[str] = Counter()
@@ -128,6 +130,7 @@ class _Findings:
                 self.refuse(item)
 
     def _take(self, row: Row) -> None:
+        self._named.see(row)
         try:
             Fingerprint().add(row.fields, row.where)  # a run takes one of its rows
             before = Counter(self._reader.dropped)
@@ -159,6 +162,7 @@ class _Findings:
             left_out_rows=tuple(self._left_out),
             kept=self._kept,
             unused=dict(unused),
+            absent=self._named.absent if self._types or self._bad else {},
             tokens={"mean": round(sum(lengths) / len(lengths), 1), "max": float(max(lengths))} if lengths else None,
             shown=self._shown,
             quality=self._watch.report(),

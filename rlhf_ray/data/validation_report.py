@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.data.cleaning import explain_unused
+from rlhf_ray.data.cleaning import explain_absent, explain_unused
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.quality import QualityReport
 
@@ -83,6 +83,7 @@ class ValidationReport:
     left_out_rows: tuple[RowNote, ...]
     kept: int
     unused: dict[str, int]
+    absent: dict[str, str]  # by role, columns that the settings name and no row has
     tokens: dict[str, float] | None = None
     shown: ShownRow | None = None
     quality: QualityReport | None = None
@@ -108,6 +109,8 @@ class ValidationReport:
             lines.append(f"{self.command} would have no row to learn from")
         if self.unused:
             lines.append(explain_unused(self.unused))
+        if self.absent:
+            lines.append(explain_absent(self.absent))
         if self.tokens:
             lines.append("tokens a sequence: " + ", ".join(f"{name} {size:g}" for name, size in self.tokens.items()))
         if self.quality:

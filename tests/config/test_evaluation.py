@@ -3,6 +3,7 @@
 import pytest
 
 from rlhf_ray.config.evaluation import EvalRunConfig
+from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError
@@ -24,6 +25,14 @@ def test_a_model_may_be_given_by_its_path_alone():
     config = parse()
     assert config.models["a"].path == "x" and config.models["b"].device == "cpu"
     assert config.baseline_name == "a" and parse(baseline="b").baseline_name == "b"
+
+
+def test_several_sources_are_refused_not_read_in_part():
+    data = {"sources": ["p.jsonl", "q.jsonl"]}
+    assert "data.sources: the rows are of one source here; set data.path, once for each" in problems(data=data)
+    with pytest.raises(ConfigError, match=r"data\.sources: the rows are of one source here"):
+        pairs = {"model": "m", "rewards": [{"function": "length"}], "data": data}
+        parse_config(pairs, PairsConfig, source="pairs.yaml")
 
 
 def test_contradictions_come_all_at_once():

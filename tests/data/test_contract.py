@@ -7,6 +7,7 @@ import pytest
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.datasets import load_supervised
 from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.validate import validate
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import char_tokenizer
 
@@ -32,6 +33,22 @@ def test_what_nothing_reads_is_said_once_with_its_rows(write):
     assert str(reports[0]).endswith(
         "unused: messages[].id (3 rows), source (2 rows), messages[].tool_calls[].id (1 rows), n (1 rows)"
     )
+
+
+def test_a_column_that_is_named_and_in_no_row_is_said(write):
+    reports = []
+    file = write({"q": "abc", "completion": "b"}, {"q": "bca", "completion": "a", "rules": "c"})
+    names = {"prompt": "q", "system": "rules", "history": "before", "margin": "gap"}
+    tokenizer = char_tokenizer("abc")
+    tokenizer.chat_template = PLAIN
+    data = DatasetConfig(path=file, columns=names)
+    load_supervised(data, tokenizer, seed=0, on_report=reports.append)
+    assert reports[0].absent == {"history": "before", "margin": "gap"}
+    assert str(reports[0]).endswith("; no row has 'gap' (columns.margin), 'before' (columns.history)")
+    for command in (None, "rl"):
+        report = validate(data, command=command)
+        assert report.absent == reports[0].absent and "no row has 'gap' (columns.margin)" in str(report)
+    assert "no row has" not in str(validate(DatasetConfig(path=file, columns={"prompt": "q"})))
 
 
 @pytest.mark.parametrize(
