@@ -1,9 +1,10 @@
-"""What a sample's function returned against what a test expects: both plain JSON, compared where the sample is not."""
+"""What a sample returned or printed against what a test expects, compared where the sample is not."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 # LeetCode prints expected numbers with five decimals and accepts answers within as much.
@@ -91,3 +92,28 @@ def same(got: Any, expected: Any) -> bool:
     if isinstance(expected, dict):
         return isinstance(got, dict) and got.keys() == expected.keys() and all(same(got[k], expected[k]) for k in got)
     return type(got) in (type(None), bool, int, float, str) and got == expected
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """The same lines. Blanks at the ends of lines and empty lines at the end do not count, nor do blanks at the
+    beginning of a line or between words, unless the expected line has such itself. Where a number is expected that has
+    decimals, it is right up to `TOLERANCE`, absolute or relative.
+    """
+    ours, theirs = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (printed, expected))
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    words, wanted = printed.split(), expected.split()
+    return expected == " ".join(wanted) and len(words) == len(wanted) and all(map(_same_word, words, wanted))
+
+
+def _same_word(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    if not (re.fullmatch(number, printed) and re.fullmatch(number, expected) and re.search("[.eE]", expected)):
+        return False
+    return math.isclose(float(printed), float(expected), rel_tol=TOLERANCE, abs_tol=TOLERANCE)

@@ -93,17 +93,12 @@ def _read_one(given: Any, name: str) -> Test:
 def _call(name: str, given: Any, right: Any) -> FunctionTest:
     """APPS gives a list of arguments, LiveCodeBench one JSON value a line."""
     if isinstance(given, str):
-        if isinstance(right, str):
-            with contextlib.suppress(ValueError):
-                right = json.loads(right)
+        right = _literal(right) if isinstance(right, str) else right
         lines = [line for line in given.split("\n") if line.strip()]
         try:
             args = [json.loads(line) for line in lines]
         except ValueError:
-            try:
-                args = [json.loads(given)]  # one value on several lines
-            except ValueError:
-                args = [given]
+            args = [_literal(given)]  # one value on several lines
         readings: list[tuple[list, dict]] = [(args, {})]
         if len(args) == 1 and isinstance(args[0], list):
             readings.append((args[0], {}))
@@ -116,6 +111,17 @@ def _call(name: str, given: Any, right: Any) -> FunctionTest:
     # APPS puts some outputs into a list of one.
     expected = (right, right[0]) if isinstance(right, list) and len(right) == 1 else (right,)
     return FunctionTest(name, tuple(readings), expected)
+
+
+def _literal(text: str) -> Any:
+    """JSON, or what Python would print: `True`, `['a', None]`. A text that is neither is itself."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval(text.strip())
+        json.dumps(value)  # a set or bytes are no JSON
+        return value
+    return text
 
 
 def _with_number_keys(arg: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_ray.rewards.code_compare import NotPlain, plain, same
+from rlhf_ray.rewards.code_compare import NotPlain, plain, same, same_output
 from rlhf_ray.rewards.code_forms import FunctionTest, ProgramTest, Test, TextTest, about_texts
 from rlhf_ray.rewards.code_wire import Encoder
 from rlhf_ray.rewards.sandbox import Limits, run_python
@@ -97,12 +97,7 @@ def _prints(program: str, test: ProgramTest, setting: Setting) -> bool:
     # As much as is asked for may be printed, and as much again.
     wanted = replace(setting.limits, output_kb=max(setting.limits.output_kb, 2 * len(test.stdout.encode()) // 1000))
     ran = run_python(program, stdin=test.stdin, limits=wanted, tier=setting.tier)
-    return ran.finished and _lines(ran.stdout) == _lines(test.stdout)
-
-
-def _lines(text: str) -> list[str]:
-    """Blanks at the ends of lines and empty lines at the end do not count."""
-    return [line.rstrip() for line in text.rstrip().split("\n")]
+    return ran.finished and same_output(ran.stdout, test.stdout)
 
 
 def _no_data(value: Any) -> Any:

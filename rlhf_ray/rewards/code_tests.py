@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from rlhf_ray.rewards.code_running import CannotJudge, Setting, groups, results
 from rlhf_ray.rewards.failures import Failure, Outcome
 from rlhf_ray.rewards.sandbox import Limits
 
-_FENCED = re.compile(r"```[^\S\n]*(?:python|py|python3)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_PYTHON = ("python", "py", "python3", "py3")
 
 
 @dataclass
@@ -45,7 +45,7 @@ def code_tests(
     """1 where the code in the completion passes all tests in the data's `column`, else 0. A sample that hangs, dies,
     or uses up its limits has failed its test.
 
-    The code is the last fenced block, else the whole completion. A row's tests are in one of the forms of
+    The code is what `code_in` finds. A row's tests are in one of the forms of
     `code_forms.read_tests` (docs/rewards.md lists them).
 
     Args:
@@ -76,9 +76,35 @@ def code_tests(
 
 
 def code_in(completion: str) -> str:
-    """The last fenced block; without a fence, everything."""
-    blocks = _FENCED.findall(completion)
-    return blocks[-1] if blocks else completion
+    """The last fenced block that says it is Python; else the last without a language; without a fence, everything.
+    What stands before `</think>` is not looked at.
+    """
+    answer = completion.rpartition("</think>")[2]
+    blocks = list(_fenced(answer))
+    for labels in (_PYTHON, ("",)):
+        if found := [text for label, text in blocks if label.lower() in labels]:
+            return found[-1]
+    return "" if blocks else answer
+
+
+def _fenced(text: str) -> Iterator[tuple[str, str]]:
+    """(language, contents) of each fenced block; the last may not be closed. Those in a list are indented with it."""
+    lines = iter(text.split("\n"))
+    for line in lines:
+        fence = next((fence for fence in ("```", "~~~") if line.count(fence) == 1), "")
+        label = line.partition(fence)[2].lstrip(fence[0]) if fence else "`"
+        if "`" in label:
+            continue  # code within a line
+        kept: list[str] = []
+        depth = len(line) - len(line.lstrip()) + 3
+        for inner in lines:
+            if inner.strip() == fence and len(inner.rstrip()) - len(fence) <= depth:
+                break  # deeper, it is a fence within the code's own text, as in a docstring
+            kept.append(inner)
+            if inner.rstrip().endswith(fence) and inner.count(fence) == 1 and inner.strip() != fence:
+                kept[-1] = inner.rstrip().removesuffix(fence)
+                break
+        yield (label.split() or [""])[0], textwrap.dedent("\n".join(kept)).rstrip() + "\n"
 
 
 def _name_of_function(columns: Mapping[str, Any], row: int) -> str:
