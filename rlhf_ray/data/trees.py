@@ -93,7 +93,10 @@ def _is_message(fields: dict[str, Any]) -> bool:
     inner = fields.get("prompt")
     if "message_tree_id" in fields and isinstance(inner, dict):
         return True
-    return {"message_id", "text", "role"} <= set(fields) and fields["role"] in _ROLES
+    if not {"message_id", "text", "role"} <= set(fields):
+        return False
+    # A role that is no text says nothing of the file; with a parent it is a message, of which that is complained.
+    return fields["role"] in _ROLES if isinstance(fields["role"], str) else "parent_id" in fields
 
 
 def _messages_of(where: str, fields: dict[str, Any]) -> Iterator[_Message]:

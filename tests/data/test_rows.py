@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 
 import pyarrow
 import pyarrow.parquet
@@ -257,6 +258,22 @@ def test_a_table_gives_the_rows_that_were_put_in(tmp_path):
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match="one: cannot load this folder of save_to_disk"):
         rows_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("offset", [3000, -1, 9])
+def test_a_damaged_table_is_refused_not_read_from_elsewhere(tmp_path, offset):
+    """The texts abc, defgh, ij end at 3, 8 and 10; an end beyond the next, or the last, is another's memory."""
+    table = pyarrow.table({"text": ["abc", "defgh", "ij"]})
+    for name, write in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        path = tmp_path / f"{name}.arrow"
+        with write(path, table.schema) as sink:
+            sink.write_table(table)
+        assert [fields["text"] for fields, _ in rows_of(path)] == ["abc", "defgh", "ij"]
+        ends, damaged = (struct.pack("<4i", 0, first, 8, 10) for first in (3, offset))
+        assert path.read_bytes().count(ends) == 1
+        path.write_bytes(path.read_bytes().replace(ends, damaged))
+        with pytest.raises(DataError, match=rf"{name}\.arrow: not a readable Arrow file"):
+            rows_of(path)
 
 
 def test_only_the_content_of_a_message_may_be_none():

@@ -107,6 +107,7 @@ def test_rows_stay_as_they_are_on_request_and_other_rows_always(write):
         (message("9", "5"), 11, "the message is of the assistant, and here the prompter speaks"),
         (message("9"), 11, "the message is of the assistant, and here the prompter speaks"),
         ({**message("9", "c"), "role": "system"}, 11, "the role of message '9' is 'system'"),
+        ({**message("9", "c"), "role": ["assistant"]}, 11, r"the role of message '9' is \['assistant'\]"),
         ({**message("9", "c"), "text": None}, 11, "a message needs the texts message_id and text"),
         ({**message("9", "c"), "rank": "best"}, 11, "the rank of message '9' is 'best', not a number"),
         (message("z", "z"), 11, "the message follows from itself"),
@@ -119,6 +120,14 @@ def test_a_message_that_fits_nowhere_is_named(write, bad, line, says):
     complaints = []
     rows(path, "messages", on_bad=complaints.append)
     assert len(complaints) == 1
+
+
+def test_a_list_for_the_role_of_the_first_message_is_named_too(write):
+    first = {**message("a"), "role": ["prompter"]}
+    with pytest.raises(DataError, match=r"data\.jsonl:1: the role of message 'a' is \['prompter'\]; it must be"):
+        rows(write(first, message("1", "a", 0)), "messages")
+    other = {"message_id": "x", "text": "a text", "role": ["user"]}
+    assert rows(write(other), "messages") == [("1", other)]
 
 
 def test_a_tree_of_thousands_of_generations_needs_no_stack(write):

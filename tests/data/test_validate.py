@@ -70,6 +70,36 @@ def test_with_a_tokenizer_the_template_and_the_length_are_checked(write):
     assert judged == {"mean": 2.5, "max": 3.0}, "a reward model reads a text without EOS"
 
 
+def test_a_pair_is_one_example_of_two_sequences(write):
+    rows = write(*({"prompt": "ab", "chosen": "a" * count, "rejected": "b"} for count in (1, 2, 3)))
+    # chosen: 2 tokens of the prompt and 1 to 3; rejected: 2 and 1. A policy writes EOS behind them.
+    for command, ends in (("rm", 0), ("dpo", 1)):
+        report = validate(DatasetConfig(path=rows), char_tokenizer("abcd"), command=command)
+        assert (report.rows, report.kept, report.types) == (3, 3, {"preference": 3})
+        assert report.tokens == {"mean": (3 + 4 + 5 + 3 * 3) / 6 + ends, "max": 5.0 + ends}
+
+
+BAD = {"chosen": "a", "rejected": None}
+
+
+@pytest.mark.parametrize(
+    ("good", "command", "whys"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rm", ["none of the fields", "broken JSON"]),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "rl", ["none of the fields", "broken JSON"]),
+        ({"text": "a", "label": 1}, "classifier", ["none of the fields", "broken JSON"]),
+        ({"prompt": "a", "completion": "b"}, "sft", ["none of the fields", "broken JSON"]),
+    ],
+)
+def test_bad_rows_at_the_beginning_do_not_say_what_the_others_are_for(tmp_path, good, command, whys):
+    file = tmp_path / "late.jsonl"
+    file.write_text("".join([json.dumps(BAD) + "\n", "{\n", json.dumps(good) + "\n", json.dumps(good) + "\n"]))
+    report = validate(DatasetConfig(path=str(file)))
+    assert report.command == command and sum(report.types.values()) == 2
+    assert [note.where for note in report.bad] == [f"{file}:1", f"{file}:2"], "in the order of the file"
+    assert all(says in note.why for note, says in zip(report.bad, whys, strict=True))
+
+
 def test_a_file_without_rows_is_not_good(write):
     report = validate(DatasetConfig(path=write()))
     assert not report.is_good and "0 rows: none good; 0 bad" in str(report)
