@@ -19,11 +19,11 @@ from rlhf_ray.run.directory import RunDirectory
 POLICY = ("seed", "model", "warm_start")
 # The settings that decide which prompts come, in which order, and how they are numbered.
 STREAM = ("data", "plain_text", "sft_data", "rollout.prompts_per_step", "rollout.group_size", "learner.batch_size")
-
-
 # The settings that decide how a checkpoint is laid out.
 LAYOUT = ("dtype", "learner.engine", "critic.engine")
 SHARDS = ("world_size", "zero_stage")
+# What a critic begins as, and what DPO's reference is: asked for once.
+CRITIC, REFERENCE = ("critic.path",), ("dpo.reference",)
 # What chat templates take for now.
 DATE = ("clock",)
 # The settings whose effect at a step depends on how many there are.
@@ -54,6 +54,10 @@ def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, 
         )
     if checkpoint and (changed := _changes_of_layout(old, new)):
         problems.append(f"goes on from a checkpoint that other settings cannot read, and {_have(changed)} since")
+    if checkpoint and _at(new, "algorithm.advantage") == "gae" and (changed := _changed(old, new, CRITIC)):
+        problems.append(f"goes on with the critic of the checkpoint, and {_have(changed)} since it was made")
+    if (directory.path / "reference.json").exists() and (changed := _changed(old, new, REFERENCE)):
+        problems.append(f"goes on with the log-probabilities in reference.json, and {_have(changed)} since")
     if changed := _changed(old, new, DATE):
         problems.append(f"goes on with prompts of the date that they had at its start, and {_have(changed)} since")
     if problems:

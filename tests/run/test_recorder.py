@@ -11,7 +11,7 @@ import yaml
 from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.supervised import SFTConfig
+from rlhf_ray.config.supervised import DPOConfig, SFTConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.protocols import Scores
@@ -175,6 +175,29 @@ def test_the_batches_of_a_supervised_run_cannot_change(tmp_path):
     start(8, resume=True)
     with pytest.raises(ConfigError, match="learner.batch_size has changed since"):
         start(4, resume=True)
+
+
+def test_the_reference_of_a_dpo_run_cannot_change_once_it_was_asked(tmp_path):
+    def start(reference: str | None, resume: bool) -> Recorder:
+        tree = {"model": {"path": "m"}, "data": {"path": "d"}, "dpo": {"reference": reference},
+                "logging": {"loggers": []}}  # fmt: skip
+        return Recorder(DPOConfig.model_validate(tree), RunDirectory(tmp_path / "run", resume=resume))
+
+    start(None, resume=False)
+    start("other", resume=True).remember("reference", dict)
+    with pytest.raises(ConfigError, match="the log-probabilities in reference.json, and dpo.reference has changed"):
+        start(None, resume=True)
+    start("other", resume=True)
+
+
+def test_what_a_critic_began_as_cannot_change_once_it_has_learned(recorder):
+    ppo = {"algorithm": {"name": "ppo"}}
+    recorder(**ppo)
+    run = recorder(resume=True, critic={"path": "one"}, **ppo)
+    run.checkpoints.save(1, lambda folder: (folder / "weights").write_text("w"), {})
+    with pytest.raises(ConfigError, match="the critic of the checkpoint, and critic.path has changed since it was"):
+        recorder(resume=True, critic={"path": "two"}, **ppo)
+    recorder(resume=True, critic={"path": "one"}, **ppo)
 
 
 def test_everything_that_cannot_change_is_named_at_once(recorder):
