@@ -20,6 +20,7 @@ from rlhf_ray.data.chat import Chat, Instruction, Message, Messages, Prompt
 from rlhf_ray.data.columns import Text
 from rlhf_ray.data.dialogues import ASSISTANT, dialogue_messages, is_dialogue
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.rendered import Around, around_messages
 from rlhf_ray.data.templates import ChatTemplate, Piece, alpaca_prompt
 from rlhf_ray.data.turn_end import TurnEnd, end_of_turn, turn_end_ids
 from rlhf_ray.data.written import check_written
@@ -169,12 +170,18 @@ class Encoder:
         return end_of_turn(self._tokenizer) if self._chat is None else self._chat.end
 
     @functools.cached_property
+    def _around(self) -> Around:
+        return around_messages(self._tokenizer)
+
+    @functools.cached_property
     def _stops(self) -> frozenset[int]:
         return frozenset(turn_end_ids(self._tokenizer, self._end))
 
     def _is_turn(self, prompt: Prompt) -> bool:
-        """Whether a plain prompt has been through the chat template: what ends a turn stands in it."""
-        return isinstance(prompt, str) and bool(self._end.answer) and self._end.answer in prompt
+        """Whether a plain prompt has been through the chat template: what ends a turn, or begins one, stands in it."""
+        if not isinstance(prompt, str):
+            return False
+        return bool(self._end.answer) and self._end.answer in prompt or self._around.stands_in(prompt)
 
     def _is_rendered(self, text: str) -> bool:
         """Whether a text has its special tokens: those of a turn, or what begins a text."""
