@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.failures import Failure, Outcome
-from rlhf_ray.rewards.math_reading import Answer, read_answer
+from rlhf_ray.rewards.math_reading import Answer, read_answer, with_unit
 from rlhf_ray.rewards.process import Child, ChildLost
 
 _MEMORY_BYTES = 4 << 30
@@ -55,6 +55,7 @@ _right_answer = functools.lru_cache(maxsize=4096)(read_answer)  # of all answers
 
 
 def _same(right: Answer, given: Answer, seconds: float) -> bool:
+    right, given = with_unit(right, given.unit), with_unit(given, right.unit)
     if not given.latex or (right.unit and given.unit and right.unit != given.unit):
         return False
     if "percent" in (right.unit, given.unit) and right.unit != given.unit:

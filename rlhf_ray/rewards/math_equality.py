@@ -29,6 +29,7 @@ _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)")
 # What stands before an equals sign and names the value behind it: x, x_1, f(x), \theta, AB.
 _NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?|'+)*(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?")
 _MEMBER = re.compile(r"([A-Za-z])\s*\\in(?![A-Za-z])\s*")
+_UNION = re.compile(r"\s*\\cup(?![A-Za-z])\s*")
 # Digits in which two numbers must agree where one is not exact.
 _DIGITS = 6
 
@@ -79,7 +80,11 @@ class Equality:
         return not left
 
     def _interval_and_relation(self, right: str, given: str) -> bool:
-        """`(2, 5)` is `2 < x < 5`; any other answer of several parts is no answer of one."""
+        r"""`(2, 5)` is `2 < x < 5`, and `A \cup B` is "in A or in B"; no other answer of several is one of one."""
+        for union, several in ((right, given), (given, right)):
+            pieces, parts = _UNION.split(union), parts_of(several)
+            if len(pieces) > 1 and parts is not None and not parts.brackets and not parts.braces:
+                return self._in_any_order(pieces, parts.elements)
         return any(re.search(r"[<>]|\\[lg]eq|\\cup", side) for side in (right, given)) and self._verified(right, given)
 
     def _single(self, right: str, given: str) -> bool:

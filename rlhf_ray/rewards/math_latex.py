@@ -25,6 +25,7 @@ _SAME = [
     (r"\\ne(?![A-Za-z])", r"\\neq"),
     (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
     (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree(?![A-Za-z])", r"^\\circ"),
+    (r"(?:(?<![A-Za-z\\])m\s*)?\\(?:measured)?angle(?![A-Za-z])\s*", ""),
     # Blanks of every width. Between the digits of a number they, and a comma in braces, separate thousands.
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ )(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\!", ""),

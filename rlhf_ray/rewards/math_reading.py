@@ -16,14 +16,31 @@ from rlhf_ray.rewards.math_latex import plain_latex, without_delimiters
 _FINAL_MARK = "####"  # how GSM8K marks its final answer
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
-    r"\banswers?(?:\s+(?:to|for|of)\b[^.:=\n]{0,60})?\s*(?:\*\*)?\s*(?:is|are|:|=)|答案\s*(?:是|为|為|:)", re.IGNORECASE
+    r"\banswers?(?:\s+(?:to|for|of)\b[^.:=\n]{0,60})?\s*(?:\*\*)?\s*(?:is|are|:|=)"
+    r"|答案\s*(?:\*\*)?\s*(?:应该?|應該?)?(?:是|为|為|[:：]|(?=不是|并非|並非))"
+    r"|(?<![不能])[选選][择擇]?\s*[:：]?\s*(?=[(（]?[A-J][)）]?(?![A-Za-z的项項]))",
+    re.IGNORECASE,
 )
 # Where the answer that follows such a phrase ends: a line, a sentence (a dot inside 3.5 or p.m. is none), a reason.
-_END = re.compile(r"\n|(?<!\b[ap]\.m)[.!?](?=\s|$)|。|,?\s+(?:because|since|so that|which)\b", re.IGNORECASE)
+_END = re.compile(
+    r"\n|(?<!\b[ap]\.m)[.!?](?=\s|$)|[。！；]"
+    r"|,?\s+(?:because|since|so that|which)\b|[,，]?\s*(?:因为|因為|由于|由於)",
+    re.IGNORECASE,
+)
 _MATHS = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_HAN = "[\\u3040-\\u30ff\\u3400-\\u9fff]"
+# Units are written behind a number without a blank in Chinese and Japanese; 1.2万 is 12000.
+_CHINESE_UNIT = (
+    r"(?:[十百千]?[万萬亿億])?"
+    r"(?:(?:平方|立方)?(?:厘米|公分|毫米|分米|千米|公里|公尺|米)"
+    r"(?:/(?:小时|时|分钟?|秒))?"
+    r"|人民币|块钱?|美元|欧元|日元|元|円|千克|公斤|克|吨|毫升|升"
+    r"|个?小时|分钟|秒钟?|天|年|岁|度|[个個人])?"
+)
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d_.:^])[-+]?(?:\\?[$€£¥₹]\s?)?[-+]?(?:"
-    r"\d+\s\d+/\d+|\d+/\d+|\d{1,2}:\d\d|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![\d^_])(?:\s?\\?%)?"
+    r"(?<![A-Za-z\d_.:^])(?:百分之)?[-+]?(?:\\?[$€£¥₹]\s?)?[-+]?(?:"
+    r"\d+\s\d+/\d+|\d+/\d+|\d{1,2}:\d\d|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![\d^_])"
+    rf"(?:\s?\\?%|{_CHINESE_UNIT})?"
 )
 _FUNCTIONS = frozenset((
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "lg",
@@ -44,15 +61,19 @@ _NO_UNIT = frozenset((
 ))  # fmt: skip
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _UNITS = {
-    "dollar": "usd dollars", "euro": "eur euros", "cent": "cents", "percent": "percentage pct",
-    "degree": "degrees deg", "radian": "radians rad", "cm": "centimeter centimeters centimetre centimetres",
-    "mm": "millimeter millimeters millimetre millimetres", "m": "meter meters metre metres",
-    "km": "kilometer kilometers kilometre kilometres", "in": "inch inches", "ft": "foot feet", "yd": "yard yards",
-    "mi": "mile miles", "mph": "milesperhour mi/h", "km/h": "kph kmh kilometersperhour", "s": "sec second seconds",
-    "min": "minute minutes", "h": "hr hour hours hrs", "g": "gram grams", "kg": "kilogram kilograms",
-    "lb": "lbs pound pounds", "oz": "ounce ounces", "l": "liter liters litre litres", "ml": "milliliter milliliters",
-    "pm": "p.m.", "am": "a.m.", "day": "days", "year": "years", "unit": "units",
+    "dollar": "usd dollars 美元", "euro": "eur euros 欧元", "cent": "cents", "percent": "percentage pct",
+    "yuan": "元 块 块钱 元钱 人民币 rmb", "degree": "degrees deg 度", "radian": "radians rad",
+    "cm": "centimeter centimeters centimetre centimetres 厘米 公分", "dm": "分米",
+    "mm": "millimeter millimeters millimetre millimetres 毫米", "m": "meter meters metre metres 米 公尺",
+    "km": "kilometer kilometers kilometre kilometres 千米 公里", "in": "inch inches", "ft": "foot feet",
+    "yd": "yard yards", "mi": "mile miles", "mph": "milesperhour mi/h", "m/s": "米/秒",
+    "km/h": "kph kmh kilometersperhour 千米/时 千米/小时 公里/时 公里/小时", "s": "sec second seconds 秒 秒钟",
+    "min": "minute minutes 分钟", "h": "hr hour hours hrs 小时 个小时", "g": "gram grams 克",
+    "kg": "kilogram kilograms 千克 公斤", "t": "吨", "lb": "lbs pound pounds", "oz": "ounce ounces",
+    "l": "liter liters litre litres 升", "ml": "milliliter milliliters 毫升", "pm": "p.m.", "am": "a.m.",
+    "day": "days 天", "year": "years 年", "unit": "units",
 }  # fmt: skip
+_COUNTED = {"个", "個"}  # stands before the name of whatever is counted
 _CANONICAL = {word: unit for unit, words in _UNITS.items() for word in (unit, *words.split())}
 
 
@@ -135,7 +156,7 @@ def _alone(text: str) -> str:
 def _is_nothing_but_an_answer(text: str) -> bool:
     bare = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
     words = [word for word in re.findall(r"(?<!\S)[^\W\d_]{2,}(?![^\s.,;:!?])", bare) if word.lower() not in _FUNCTIONS]
-    scripts = re.search(r"[^\W\d_A-Za-z]{2,}", bare)  # Chinese words have no blanks around them
+    scripts = re.search(rf"[^\W\d_A-Za-z]{{2,}}|{_HAN}", bare)  # Chinese words have no blanks around them
     if not words and not scripts:
         return True
     if not re.search(r"\d|[\\$=+^]", text):
@@ -144,6 +165,8 @@ def _is_nothing_but_an_answer(text: str) -> bool:
         return True  # ab + 3: products of variables
     if re.fullmatch(r"[^\W\d_]+ [^\s:=]+", text):
         return True  # Route 66
+    if _NUMBER.fullmatch(text) or re.fullmatch(rf"[-+]?[\d.,]*\d\s?{_HAN}{{1,3}}", text):
+        return True
     first, _, unit = text.partition(" ")
     return bool(_NUMBER.fullmatch(first)) and not re.search(r"\d", unit) and len(unit.split()) <= 3 or _is_date(text)
 
@@ -159,17 +182,37 @@ def _is_date(text: str) -> bool:
 def _understood(text: str) -> Answer:
     latex = plain_latex(without_delimiters(text))
     latex = re.sub(r"^(?:\\text\{[^{}]*\}|[A-Za-z][A-Za-z ]{2,}[A-Za-z])\s*=\s*", "", latex)  # Area = 5
-    latex, unit = _without_unit(latex)
+    latex, unit = _without_unit(_without_ten_thousands(latex))
     if not latex:
         return Answer("")
     if choice := _CHOICE.fullmatch(latex):
         return Answer((choice[1] or choice[2]).lower(), words=True)
+    latex = _REPEATING.sub(_as_fraction, latex)
     number = _as_decimal(latex)
     if number is not None:
         return Answer(number, unit)
     if _is_words(latex):
         return Answer(_as_words(latex), unit, words=True)
     return Answer(latex, unit)
+
+
+def _without_ten_thousands(latex: str) -> str:
+    """1.2万元 -> 12000元; 百分之25 -> 25%"""
+    latex = re.sub(r"^百分之\s*([\d.]+)$", r"\1%", re.sub(r"\\text\{\s*([^\W\d_A-Za-z]+)\s*\}", r"\1", latex))
+    found = re.fullmatch(r"([-+]?\d[\d,]{0,50}(?:\.\d{1,50})?)\s*([十百千]?)([万萬亿億])([^\d]*)", latex)
+    if found is None:
+        return latex
+    times = {"": 1, "十": 10, "百": 100, "千": 1000}[found[2]] * (10**4 if found[3] in "万萬" else 10**8)
+    value = Fraction(found[1].replace(",", "")) * times
+    return f"{value}{found[4]}" if value.denominator == 1 else latex
+
+
+def with_unit(answer: Answer, unit: str) -> Answer:
+    """`5 h` is 5 times h, unless the other side shows that hours are meant."""
+    found = re.fullmatch(r"([-+]?[\d.]+)\s*([a-z])(?:\^\{?([23])\}?)?", answer.latex)
+    if unit and not answer.unit and found and _CANONICAL.get(found[2], found[2]) + (found[3] or "") == unit:
+        return Answer(found[1], unit)
+    return answer
 
 
 def _without_unit(latex: str) -> tuple[str, str]:
@@ -200,6 +243,10 @@ def _without_unit(latex: str) -> tuple[str, str]:
 def _name_of_unit(text: str) -> str:
     r"""`\text{ square centimeters}`, `\text{cm}^2`, `cm^2` -> cm2"""
     words = re.sub(r"\\text|[{}.\s^()]", " ", text).lower().split()
+    if words and words[0][:2] in ("平方", "立方"):
+        return _name_of_unit(words[0][2:]) + ("2" if words[0].startswith("平方") else "3")
+    if words and words[0] in _COUNTED:
+        return ""
     power = "2" if {"square", "sq", "squared"} & set(words) else "3" if {"cubic", "cu", "cubed"} & set(words) else ""
     words = [word for word in words if word not in ("square", "sq", "squared", "cubic", "cu", "cubed", "of")]
     if words and words[-1] in ("2", "3"):
@@ -207,6 +254,16 @@ def _name_of_unit(text: str) -> str:
     joined = "".join(words)
     name = _CANONICAL.get(joined) or "".join(_CANONICAL.get(word, word.removesuffix("s")) for word in words)
     return name + power
+
+
+_REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
+
+
+def _as_fraction(found: re.Match) -> str:
+    r"""0.1\overline{6} -> 16 - 1 over 90"""
+    whole, fixed, again = found[1] or "0", found[2], found[3]
+    value = Fraction(int(whole + fixed + again) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(again) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
 
 
 def _as_decimal(latex: str) -> str | None:
@@ -224,7 +281,7 @@ def _as_decimal(latex: str) -> str | None:
 def _is_words(latex: str) -> bool:
     if "\\text" in latex:
         return True
-    if re.search(r"\d\s*:\s*\d|^\w+_\{?\d+\}?$|\d\s+\d", latex):
+    if re.search(r"\d\s*:\s*\d|^\w+_\{?\d+\}?$|(?<![_^\d])\d+\s+\d", latex):
         return True  # a time or a ratio; a number in another base; digits that stand apart
     letters = re.sub(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[A-Za-z]+", " ", latex)
     words = [word for word in re.findall(r"[^\W\d_]+", letters) if word.lower() not in _FUNCTIONS]
