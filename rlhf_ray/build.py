@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
+from rlhf_ray.config.rewards import right_by
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.prompt_sources import load_split
@@ -77,7 +78,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
-                seed=config.seed, best=_best(config, roles, directory),
+                seed=config.seed, right=right_by(config.rewards), best=_best(config, roles, directory),
             )  # fmt: skip
             rollouts = _rollouts(config, roles, train_prompts, _sampling(config, stop), run)
             try:

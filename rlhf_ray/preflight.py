@@ -17,7 +17,8 @@ from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.judge import JudgeConfig
-from rlhf_ray.config.schema import RewardConfig, RunConfig
+from rlhf_ray.config.rewards import RewardConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RowsConfig, Section
 from rlhf_ray.config.supervised import DPOConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.paths import HUB_PREFIX, looks_local

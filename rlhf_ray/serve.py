@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_ray.config.reward_server import RewardServerConfig
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.rewards.calling import RewardFunction
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.http_client import token_from

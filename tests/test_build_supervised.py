@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ray.build_supervised import doubt_judge, run_supervised
 from rlhf_ray.config.load import apply_override, parse_config
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.config.supervised import SCHEMAS, SupervisedConfig
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError, RlhfRayError
 from rlhf_ray.models.loading import load_reward_model

@@ -19,7 +19,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     for name in {**summary["before"], **summary["after"]}:
-        # Some are not always there: accuracy is, only while all rewards are 0 or 1.
+        # Some are not always there: a function's mean is, only where it judged an answer.
         values = [summary[when].get(name) for when in ("before", "after")]
         if all(value is None or isinstance(value, (int, float)) for value in values):
             table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))

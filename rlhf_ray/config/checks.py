@@ -72,7 +72,7 @@ def _rewards(config: RunConfig) -> list[str]:
     if not config.rewards and config.reward_model is None:
         problems.append("no reward: every advantage would be 0; set rewards or reward_model.path")
     for index, reward in enumerate(config.rewards):
-        name = reward.name or reward.function.rpartition(":")[2]
+        name = reward.label
         if name in _TAKEN_REWARD_NAMES:
             problems.append(
                 f"rewards.{index}: the name {name} is taken by the metric reward/{name} of the sum; "

@@ -6,7 +6,8 @@ from datetime import datetime
 from typing import TypeVar
 
 from rlhf_ray.config.evaluation import SampledRunConfig
-from rlhf_ray.config.schema import RewardConfig, RunConfig
+from rlhf_ray.config.rewards import RewardConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import TrainingRunConfig
 
 Dated = TypeVar("Dated", bound=TrainingRunConfig | SampledRunConfig)

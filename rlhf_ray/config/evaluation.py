@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from rlhf_ray.config.data_checks import template_problems
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
-from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig, RewardConfig, RewardModelConfig, SafetyConfig
+from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
+from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig
 from rlhf_ray.config.sections import Clock, Section, Seed
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -63,7 +64,7 @@ class PassConfig(Section):
     """accuracy and pass@k: which answers are right, by a reward that is 1 for these."""
 
     k: list[Annotated[int, Field(gt=0)]] = [1]
-    reward: str | None = Field(None, description="its name; empty: the first whose scores are all 0 or 1")
+    reward: str | None = Field(None, description="its name; empty: the first that is binary (rewards.0.binary)")
     right_at: float = Field(1.0, description="an answer with at least this score is right")
 
 

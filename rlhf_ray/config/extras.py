@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 from rlhf_ray.config.data import CleaningConfig
 from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
-from rlhf_ray.config.schema import GeneratorConfig, RewardConfig, RunConfig
+from rlhf_ray.config.rewards import RewardConfig
+from rlhf_ray.config.schema import GeneratorConfig, RunConfig
 from rlhf_ray.config.sections import LoraConfig, Section, TrainEngineConfig, TrainingRunConfig
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlhf_ray.config.schema import RewardConfig
+from rlhf_ray.config.rewards import RewardConfig
 from rlhf_ray.config.sections import Clock, Section, Seed
 
 

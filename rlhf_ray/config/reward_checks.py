@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.config.limits import LARGEST_REWARD
-from rlhf_ray.config.schema import RewardConfig
+from rlhf_ray.config.rewards import RewardConfig
 
 
 def failure_problems(reward: RewardConfig, key: str) -> list[str]:

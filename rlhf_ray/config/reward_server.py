@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_ray.config.reward_checks import failure_problems
-from rlhf_ray.config.schema import RewardConfig, RewardModelConfig
+from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig
 from rlhf_ray.config.sections import Section
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.data import SFTDataConfig
 from rlhf_ray.config.limits import LARGEST_REWARD
+from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
 from rlhf_ray.config.sections import MOST_WORKERS, RowsConfig, Section, TrainEngineConfig, TrainingRunConfig
 from rlhf_ray.config.sources import SeveralSources, SourceConfig
 
@@ -91,53 +92,6 @@ class GeneratorConfig(Section):
     kv_cache_gb: float = Field(1.0, gt=0, description="vLLM on CPU: memory of its KV cache")
     enforce_eager: bool = Field(True, description="vLLM: false captures CUDA graphs: faster, later to start, untested")
     engine_args: dict[str, Any] = Field({}, description="vLLM: further arguments of its engine, like max_num_seqs")
-
-
-class RewardConfig(Section):
-    """`function` is a built-in name, `module:function`, `file.py:function`, or the URL of a reward server."""
-
-    function: str
-    name: str | None = None
-    weight: float = 1.0
-    args: dict[str, Any] = {}
-    adapter: Literal["auto", "trl", "verl", "openrlhf"] = Field(
-        "auto", description="whose convention the function follows; auto: by the names of its parameters"
-    )
-    isolated: bool | None = Field(
-        None, description="run it in a process of its own, which may be killed; empty: yes for functions of your own"
-    )
-    timeout_s: float = Field(300.0, gt=0, description="one call; needs isolated, an async function, or a server")
-    on_failure: Literal["raise", "retry", "drop_group", "default"] = "raise"
-    retries: int | None = Field(None, ge=0, description="repeated calls before that; empty: 2 for retry, else 0")
-    default_score: float | None = Field(
-        None, ge=-LARGEST_REWARD, le=LARGEST_REWARD, description="on_failure=default: the score of rows without one"
-    )
-    token_env: str | None = Field(None, description="reward server: environment variable with its bearer token")
-
-
-class RewardModelConfig(Section):
-    """A Hugging Face sequence-classifier folder or Hub name that judges the decoded text."""
-
-    path: str
-    weight: float = 1.0
-    output: Literal["logit", "logprob", "prob"] = Field("logit", description="of the positive (last) label")
-    max_length: int | None = Field(
-        None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
-    )
-    batch_size: int = Field(64, gt=0)
-
-
-class SafetyConfig(Section):
-    """A classifier that says how safe a text is: the reward becomes (1 - weight) * all others + weight * P(safe)."""
-
-    path: str
-    weight: float = Field(0.5, ge=0, le=1)
-    safe_label: str | None = Field(None, description="the label that means safe; empty, without unsafe_label: the last")
-    unsafe_label: str | None = Field(None, description="or the one that means unsafe: P(safe) = 1 - P(unsafe)")
-    max_length: int | None = Field(
-        None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
-    )
-    batch_size: int = Field(64, gt=0)
 
 
 # What each algorithm means; every field may still be set by hand.

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
-from rlhf_ray.config.schema import DataConfig, PromptsConfig, RewardConfig, RolloutConfig, RunConfig
+from rlhf_ray.config.rewards import RewardConfig
+from rlhf_ray.config.schema import DataConfig, PromptsConfig, RolloutConfig, RunConfig
 from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
 from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
 from rlhf_ray.data.messages import readable

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_ray.config.evaluation import EvalRunConfig, PerplexityConfig, RedTeamConfig, SampledModelConfig
 from rlhf_ray.config.extras import needs_of, require
+from rlhf_ray.config.rewards import right_by
 from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.prompts import PromptSet, load_texts
 from rlhf_ray.errors import ConfigError
@@ -22,7 +23,7 @@ from rlhf_ray.evaluation.answers import (
     shown_prompt,
     tokenizer_of,
 )
-from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics, verifiable_reward
+from rlhf_ray.evaluation.metrics import reward_metrics, text_metrics
 from rlhf_ray.evaluation.passk import mean_pass_at_k
 from rlhf_ray.evaluation.perplexity import Perplexity, measure_perplexity
 from rlhf_ray.evaluation.text import self_bleu
@@ -153,7 +154,7 @@ def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]
     metrics: dict[str, float] = {}
     if config.has_reward:
         metrics |= reward_metrics(
-            answers.scores.score, answers.scores.by_function, right=config.pass_at.reward,
+            answers.scores.score, answers.scores.by_function, right=_right_by(config),
             right_at=config.pass_at.right_at,
         )  # fmt: skip
         metrics["reward_std"] = _std(answers.scores.score)
@@ -180,10 +181,14 @@ def _std(value_B: Any) -> float:
     return float(scored_B.std(correction=0)) if len(scored_B) else float("nan")
 
 
+def _right_by(config: EvalRunConfig) -> str | None:
+    return config.pass_at.reward or right_by(config.rewards)
+
+
 def _pass_at_k(config: EvalRunConfig, answers: Answers) -> dict[str, float]:
     by_function = answers.scores.by_function
-    name = config.pass_at.reward or verifiable_reward(by_function)
-    if name is None:
+    name = _right_by(config)
+    if name not in by_function:
         return {}
     # A prompt of whose answers none has a score is not this function's to judge; else no score means: not right.
     prompts = [scores for scores in answers.by_prompt(by_function[name].tolist()) if not all(map(math.isnan, scores))]

@@ -16,12 +16,11 @@ def reward_metrics(
 ) -> dict[str, float]:
     """`reward` (the weighted sum), `reward/<name>` of each function, and `accuracy`: the share of right answers.
 
-    An answer is right where the reward `right` (None: the verifiable one, if there is one) is at least `right_at`.
+    An answer is right where the reward `right` is at least `right_at`; without one there is no accuracy.
     A number is NaN where a reward function did not judge the row, or failed and its policy lets the run go on without
     that row: such rows do not count.
     """
     result = {"reward": float(score_B.nanmean()), **function_means(by_function)}
-    right = right or verifiable_reward(by_function)
     if right is not None and f"reward/{right}" in result:
         scored_B = by_function[right][~by_function[right].isnan()]
         result["accuracy"] = float((scored_B >= right_at).to(scored_B.dtype).mean())
@@ -35,15 +34,6 @@ def function_means(by_function: Mapping[str, Tensor]) -> dict[str, float]:
         for name, value_B in by_function.items()
         if not value_B.isnan().all()
     }
-
-
-def verifiable_reward(by_function: Mapping[str, Tensor]) -> str | None:
-    """The first function whose rewards are all 0 or 1, if there is one."""
-    for name, value_B in by_function.items():
-        values = set(value_B[~value_B.isnan()].tolist())
-        if values and values <= {0.0, 1.0}:
-            return name
-    return None
 
 
 def text_metrics(

@@ -46,7 +46,7 @@ class BestPolicy:
         """`result`: an evaluation of the weights that the learner holds after `step` steps.
 
         Raises ConfigError if the first evaluation of a run has no such number. A later one may lack it, and is passed
-        over: accuracy is there as long as rewards are all 0 or 1, and a function's mean where it judged something.
+        over: a function's mean is there where it judged something.
         """
         value = result.get(self.by)
         if not isinstance(value, float):

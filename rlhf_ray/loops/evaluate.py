@@ -20,19 +20,20 @@ class Evaluator:
 
     def __init__(
         self, generator: Generator, reward: Reward, prompts: PromptSet, sampling: Sampling, *, seed: int,
-        best: BestPolicy | None = None,
+        right: str | None = None, best: BestPolicy | None = None,
     ) -> None:  # fmt: skip
-        """`best`: hears of every evaluation."""
+        """`right`: the reward that says which answers are right. `best`: hears of every evaluation."""
         self.generator = generator
         self.reward = reward
         self.sampling = sampling
         self.requests = requests_for(prompts, seed)
+        self.right = right
         self.best = best
         self.sources = [example.source for example in prompts.examples]
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (the first function whose
-        rewards are all 0 or 1), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, `distinct_1_tokens`,
+        """`reward` (the weighted sum), `reward/<name>` of each function, `accuracy` (by the reward that says which
+        answers are right), `response_len`, `truncated_frac`, `distinct_1`, `distinct_2`, `distinct_1_tokens`,
         `distinct_2_tokens`, and `samples` (prompt, completion, reward). Of several sources also
         `source/<name>/reward` and what belongs to it. `step`: how many the policy has learned in.
         """
@@ -42,12 +43,12 @@ class Evaluator:
         scores = self.reward.score(batch, texts=len(self.requests))
         rows = batch.rows
         result: dict[str, Any] = {
-            **reward_metrics(scores.score, scores.by_function),
+            **reward_metrics(scores.score, scores.by_function, right=self.right),
             **text_metrics([completion for _, completion in scores.texts], scores.completion_ids, rows),
         }
         for name in dict.fromkeys(filter(None, self.sources)):
             own = scores.select([row for row, source in enumerate(self.sources) if source == name])
-            found = reward_metrics(own.score, own.by_function)
+            found = reward_metrics(own.score, own.by_function, right=self.right)
             result |= {f"source/{name}/{metric}": value for metric, value in found.items()}
         result["samples"] = [
             {"prompt": scores.texts[i][0], "completion": scores.texts[i][1], "reward": float(scores.score[i])}

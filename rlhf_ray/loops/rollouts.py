@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -363,10 +364,18 @@ def rollout_metrics(rows: Rows, scores: Scores, step: int) -> dict[str, float]:
 
 
 def _group_metrics(prompt_ids: Sequence[int], scores: Sequence[float]) -> Mapping[str, float]:
-    """Shares of groups in which every answer earns 1 or more, every answer 0 or less, or neither."""
+    """Shares of groups in which every answer earns 1 or more, every answer 0 or less, or neither; in which all earn the
+    same; and how far a group's answers differ.
+    """
     groups: dict[int, list[float]] = {}
     for prompt, score in zip(prompt_ids, scores, strict=True):
         groups.setdefault(prompt, []).append(score)
     correct = sum(min(group) >= 1 for group in groups.values()) / len(groups)
     wrong = sum(max(group) <= 0 for group in groups.values()) / len(groups)
-    return {"groups/all_correct": correct, "groups/all_wrong": wrong, "groups/mixed": 1 - correct - wrong}
+    return {
+        "groups/all_correct": correct,
+        "groups/all_wrong": wrong,
+        "groups/mixed": 1 - correct - wrong,
+        "groups/same": sum(min(group) == max(group) for group in groups.values()) / len(groups),
+        "reward/std_in_group": fmean(pstdev(group) for group in groups.values()),
+    }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ray.config.schema import SafetyConfig
+from rlhf_ray.config.rewards import SafetyConfig
 from rlhf_ray.data.encoding import without_bos
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_reward_model

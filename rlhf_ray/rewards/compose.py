@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_ray.config.schema import RewardConfig
+from rlhf_ray.config.rewards import RewardConfig, default_name
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.adapters import Adapter
 from rlhf_ray.rewards.calling import Inputs, IsolatedFunction, RewardFunction, bind, start, together
 from rlhf_ray.rewards.failures import FailurePolicy, Outcome, too_large, unjudged
-from rlhf_ray.rewards.loading import check_builtin, default_name, is_builtin, is_http
+from rlhf_ray.rewards.loading import check_builtin, is_builtin, is_http
 
 # Names that every function receives anyway, so that a dataset column cannot come under them a second time.
 _OWN_ARGUMENTS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})

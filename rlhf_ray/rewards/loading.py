@@ -40,11 +40,6 @@ def is_builtin(function: str) -> bool:
     return ":" not in function
 
 
-def default_name(function: str) -> str:
-    """What its metric is called if the config does not say."""
-    return function.partition("://")[2].partition("/")[0] if is_http(function) else function.rpartition(":")[2]
-
-
 def find_function(function: str) -> Callable[..., Any]:
     """`function` is a built-in name, `package.module:function`, or `path/to/file.py:function`.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.limits import LARGEST_REWARD
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.data.completion_text import CompletionText
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores

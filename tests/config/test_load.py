@@ -10,6 +10,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import dump_config, load_config, on_device, parse_config
 from rlhf_ray.config.reward_server import RewardServerConfig
+from rlhf_ray.config.rewards import RewardConfig, right_by
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
@@ -285,6 +286,18 @@ def test_ppo_goes_over_its_rollouts_several_times(load, write):
     assert passes(load_config(dumped, ["algorithm.name=grpo"])) == [1, 1, 1, 1]
     by_hand = write(dump_config(load("algorithm.name=ppo", "learner.epochs=2")))
     assert passes(load_config(by_hand, ["algorithm.name=grpo"]))[0] == 2
+
+
+@pytest.mark.parametrize(("rewards", "expected"), [
+    ([{"function": "sentiment"}, {"function": "math"}, {"function": "regex"}], "math"),
+    ([{"function": "code", "args": {"partial": True}}], None),
+    ([{"function": "code", "args": {"partial": False}, "name": "passes"}], "passes"),
+    ([{"function": "math", "binary": False}, {"function": "mine.py:good", "binary": True}], "good"),
+    ([{"function": "mine.py:good"}], None),
+    ([{"function": "http://host:8000/score", "binary": True}], "host:8000"),
+])  # fmt: skip
+def test_which_reward_says_what_is_right(rewards, expected):
+    assert right_by([RewardConfig(**reward) for reward in rewards]) == expected
 
 
 def test_a_name_that_is_no_name(load):

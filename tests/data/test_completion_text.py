@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken
 
 from rlhf_ray.batch import build_batch
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.data.completion_text import CompletionText
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.rewards.classifier import TextScores

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from rlhf_ray.batch import build_batch
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.turn_end import end_of_turn, turn_end_ids

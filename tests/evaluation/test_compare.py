@@ -161,7 +161,7 @@ def test_win_rate_by_a_judge(config, table, monkeypatch):
 def test_a_reward_that_fails_for_a_row_is_no_number(config, table, tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("def f(completions, **_): return [None if c == '0' else 1.0 for c in completions]")
-    rewards = [{"function": f"{reward}:f", "on_failure": "drop_group", "isolated": False}]
+    rewards = [{"function": f"{reward}:f", "on_failure": "drop_group", "isolated": False, "binary": True}]
     table(base=(lambda r, m: "7", 0.5), tuned=(lambda r, m: "0" if r.sample_id == 1 else "7", 0.5))
     result = compare(config(rewards=rewards)).result
     tuned = result["models"]["tuned"]["metrics"]

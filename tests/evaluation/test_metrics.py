@@ -18,7 +18,7 @@ def test_means_are_over_the_rows_that_a_function_judged():
         "proofs": torch.tensor([NAN, 3.0, NAN, NAN]),
         "code": torch.full((4,), NAN),
     }
-    found = reward_metrics(torch.tensor([1.0, 3.0, 0.0, 1.0]), by_function)
+    found = reward_metrics(torch.tensor([1.0, 3.0, 0.0, 1.0]), by_function, right="sums")
     assert found == {
         "reward": 1.25, "reward/sums": pytest.approx(2 / 3), "reward/proofs": 3.0, "accuracy": pytest.approx(2 / 3)
     }  # fmt: skip

@@ -38,11 +38,13 @@ def test_every_evaluation_asks_the_same_and_no_training_step_does(evaluator, gen
     assert not training & {r.seed for r in generator.asked[0]}
 
 
-def test_accuracy_where_rewards_are_0_or_1(evaluator, reward):
+def test_accuracy_is_of_the_reward_that_says_what_is_right(evaluator, reward):
     right = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     reward.score = lambda batch, texts: Scores(right * 2, {"exact": right, "format": right * 0}, (("p", "c"),) * 5)
+    assert "accuracy" not in evaluator.evaluate(0), "that all rewards are 0 or 1 may be chance"
+    evaluator.right = "exact"
     result = evaluator.evaluate(0)
-    assert result["accuracy"] == pytest.approx(0.6), "the first of such functions"
+    assert result["accuracy"] == pytest.approx(0.6)
     assert result["reward"] == pytest.approx(1.2) and result["reward/format"] == 0.0
 
 

@@ -93,12 +93,14 @@ def test_the_names_on_the_page_are_read_right():
 
 def test_the_page_has_a_line_for_every_metric_and_no_other(ppo_run, tiny_config, tmp_path, repo_root):
     """The second run has what the first has not: groups to choose from, a penalty for length, a reward that
-    fails, passes that may end early.
+    fails, passes that may end early, rows that are learned beside the rollouts.
     """
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 3)
+    rows = ("algorithm.sft_coef=0.1", f"sft_data={{path: '{tmp_path}/sums.jsonl', batch_size: 2, max_length: 16}}")
     (tmp_path / "judge.py").write_text("def judge(completions): return [float('nan'), *map(len, completions[1:])]")
     reward = f"{{function: '{tmp_path}/judge.py:judge', isolated: false, on_failure: default, default_score: 0}}"
     passes = ("learner.epochs=2", "learner.stop_kl=1")
-    config = tiny_config("algorithm.name=dapo", f"rewards.0={reward}", *passes, "steps=1", "eval.size=2")
+    config = tiny_config("algorithm.name=dapo", f"rewards.0={reward}", *passes, *rows, "steps=1", "eval.size=2")
     run_rl(config, tmp_path / "dapo")
     files = (ppo_run[0] / "metrics.jsonl", tmp_path / "dapo" / "metrics.jsonl")
     emitted = {name for file in files for line in file.read_text().splitlines() for name in json.loads(line)}

@@ -98,7 +98,8 @@ def test_metrics_by_hand(rollouts, generator):
         "reward/row": 2.5, "reward/half": 1.25, "response_len/mean": 1.0, "response_len/max": 1.0,
         "truncated_frac": 0.0, "staleness/mean": 1.0, "staleness/max": 1.0,
         # groups (0, 1), (2, 3), (4, 5)
-        "groups/all_correct": 2 / 3, "groups/all_wrong": 0.0, "groups/mixed": 1 / 3,
+        "groups/all_correct": 2 / 3, "groups/all_wrong": 0.0, "groups/mixed": 1 / 3, "groups/same": 0.0,
+        "reward/std_in_group": 0.5,
     }  # fmt: skip
     assert metrics == pytest.approx(expected)
 
@@ -108,6 +109,8 @@ def test_groups(rollouts):
     score_B = torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0, 1.0])
     metrics = rollout_metrics(scored.batch.rows, Scores(score_B, {}, ()), 0)
     assert [metrics[f"groups/{name}"] for name in ("all_correct", "all_wrong", "mixed")] == pytest.approx([1 / 3] * 3)
+    assert metrics["groups/same"] == pytest.approx(1 / 3)
+    assert metrics["reward/std_in_group"] == pytest.approx((0 + 0.5 + 0.5) / 3)
 
 
 def test_staleness_counts_from_the_oldest_token(rollouts):

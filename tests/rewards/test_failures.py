@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from rlhf_ray.config.load import parse_config
-from rlhf_ray.config.schema import RewardConfig
+from rlhf_ray.config.rewards import RewardConfig
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards import compose
 from rlhf_ray.rewards.calling import RewardFunction

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
 from rlhf_ray.config.load import parse_config
-from rlhf_ray.config.schema import RunConfig, SafetyConfig
+from rlhf_ray.config.rewards import SafetyConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.rewards.classifier import Safety, classifier, load_classifier

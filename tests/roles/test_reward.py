@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf_ray.batch import build_batch
-from rlhf_ray.config.schema import RewardModelConfig, SafetyConfig
+from rlhf_ray.config.rewards import RewardModelConfig, SafetyConfig
 from rlhf_ray.errors import RewardError
 from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.models.tokenizers import build_tokenizer

@@ -1,0 +1,88 @@
+"""Settings of what judges answers: reward functions, a reward model, a safety classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.limits import LARGEST_REWARD
+from rlhf_ray.config.sections import Section
+
+
+class RewardConfig(Section):
+    """`function` is a built-in name, `module:function`, `file.py:function`, or the URL of a reward server."""
+
+    function: str
+    name: str | None = None
+    weight: float = 1.0
+    args: dict[str, Any] = {}
+    adapter: Literal["auto", "trl", "verl", "openrlhf"] = Field(
+        "auto", description="whose convention the function follows; auto: by the names of its parameters"
+    )
+    isolated: bool | None = Field(
+        None, description="run it in a process of its own, which may be killed; empty: yes for functions of your own"
+    )
+    timeout_s: float = Field(300.0, gt=0, description="one call; needs isolated, an async function, or a server")
+    on_failure: Literal["raise", "retry", "drop_group", "default"] = "raise"
+    retries: int | None = Field(None, ge=0, description="repeated calls before that; empty: 2 for retry, else 0")
+    default_score: float | None = Field(
+        None, ge=-LARGEST_REWARD, le=LARGEST_REWARD, description="on_failure=default: the score of rows without one"
+    )
+    token_env: str | None = Field(None, description="reward server: environment variable with its bearer token")
+    binary: bool | None = Field(
+        None, description="its scores are 1 (right) or 0 (wrong), so that their mean is an accuracy; empty: yes for "
+        "exact_answer, regex, math and code, no for others"
+    )  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """What its metric is called."""
+        return self.name or default_name(self.function)
+
+    @property
+    def says_right(self) -> bool:
+        """Whether its scores are declared to be 1 for right answers and 0 for wrong ones."""
+        if self.binary is not None:
+            return self.binary
+        return self.function in _SAY_RIGHT and not self.args.get("partial")
+
+
+# Built-in rewards that score 1 or 0. (`code` with args.partial gives shares.)
+_SAY_RIGHT = ("exact_answer", "regex", "math", "code")
+
+
+def default_name(function: str) -> str:
+    """What the metric of a reward is called if the config does not say."""
+    return function.partition("://")[2].partition("/")[0] if "://" in function else function.rpartition(":")[2]
+
+
+def right_by(rewards: Sequence[RewardConfig]) -> str | None:
+    """The name of the reward that says which answers are right: the first that is declared to."""
+    return next((reward.label for reward in rewards if reward.says_right), None)
+
+
+class RewardModelConfig(Section):
+    """A Hugging Face sequence-classifier folder or Hub name that judges the decoded text."""
+
+    path: str
+    weight: float = 1.0
+    output: Literal["logit", "logprob", "prob"] = Field("logit", description="of the positive (last) label")
+    max_length: int | None = Field(
+        None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
+    )
+    batch_size: int = Field(64, gt=0)
+
+
+class SafetyConfig(Section):
+    """A classifier that says how safe a text is: the reward becomes (1 - weight) * all others + weight * P(safe)."""
+
+    path: str
+    weight: float = Field(0.5, ge=0, le=1)
+    safe_label: str | None = Field(None, description="the label that means safe; empty, without unsafe_label: the last")
+    unsafe_label: str | None = Field(None, description="or the one that means unsafe: P(safe) = 1 - P(unsafe)")
+    max_length: int | None = Field(
+        None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
+    )
+    batch_size: int = Field(64, gt=0)
