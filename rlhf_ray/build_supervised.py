@@ -17,8 +17,8 @@ from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import ModelError
 from rlhf_ray.loops.export import export
-from rlhf_ray.loops.supervised import Batches, Judged, Trainer, train
-from rlhf_ray.loops.supervised_notes import balance_of, notes_on_validation
+from rlhf_ray.loops.supervised import TRAIN_SAMPLE, Batches, Judged, Trainer, train
+from rlhf_ray.loops.supervised_notes import balance_of, notes_on_labels, notes_on_validation
 from rlhf_ray.loops.supervised_start import (
     Splits,
     check_model_fits,
@@ -64,7 +64,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         with open_trainer(config, assets, splits) as trainer:
             run.workload = Workload(devices=trainer.devices)
             if isinstance(config, DPOConfig) and config.dpo.needs_reference:
-                set_reference(config, trainer, run)
+                set_reference(config, trainer, batches, run)
             result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
             if isinstance(config, RMConfig):
                 doubt_judge(result, run)
@@ -104,7 +104,8 @@ def say_what_is_read(
     run: SupervisedRecorder,
 ) -> None:  # fmt: skip
     """What was left out of the rows and why, what is held out, and an alarm if length alone tells the better answer."""
-    for line in [*map(str, reports), *notes_on_validation(config, splits, batches.per_epoch)]:
+    notes = [*notes_on_validation(config, splits, batches.per_epoch), *notes_on_labels(config, splits["train"])]
+    for line in [*map(str, reports), *notes]:
         run.progress.note(line)
     if len(batches.parts) > 1:
         run.progress.note(f"{described(batches.parts)}; an epoch is {batches.count} rows")
@@ -146,14 +147,21 @@ def judged_by(config: SupervisedConfig, tokenizer: Any, splits: Splits) -> Judge
     return Judged(names, tuple(prompts), texts, config.samples.max_new_tokens)
 
 
-def set_reference(config: DPOConfig, trainer: Any, run: SupervisedRecorder) -> None:
-    """Reference log-probabilities, computed once: a resumed run finds those of its beginning in reference.json."""
+def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: SupervisedRecorder) -> None:
+    """Reference log-probabilities, computed once: a resumed run finds those of its beginning in reference.json.
+
+    KTO also asks for what the batches of all steps mismatch, so its file is named after their number: in a run that
+    goes on for longer than it was to, the trainer still is the policy of the beginning here.
+    """
+    rows, name = [], "reference"
+    if config.dpo.kind == "kto":
+        rows, name = [batches.rows(step) for step in range(config.steps)], f"reference_{config.steps}"
 
     def compute() -> dict[str, Any]:
         run.progress.note("log-probabilities of the reference policy, once for the whole run")
-        return trainer.reference_logprobs(config.dpo.reference)
+        return trainer.reference_logprobs(config.dpo.reference, rows, TRAIN_SAMPLE)
 
-    trainer.set_reference(run.remember("reference", compute))
+    trainer.set_reference(run.remember(name, compute))
 
 
 def doubt_judge(result: dict[str, Any], run: SupervisedRecorder) -> None:

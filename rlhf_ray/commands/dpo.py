@@ -10,5 +10,5 @@ def dpo(
     config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
-    """Direct preference optimisation on pairs or rankings of answers (DPO, IPO, cDPO, SimPO, ORPO)."""
+    """Direct preference optimisation on pairs or rankings (DPO, IPO, cDPO, SimPO, ORPO) or single answers (KTO)."""
     run("dpo", config, overrides, run_dir, resume, dry_run)

@@ -19,7 +19,7 @@ def validate_data(
     chat_template: Annotated[str | None, typer.Option(help="with --model: a .jinja file, or zephyr")] = None,
     max_length: Annotated[int | None, typer.Option(help="with --model: rows with more tokens are bad")] = None,
     command: Annotated[
-        str | None, typer.Option("--for", help="the command: sft, rm, dpo, classifier, rl; empty: what the rows suit")
+        str | None, typer.Option("--for", help="sft, rm, dpo, kto, classifier or rl; empty: what the rows suit")
     ] = None,
     show: Annotated[int | None, typer.Option(help="with --model: line of the row to show; empty: a good one")] = None,
     near_duplicates: Annotated[

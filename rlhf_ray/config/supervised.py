@@ -24,7 +24,7 @@ from rlhf_ray.config.sources import source_problems
 
 
 class SupervisedLearnerConfig(TrainEngineConfig):
-    batch_size: int = Field(32, gt=0, description="examples (sft, classifier) or pairs (rm, dpo) an optimiser step")
+    batch_size: int = Field(32, gt=0, description="examples, or pairs (rm, dpo but for kto), of each optimiser step")
     lr: float = Field(1e-5, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
 
@@ -153,16 +153,19 @@ _BETA_OF_KIND = {"simpo": 2.0}
 
 
 class DPOLossConfig(Section):
-    kind: Literal["sigmoid", "ipo", "simpo", "orpo"] = Field(
-        "sigmoid", description="sigmoid (DPO) and ipo have a reference, simpo and orpo have none"
-    )
+    kind: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = Field(
+        "sigmoid", description="sigmoid (DPO), ipo and kto have a reference, simpo and orpo have none; kto learns from "
+        "single answers that are good or bad"
+    )  # fmt: skip
     beta: float = Field(
-        0.1, gt=0, description="sigmoid, ipo: strength of the pull towards the reference; simpo: scale of the rewards "
-        "(2.0 when empty); orpo: weight of the odds ratio (the paper's lambda)"
+        0.1, gt=0, description="sigmoid, ipo, kto: strength of the pull towards the reference; simpo: scale of the "
+        "rewards (2.0 when empty); orpo: weight of the odds ratio (the paper's lambda)"
     )  # fmt: skip
     gamma: float = Field(1.0, ge=0, description="simpo: the margin that chosen answers are to have")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cDPO: the share of labels taken to be wrong")
     nll_weight: float = Field(0.0, ge=0, description="adds the chosen answer's negative log-likelihood a token (RPO)")
+    desirable_weight: float = Field(1.0, gt=0, description="kto: of the good answers' losses")
+    undesirable_weight: float = Field(1.0, gt=0, description="kto: of the bad answers' losses")
     reference: str | None = Field(None, description="a model folder; empty: the policy before its first step")
 
     @model_validator(mode="before")
@@ -173,7 +176,7 @@ class DPOLossConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return self.kind in ("sigmoid", "ipo")
+        return self.kind in ("sigmoid", "ipo", "kto")
 
 
 class DPOLearnerConfig(SupervisedLearnerConfig):
@@ -189,14 +192,29 @@ class DPOConfig(SupervisedConfig):
         problems, loss = super().contradictions(device), self.dpo
         if loss.kind != "sigmoid" and loss.label_smoothing > 0:
             problems.append(
-                f"dpo.label_smoothing belongs to the sigmoid loss, and dpo.kind={loss.kind} has no labels to smooth; "
+                f"dpo.label_smoothing belongs to the sigmoid loss, and dpo.kind={loss.kind} has no such term; "
                 "set dpo.kind=sigmoid or dpo.label_smoothing=0"
             )
         if not loss.needs_reference and loss.reference is not None:
             problems.append(f"dpo.kind={loss.kind} has no reference; remove dpo.reference, or set dpo.kind=sigmoid")
-        if not loss.needs_reference and loss.nll_weight > 0:
-            has = "orpo's loss has such a term already" if loss.kind == "orpo" else "simpo's loss has no such term"
+        if loss.kind not in ("sigmoid", "ipo") and loss.nll_weight > 0:
+            has = f"{loss.kind}'s loss has {'such a term already' if loss.kind == 'orpo' else 'no such term'}"
             problems.append(f"dpo.nll_weight={loss.nll_weight}: {has}; set it to 0, or dpo.kind=sigmoid or ipo")
+        return [*problems, *self._kto_problems()]
+
+    def _kto_problems(self) -> list[str]:
+        loss, problems = self.dpo, []
+        if loss.kind == "kto" and self.learner.batch_size == 1:
+            problems.append(
+                "dpo.kind=kto estimates the KL from answers to the other prompts of a batch, and learner.batch_size=1 "
+                "has none; raise it"
+            )
+        for name in ("desirable_weight", "undesirable_weight"):
+            if loss.kind != "kto" and getattr(loss, name) != 1:
+                problems.append(
+                    f"dpo.{name} belongs to kto, and dpo.kind={loss.kind} learns from pairs; set dpo.kind=kto, or "
+                    "remove it"
+                )
         return problems
 
 

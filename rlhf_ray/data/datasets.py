@@ -15,7 +15,7 @@ from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.sources import Source
 from rlhf_ray.data.cleaning import Cleaner, CleaningReport, Earlier
 from rlhf_ray.data.encoding import Encoder
-from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.data.examples import LabelledAnswer, LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.overlap import HeldOutPrompts
 from rlhf_ray.data.parts import prompt_key
@@ -24,7 +24,7 @@ from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.trees import TreeForm, tree_form
 from rlhf_ray.data.types import prompt_of
-from rlhf_ray.data.uses import Comparisons, Demonstrations, Labelled, Use
+from rlhf_ray.data.uses import Comparisons, Demonstrations, Labelled, LabelledAnswers, Use
 from rlhf_ray.errors import DataError
 
 Item = TypeVar("Item")
@@ -72,6 +72,17 @@ def load_pairs(
     """
     def use_of(source: DatasetConfig) -> Use[TokenizedPair]:
         return Comparisons(make_encoder(source, tokenizer, clock), judged=judged)
+
+    return _load(data, use_of, seed, on_report, tested_on)
+
+
+def load_labelled_answers(
+    data: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_report: OnReport = ignore,
+    clock: datetime | None = None, tested_on: str | None = None,
+) -> tuple[list[LabelledAnswer], list[LabelledAnswer]]:  # fmt: skip
+    """(train, held out) prompts with one answer each, which is good or bad; a pair makes two. See `load_supervised`."""
+    def use_of(source: DatasetConfig) -> Use[LabelledAnswer]:
+        return LabelledAnswers(make_encoder(source, tokenizer, clock))
 
     return _load(data, use_of, seed, on_report, tested_on)
 

@@ -28,6 +28,13 @@ class TokenizedPair:
 
 
 @dataclass(frozen=True)
+class LabelledAnswer(TokenizedExample):
+    """A prompt and an answer that somebody has found good or bad."""
+
+    good: bool = True
+
+
+@dataclass(frozen=True)
 class LabelledText:
     """A text as a classifier reads it (with its special tokens), and its class: 0, 1, ..."""
 

@@ -16,7 +16,7 @@ from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.cleaning import TIED, UNWANTED, Cleaner
 from rlhf_ray.data.encoding import Encoder, without_bos
-from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.data.examples import LabelledAnswer, LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.rows import placed
 from rlhf_ray.data.trees import TreeForm
 from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, RankedRow, Record, TextRow
@@ -83,6 +83,39 @@ class Comparisons:
                     yield TokenizedPair(*kept, margin=pair.margin)
         if self._encoder is not None:
             cleaner.unused.update(self._encoder.take_unused())
+
+
+class LabelledAnswers:
+    """For `dpo` with `dpo.kind=kto`: single answers that are good or bad. A pair gives a good one and a bad one."""
+
+    trees_as: TreeForm = "ranked"
+
+    def __init__(self, encoder: Encoder | None):
+        self._encoder, self._pairs = encoder, Comparisons(encoder)
+
+    def __call__(self, record: Record, cleaner: Cleaner, where: str) -> Iterator[LabelledAnswer]:
+        if isinstance(record, PreferenceRow):
+            for pair in self._pairs(record, cleaner, where):
+                yield LabelledAnswer(pair.chosen.token_ids, pair.chosen.learned, good=True)
+                yield LabelledAnswer(pair.rejected.token_ids, pair.rejected.learned, good=False)
+            return
+        if isinstance(record, RankedRow):
+            raise DataError(
+                f"{where}: a ranking says which answer is better and not which is good; give each answer a row with a "
+                "label, or use dpo.kind=sigmoid"
+            )
+        if not isinstance(record, AnswerRow) or record.label is None:
+            raise DataError(
+                f"{where}: no answer that is good or bad; dpo.kind=kto needs the fields prompt, completion and label "
+                "(true or false), or chosen and rejected; name them with data.columns"
+            )
+        if self._encoder is None:
+            return
+        with placed(where):
+            example = self._encoder.answer(record.prompt, record.completion)
+        cleaner.unused.update(self._encoder.take_unused())
+        if cleaner.is_answered(example) and (kept := cleaner.fitting(example, where=where)):
+            yield LabelledAnswer(kept[0].token_ids, kept[0].learned, good=record.label == 1)
 
 
 class Labelled:
@@ -159,7 +192,7 @@ def _comparisons(record: Record, cleaner: Cleaner, where: str) -> Iterator[Prefe
     if not isinstance(record, RankedRow):
         raise DataError(
             f"{where}: no pair of answers; preferences need the fields chosen and rejected (and prompt), or prompt and "
-            "a list of completions; name them with data.columns"
+            "a list of completions; name them with data.columns (single answers with a label: dpo with dpo.kind=kto)"
         )
     for better, worse in itertools.combinations(range(len(record.completions)), 2):
         margin = 0.0 if record.scores is None else record.scores[better] - record.scores[worse]

@@ -18,23 +18,23 @@ from rlhf_ray.config.data import DatasetConfig, DataType
 from rlhf_ray.data.cleaning import Cleaner
 from rlhf_ray.data.columns import NamedColumns
 from rlhf_ray.data.datasets import labelled, make_encoder
-from rlhf_ray.data.examples import LabelledText, TokenizedExample, TokenizedPair
+from rlhf_ray.data.examples import LabelledAnswer, LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
 from rlhf_ray.data.prompts import PromptRows
 from rlhf_ray.data.quality import NOTHING_MORE, QualityWatch, QualityWishes
 from rlhf_ray.data.rows import Row, read_rows
 from rlhf_ray.data.trees import TreeForm, tree_form
 from rlhf_ray.data.types import ConversationRow, PromptRow, Record, detect, parse
-from rlhf_ray.data.uses import Comparisons, Demonstrations, Use
+from rlhf_ray.data.uses import Comparisons, Demonstrations, LabelledAnswers, Use
 from rlhf_ray.data.validation_report import RowNote, ShownRow, ShownSequence, ValidationReport
 from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 
-Command = Literal["sft", "rm", "dpo", "classifier", "rl"]
+Command = Literal["sft", "rm", "dpo", "kto", "classifier", "rl"]  # kto: dpo with dpo.kind=kto
 Named = tuple[str, TokenizedExample]
 _NO_LIMIT = 1 << 60
 _PATIENCE = 1000  # bad rows, after which no good one is waited for to tell what the rows are for
-_TREES: dict[Command, TreeForm] = {"rm": "ranked", "dpo": "ranked", "rl": "prompt"}
+_TREES: dict[Command, TreeForm] = {"rm": "ranked", "dpo": "ranked", "kto": "ranked", "rl": "prompt"}
 # What a type is for, where that is one thing.
 _SUITED: dict[DataType, Command] = {
     "preference": "rm", "ranked": "rm", "verl": "rl", "prompt": "rl", "labelled": "classifier",
@@ -223,6 +223,8 @@ def _reader(command: Command, data: DatasetConfig, tokenizer: PreTrainedTokenize
         field = data.columns.prompt if data.type == "auto" else None
         kind = None if data.type == "auto" else data.type
         return _Asked(PromptRows(encoder, field, None, data.max_length, names=data.columns, kind=kind))
+    if command == "kto":
+        return _Supervised(data, LabelledAnswers(encoder))
     use = Demonstrations(encoder) if command == "sft" else Comparisons(encoder, judged=command == "rm")
     return _Supervised(data, use)
 
@@ -258,6 +260,8 @@ def _named(item: object) -> Iterator[Named]:
         yield "rejected", item.rejected
     elif isinstance(item, LabelledText):
         yield f"label {item.label}", TokenizedExample(item.token_ids, (False,) * len(item.token_ids))
+    elif isinstance(item, LabelledAnswer):
+        yield "good" if item.good else "bad", item
     elif isinstance(item, TokenizedExample):
         yield "", item
 

@@ -1,5 +1,5 @@
-"""What a supervised run says of its rows before it starts: how many are held out, whether it can stop early, and
-whether the better answers are the longer ones."""
+"""What a supervised run says of its rows before it starts: how many are held out, whether it can stop early, whether
+the better answers are the longer ones, and whether good and bad ones count alike."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.data.examples import TokenizedPair
+from rlhf_ray.config.supervised import DPOConfig, SupervisedConfig
+from rlhf_ray.data.examples import LabelledAnswer, TokenizedPair
 from rlhf_ray.data.length_balance import LengthBalance, length_balance
 
 
@@ -38,3 +38,26 @@ def balance_of(rows: Sequence[Any]) -> LengthBalance | None:
     """Lengths of the answers of training pairs, in learned tokens; None where the rows are no pairs."""
     pairs = [row for row in rows if isinstance(row, TokenizedPair)]
     return length_balance(((sum(pair.chosen.learned), sum(pair.rejected.learned)) for pair in pairs), "tokens")
+
+
+def notes_on_labels(config: SupervisedConfig, rows: Sequence[Any]) -> list[str]:
+    """KTO: how many answers are good and bad, and the weights under which both count about alike.
+
+    (desirable weight x good) / (undesirable weight x bad) in [1, 4/3]: Ethayarajh et al. 2024, and TRL's warning.
+    """
+    if not isinstance(config, DPOConfig) or config.dpo.kind != "kto":
+        return []
+    good = sum(isinstance(row, LabelledAnswer) and row.good for row in rows)
+    bad, loss = len(rows) - good, config.dpo
+    said = f"answers: {good} good, {bad} bad"
+    if not (good and bad):
+        return [f"{said}; kto compares the two kinds, and with one alone it pushes all answers one way"]
+    ratio = loss.desirable_weight * good / (loss.undesirable_weight * bad)
+    if 1 - 1e-6 <= ratio <= 4 / 3 + 1e-6:
+        return [said]
+    low, high = (loss.undesirable_weight * bad / good * bound for bound in (1, 4 / 3))
+    least, most = (loss.desirable_weight * good / bad / bound for bound in (4 / 3, 1))
+    return [
+        f"{said}; with these weights the good ones count {ratio:.2f} times as much as the bad ones, and 1 to 1.33 is "
+        f"usual: dpo.desirable_weight {low:.2f} to {high:.2f}, or dpo.undesirable_weight {least:.2f} to {most:.2f}"
+    ]

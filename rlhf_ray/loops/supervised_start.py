@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.sections import ModelConfig
-from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.config.supervised import ClassifierConfig, DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
-from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
+from rlhf_ray.data.datasets import load_labelled, load_labelled_answers, load_pairs, load_supervised
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
@@ -88,6 +88,8 @@ def load_splits(
     load = load_supervised
     if isinstance(config, ClassifierConfig):
         load = load_labelled
+    elif isinstance(config, DPOConfig) and config.dpo.kind == "kto":
+        load = load_labelled_answers
     elif not isinstance(config, SFTConfig):
         load = functools.partial(load_pairs, judged=isinstance(config, RMConfig))
     options = {"seed": config.seed, "on_report": note, "clock": config.clock}

@@ -48,8 +48,10 @@ class SupervisedHost(TrainerHost):
         return self.role.sample(prompts, max_new_tokens)
 
     @reported
-    def reference_logprobs(self, path: str | None) -> ReferenceLogprobs:
-        return self.role.reference_logprobs(path)
+    def reference_logprobs(
+        self, path: str | None, batches: Sequence[Sequence[int]], sample: int | None
+    ) -> ReferenceLogprobs:
+        return self.role.reference_logprobs(path, batches, sample)
 
     @reported
     def set_reference(self, logprobs: ReferenceLogprobs) -> None:
@@ -80,8 +82,10 @@ class RemoteSupervisedTrainer(RemoteTrainer):
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         return self.group.call(SupervisedHost.sample, prompts, max_new_tokens)
 
-    def reference_logprobs(self, path: str | None = None) -> ReferenceLogprobs:
-        return self.group.call(SupervisedHost.reference_logprobs, path)
+    def reference_logprobs(
+        self, path: str | None = None, batches: Sequence[Sequence[int]] = (), sample: int | None = None
+    ) -> ReferenceLogprobs:
+        return self.group.call(SupervisedHost.reference_logprobs, path, batches, sample)
 
     def set_reference(self, logprobs: ReferenceLogprobs) -> None:
         self.group.call(SupervisedHost.set_reference, logprobs)

@@ -36,7 +36,7 @@ class SupervisedBatch:
     tokens: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool
     learned: Tensor  # [B, T] bool: tokens of the answer; all False where the objective looks at whole texts
-    extra: Mapping[str, Tensor]  # [items]: margin, label, reference_chosen, reference_rejected
+    extra: Mapping[str, Tensor]  # [items]: margin, label, reference log-probabilities, ...
 
     def to(self, device: torch.device) -> SupervisedBatch:
         extra = {name: tensor.to(device) for name, tensor in self.extra.items()}
@@ -97,7 +97,7 @@ class SFT:
         return sum(learned and token != self.ignored_token for token, learned in tokens)
 
     def collate(self, items: Sequence[TokenizedExample]) -> SupervisedBatch:
-        batch = pad_rows([item.token_ids for item in items], self.pad_token_id, [item.learned for item in items])
+        batch = pad_examples(items, self.pad_token_id)
         if self.ignored_token is not None:
             batch.learned.logical_and_(batch.tokens != self.ignored_token)
         return batch
@@ -129,28 +129,49 @@ class SFT:
         return self.metrics(measured), {}
 
 
-class BradleyTerry:
+class Pair(Protocol):
+    """Two answers to one prompt, each a whole sequence."""
+
+    @property
+    def chosen(self) -> TokenizedExample: ...
+    @property
+    def rejected(self) -> TokenizedExample: ...
+
+
+class PairObjective:
+    """What all that learns from pairs shares: of P pairs, rows 0..P-1 are the chosen answers, P..2P-1 the rejected."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def lengths(self, item: Pair) -> tuple[int, ...]:
+        return len(item.chosen.token_ids), len(item.rejected.token_ids)
+
+    def weight(self, item: Pair) -> int:
+        return 1
+
+    def collate(self, items: Sequence[Any]) -> SupervisedBatch:
+        rows = [item.chosen for item in items] + [item.rejected for item in items]
+        return pad_examples(rows, self.pad_token_id, **self.extra(items))
+
+    def extra(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """[P] numbers of the pairs, by name."""
+        return {}
+
+
+class BradleyTerry(PairObjective):
     """Reward-model loss on pairs: -log sigmoid(r_chosen - r_rejected - margin), r from a classifier with one label.
 
     Its items are as a reward model reads them (`Encoder.as_judged`), so the score is learned where it will be read.
     """
 
     def __init__(self, pad_token_id: int, margin_scale: float = 1.0) -> None:
-        self.pad_token_id = pad_token_id
+        super().__init__(pad_token_id)
         self.margin_scale = margin_scale
 
-    def lengths(self, item: TokenizedPair) -> tuple[int, ...]:
-        return len(item.chosen.token_ids), len(item.rejected.token_ids)
-
-    def weight(self, item: TokenizedPair) -> int:
-        return 1
-
-    def collate(self, items: Sequence[TokenizedPair]) -> SupervisedBatch:
-        rows = [item.chosen for item in items] + [item.rejected for item in items]
-        return pad_rows(
-            [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
-            margin=torch.tensor([self.margin_scale * item.margin for item in items], dtype=torch.float32),
-        )  # fmt: skip
+    def extra(self, items: Sequence[TokenizedPair]) -> dict[str, Tensor]:
+        margins = [self.margin_scale * item.margin for item in items]
+        return {"margin": torch.tensor(margins, dtype=torch.float32)}
 
     def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
         return classifier_inputs(batch)
@@ -243,6 +264,11 @@ def pad_rows(
         if learned is not None:
             learned_BT[index, : len(row)] = torch.tensor(learned[index])
     return SupervisedBatch(tokens_BT, mask_BT, learned_BT, extra)
+
+
+def pad_examples(examples: Sequence[TokenizedExample], pad_token_id: int, **extra: Tensor) -> SupervisedBatch:
+    """`pad_rows` of sequences that say which of their tokens are learned."""
+    return pad_rows([row.token_ids for row in examples], pad_token_id, [row.learned for row in examples], **extra)
 
 
 def classifier_inputs(batch: SupervisedBatch) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.algo.preference import dpo_loss, orpo_loss, simpo_loss
 from rlhf_ray.config.supervised import DPOLossConfig
-from rlhf_ray.data.examples import TokenizedPair
-from rlhf_ray.roles.objectives import Measured, SupervisedBatch, language_model_inputs, pad_rows
+from rlhf_ray.data.examples import TokenizedExample, TokenizedPair
+from rlhf_ray.roles.objectives import Measured, PairObjective, SupervisedBatch, language_model_inputs
 
 
 @dataclass(frozen=True)
@@ -25,36 +25,59 @@ class ReferencedPair:
     rejected_logp: float
 
     @property
+    def chosen(self) -> TokenizedExample:
+        return self.pair.chosen
+
+    @property
+    def rejected(self) -> TokenizedExample:
+        return self.pair.rejected
+
+    @property
     def source(self) -> str:
         return self.pair.source
 
 
-class DPO:
-    """Direct preference optimisation against reference log-probabilities that were computed before the first step."""
+class PolicyPreferences(PairObjective):
+    """What the objectives of a policy on pairs share."""
 
     def __init__(self, pad_token_id: int, config: DPOLossConfig) -> None:
-        self.pad_token_id = pad_token_id
+        super().__init__(pad_token_id)
         self.config = config
-
-    def lengths(self, item: ReferencedPair) -> tuple[int, ...]:
-        return len(item.pair.chosen.token_ids), len(item.pair.rejected.token_ids)
-
-    def weight(self, item: ReferencedPair) -> int:
-        return 1
-
-    def collate(self, items: Sequence[ReferencedPair]) -> SupervisedBatch:
-        rows = [item.pair.chosen for item in items] + [item.pair.rejected for item in items]
-        return pad_rows(
-            [row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows],
-            reference_chosen=torch.tensor([item.chosen_logp for item in items], dtype=torch.float32),
-            reference_rejected=torch.tensor([item.rejected_logp for item in items], dtype=torch.float32),
-        )  # fmt: skip
 
     def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
         return language_model_inputs(batch)
 
+    def metrics(self, measured: Measured) -> dict[str, float]:
+        """By the names that TRL gives them."""
+        chosen_N, rejected_N = measured["chosen_reward"], measured["rejected_reward"]
+        return {
+            "loss": float(measured["loss"].mean()),
+            "rewards/chosen": float(chosen_N.mean()),
+            "rewards/rejected": float(rejected_N.mean()),
+            "rewards/accuracies": float((chosen_N > rejected_N).double().mean()),
+            "rewards/margins": float((chosen_N - rejected_N).mean()),
+            "logps/chosen": float(measured["chosen_logp"].mean()),
+            "logps/rejected": float(measured["rejected_logp"].mean()),
+        }
+
+    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
+        return self.metrics(measured), {}
+
+
+class DPO(PolicyPreferences):
+    """Direct preference optimisation against reference log-probabilities that were computed before the first step.
+
+    Its items are `ReferencedPair`.
+    """
+
+    def extra(self, items: Sequence[ReferencedPair]) -> dict[str, Tensor]:
+        return {
+            "reference_chosen": torch.tensor([item.chosen_logp for item in items], dtype=torch.float32),
+            "reference_rejected": torch.tensor([item.rejected_logp for item in items], dtype=torch.float32),
+        }
+
     def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
-        chosen_P, rejected_P = answer_logprobs(outputs, batch)
+        chosen_P, rejected_P = answer_logprobs(outputs, batch).chunk(2)
         ref_chosen_P, ref_rejected_P = batch.extra["reference_chosen"], batch.extra["reference_rejected"]
         lengths_P, settings = batch.lengths.clamp(min=1).chunk(2), self.config
         # IPO compares means over tokens (see `dpo_loss`).
@@ -71,35 +94,12 @@ class DPO:
             "rejected_reward": settings.beta * (rejected_P.detach() - ref_rejected_P),
         }  # fmt: skip
 
-    def metrics(self, measured: Measured) -> dict[str, float]:
-        return pair_metrics(measured)
 
-    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
-        return pair_metrics(measured), {}
-
-
-class ReferenceFree:
+class ReferenceFree(PolicyPreferences):
     """SimPO and ORPO: the policy's own mean log-probability a token is the reward, and there is no reference."""
 
-    def __init__(self, pad_token_id: int, config: DPOLossConfig) -> None:
-        self.pad_token_id = pad_token_id
-        self.config = config
-
-    def lengths(self, item: TokenizedPair) -> tuple[int, ...]:
-        return len(item.chosen.token_ids), len(item.rejected.token_ids)
-
-    def weight(self, item: TokenizedPair) -> int:
-        return 1
-
-    def collate(self, items: Sequence[TokenizedPair]) -> SupervisedBatch:
-        rows = [item.chosen for item in items] + [item.rejected for item in items]
-        return pad_rows([row.token_ids for row in rows], self.pad_token_id, [row.learned for row in rows])
-
-    def inputs(self, batch: SupervisedBatch) -> dict[str, Any]:
-        return language_model_inputs(batch)
-
     def measure(self, outputs: Any, batch: SupervisedBatch) -> Measured:
-        by_answer = zip(answer_logprobs(outputs, batch), batch.lengths.clamp(min=1).chunk(2), strict=True)
+        by_answer = zip(answer_logprobs(outputs, batch).chunk(2), batch.lengths.clamp(min=1).chunk(2), strict=True)
         chosen_P, rejected_P = (logp_P / length_P for logp_P, length_P in by_answer)
         settings = self.config
         if settings.kind == "simpo":
@@ -112,29 +112,7 @@ class ReferenceFree:
             "chosen_reward": settings.beta * chosen_P.detach(), "rejected_reward": settings.beta * rejected_P.detach(),
         }  # fmt: skip
 
-    def metrics(self, measured: Measured) -> dict[str, float]:
-        return pair_metrics(measured)
 
-    def report(self, measured: Measured) -> tuple[dict[str, float], dict[str, Any]]:
-        return pair_metrics(measured), {}
-
-
-def answer_logprobs(outputs: Any, batch: SupervisedBatch) -> tuple[Tensor, Tensor]:
-    """([P], [P]) log-probabilities of the chosen and the rejected answers, summed over their tokens."""
-    logp_BT = token_logprobs(outputs.logits, batch.tokens, mask_BT=batch.learned)
-    chosen_P, rejected_P = logp_BT.sum(1).chunk(2)
-    return chosen_P, rejected_P
-
-
-def pair_metrics(measured: Measured) -> dict[str, float]:
-    """By the names that TRL gives them."""
-    chosen_N, rejected_N = measured["chosen_reward"], measured["rejected_reward"]
-    return {
-        "loss": float(measured["loss"].mean()),
-        "rewards/chosen": float(chosen_N.mean()),
-        "rewards/rejected": float(rejected_N.mean()),
-        "rewards/accuracies": float((chosen_N > rejected_N).double().mean()),
-        "rewards/margins": float((chosen_N - rejected_N).mean()),
-        "logps/chosen": float(measured["chosen_logp"].mean()),
-        "logps/rejected": float(measured["rejected_logp"].mean()),
-    }
+def answer_logprobs(outputs: Any, batch: SupervisedBatch) -> Tensor:
+    """[B] log-probability of each row's answer, summed over its tokens."""
+    return token_logprobs(outputs.logits, batch.tokens, mask_BT=batch.learned).sum(1)

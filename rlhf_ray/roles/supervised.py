@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_ray.data.completion_text import CompletionText
+from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.devices import peak_memory_gb
@@ -23,15 +24,15 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.microbatch import Plan, plan_items
-from rlhf_ray.roles.objectives import Measured, Objective
-from rlhf_ray.roles.preferences import DPO, ReferencedPair, answer_logprobs
+from rlhf_ray.roles.objectives import Measured, Objective, language_model_inputs, pad_examples
+from rlhf_ray.roles.preferences import ReferencedPair, answer_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Of each pair, by split: (chosen, rejected), each summed over the tokens of its answer.
-ReferenceLogprobs = dict[str, list[tuple[float, float]]]
+# By split. Of each pair (chosen, rejected), each summed over the tokens of its answer; KTO: see roles/kto.py.
+ReferenceLogprobs = dict[str, list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SupervisedTrainer:
         A step whose gradient is not finite is skipped and counted in `skipped_steps`; too many in a row raise
         DivergenceError.
         """
-        items = [self.splits["train"][row] for row in rows]
+        items = self.ready([self.splits["train"][row] for row in rows])
         total, plan = sum(map(self.objective.weight, items)), self._plan(items)
         measured: list[Measured] = []
         for index, places in enumerate(plan.parts):
@@ -94,12 +95,21 @@ class SupervisedTrainer:
 
     def evaluate(self, split: str, limit: int | None = None) -> Report:
         """The objective's report on the first `limit` items of a split, of several sources in turn. Collective."""
-        items = self.splits[split]
-        if limit is not None and limit < len(items):
-            items = [items[place] for place in by_turns([item.source for item in items])[:limit]]
+        items = self.ready([self.splits[split][place] for place in self.places(split, limit)])
         measured = self._measure_all(items)
         metrics, details = self.objective.report(measured)
         return Report({**metrics, **self._by_source(items, measured)}, details)
+
+    def places(self, split: str, limit: int | None) -> Sequence[int]:
+        """Where in a split the items are that `evaluate` looks at."""
+        items = self.splits[split]
+        if limit is None or limit >= len(items):
+            return range(len(items))
+        return by_turns([item.source for item in items])[:limit]
+
+    def ready(self, items: list[Any]) -> list[Any]:
+        """The items with what the objective has to know of all of them before it can measure one. Collective."""
+        return items
 
     def _by_source(self, items: Sequence[Any], measured: Measured) -> dict[str, float]:
         """The objective's metrics of each source that has a name: of its rows alone."""
@@ -140,32 +150,47 @@ class SupervisedTrainer:
             table = self.engine.all_reduce(table)
         return dict(zip(names, table.unbind(1), strict=True))
 
-    def reference_logprobs(self, path: str | None = None) -> ReferenceLogprobs:
+    @torch.no_grad()
+    def logprobs(
+        self, groups: Sequence[Sequence[TokenizedExample]], model: Any = None
+    ) -> list[tuple[float, ...]]:
+        """Of each sequence the log-probability of its learned tokens, summed; `model`: of another one. Collective.
+
+        Groups are of one size, and go through the model as the items of an objective do that makes rows of them: so the
+        policy that it is at a run's start differs from its reference by exactly 0 wherever the batches are the same.
+        """
+        if not groups:
+            return []
+        sizes = [tuple(len(example.token_ids) for example in group) for group in groups]
+        plan = plan_items(sizes, self.tokens_per_microbatch, self.engine.rank, self.engine.world_size)
+        measured = []
+        for places in plan.parts:
+            rows = [groups[place][column] for column in range(len(sizes[0])) for place in places]
+            batch = pad_examples(rows, self.tokenizer.pad_token_id).to(self.engine.device)
+            outputs = (model or self.engine)(**language_model_inputs(batch))
+            columns = answer_logprobs(outputs, batch).chunk(len(sizes[0]))
+            measured.append({str(column): logp_N for column, logp_N in enumerate(columns)})
+        table = self._gathered(len(groups), plan, measured)
+        return list(zip(*(table[str(column)].tolist() for column in range(len(sizes[0]))), strict=True))
+
+    def reference_logprobs(
+        self, path: str | None = None, batches: Sequence[Sequence[int]] = (), sample: int | None = None
+    ) -> ReferenceLogprobs:
         """DPO: (chosen, rejected) log-probabilities of every pair in every split, under the policy as it is now.
 
         Before the first step that is the reference policy, so no second model is kept in memory. `path` names
-        another reference, which is loaded for this and let go. Collective.
+        another reference, which is loaded for this and let go. Collective. `batches` and `sample` are KTO's.
         """
-        model: Any = self.engine
-        if path is not None:
-            dtype = next(self.engine.module.parameters()).dtype
-            model = load_policy(path, dtype=dtype, device=self.engine.device)
-        found = {}
-        for name, pairs in self.splits.items():
-            items = [ReferencedPair(pair, 0.0, 0.0) for pair in pairs]
-            found[name] = self._reference(model, items) if items else []
-        return found
+        model = self.reference_model(path)
+        pairs = {name: [(pair.chosen, pair.rejected) for pair in split] for name, split in self.splits.items()}
+        return {name: self.logprobs(groups, model) for name, groups in pairs.items()}
 
-    @torch.no_grad()
-    def _reference(self, model: Any, items: Sequence[ReferencedPair]) -> list[tuple[float, float]]:
-        objective: DPO = self.objective
-        plan, measured = self._plan(items), []
-        for places in plan.parts:
-            batch = objective.collate([items[place] for place in places]).to(self.engine.device)
-            chosen_P, rejected_P = answer_logprobs(model(**objective.inputs(batch)), batch)
-            measured.append({"chosen": chosen_P, "rejected": rejected_P})
-        table = self._gathered(len(items), plan, measured)
-        return list(zip(table["chosen"].tolist(), table["rejected"].tolist(), strict=True))
+    def reference_model(self, path: str | None) -> Any:
+        """None: the policy itself, as it is now."""
+        if path is None:
+            return None
+        dtype = next(self.engine.module.parameters()).dtype
+        return load_policy(path, dtype=dtype, device=self.engine.device)
 
     def set_reference(self, logprobs: ReferenceLogprobs) -> None:
         """Put the reference's log-probabilities beside the pairs."""

@@ -17,6 +17,7 @@ from rlhf_ray.models.classifiers import freeze_layers, head_names, load_classifi
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.lora import apply_lora, quantization
 from rlhf_ray.roles.factory import Assets, Rank, train_engine
+from rlhf_ray.roles.kto import KTO, KTOTrainer
 from rlhf_ray.roles.objectives import SFT, BradleyTerry, Classification, Objective
 from rlhf_ray.roles.preferences import DPO, ReferenceFree
 from rlhf_ray.roles.supervised import SupervisedTrainer
@@ -34,13 +35,17 @@ def make_trainer(
     labels = labels_of(config, splits)
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
     model = _network(config, assets, tokenizer, labels)
-    return SupervisedTrainer(
+    make, options = SupervisedTrainer, {}
+    if isinstance(config, DPOConfig) and config.dpo.kind == "kto":
+        make, options = KTOTrainer, {"max_length": config.data.max_length}
+    return make(
         train_engine(config.learner, model, assets.hardware, rank or Rank(), config.ray.call_deadline_s),
         make_objective(config, tokenizer, labels),
         dict(splits),
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
         tokenizer=tokenizer,
         max_skipped_steps=config.learner.max_skipped_steps,
+        **options,
     )
 
 
@@ -52,6 +57,8 @@ def make_objective(
         return SFT.of(tokenizer)
     if isinstance(config, RMConfig):
         return BradleyTerry(pad, config.rm.margin_scale)
+    if isinstance(config, DPOConfig) and config.dpo.kind == "kto":
+        return KTO(pad, config.dpo)
     if isinstance(config, DPOConfig):
         return DPO(pad, config.dpo) if config.dpo.needs_reference else ReferenceFree(pad, config.dpo)
     if isinstance(config, ClassifierConfig):

@@ -33,7 +33,7 @@ SCHEDULES = (
     "algorithm.entropy_coef_end", "algorithm.kl_target_end",
 )  # fmt: skip
 # What a run directory may hold that was made from the rows of the data.
-MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference.json")
+MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference*.json")
 
 
 def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, checkpoint: bool = True) -> None:
@@ -107,7 +107,7 @@ def _moment_in(tree: Mapping[str, Any], name: str) -> datetime | None:
 
 
 def _other_rows(data: Mapping[str, str], directory: RunDirectory) -> str | None:
-    made = [name for name in MADE_FROM_ROWS if (directory.path / name).exists()]
+    made = [name for name in MADE_FROM_ROWS if any(directory.path.glob(name))]
     try:
         old = json.loads(directory.data_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_ray.config.data import DatasetConfig
-from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
+from rlhf_ray.data.datasets import load_labelled, load_labelled_answers, load_pairs, load_supervised
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import bpe_tokenizer, char_tokenizer
@@ -71,6 +71,32 @@ def test_ranked_answers_make_all_their_pairs(write, tokenizer, reports):
     found = [(p.chosen.token_ids[1], p.rejected.token_ids[1], p.margin) for p in pairs]
     assert found == [(5, 4, 2.0), (5, 6, 2.0)]
     assert reports[0].dropped == {"equal scores": 1}
+
+
+def test_labelled_answers(write, tokenizer, reports):
+    """A row each; of a pair two, and a conversation's last answer."""
+    rows = write({"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "bc", "label": 0})
+    found, _ = load_labelled_answers(settings(rows), tokenizer, seed=0)
+    assert [(e.token_ids, e.learned, e.good) for e in found] == [
+        ((3, 4, EOS), (False, True, True), True), ((3, 4, 5, EOS), (False, True, True, True), False),
+    ]  # fmt: skip
+    pairs = write({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "b", "chosen": "d", "rejected": "d"})
+    found, _ = load_labelled_answers(settings(pairs), tokenizer, seed=0, on_report=reports.append)
+    assert [(e.token_ids, e.good) for e in found] == [((3, 4, EOS), True), ((3, 5, EOS), False)]
+    assert reports[0].dropped == {"identical answers": 1} and reports[0].kept == 2
+    both = write(*({"prompt": "a", "completion": "b", "label": label} for label in (True, False)))
+    found, _ = load_labelled_answers(settings(both), tokenizer, seed=0)
+    assert [example.good for example in found] == [True, False], "two opinions"
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"prompt": "a", "completion": "b"}, "no answer that is good or bad; dpo.kind=kto needs the fields prompt, comp"),
+    ({"text": "ab", "label": 1}, "no answer that is good or bad"),
+    ({"prompt": "a", "completions": ["b", "c"]}, "a ranking says which answer is better and not which is good"),
+])  # fmt: skip
+def test_what_is_no_labelled_answer(write, tokenizer, row, message):
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: {message}"):
+        load_labelled_answers(settings(write(row)), tokenizer, seed=0)
 
 
 def test_pairs_need_two_answers(write, tokenizer):

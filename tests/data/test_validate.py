@@ -153,6 +153,15 @@ def test_a_row_may_be_right_for_one_command_and_useless_for_another(write):
     assert report.is_good and report.left_out == {"identical answers": 1}
 
 
+def test_labelled_answers_are_for_kto(write):
+    data = DatasetConfig(path=write({"prompt": "a", "completion": "b", "label": 0}, {"prompt": "b", "completion": "a"}))
+    report = validate(data, char_tokenizer("ab"), command="kto")
+    assert ["no field 'label'" in bad.why for bad in report.bad] == [True] and report.kept == 1
+    assert [sequence.name for sequence in report.shown.sequences] == ["bad"]
+    told = validate(data, command="dpo").bad[0].why
+    assert told.endswith("(single answers with a label: dpo with dpo.kind=kto)")
+
+
 def test_rows_that_are_all_left_out_are_not_good(write):
     report = validate(DatasetConfig(path=write({"prompt": "a", "completion": "b", "label": 0})))
     assert not report.bad and not report.is_good and "sft would have no row to learn from" in str(report)

@@ -29,7 +29,7 @@ from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import SFTConfig
 from rlhf_ray.data.cleaning import CleaningReport
-from rlhf_ray.data.datasets import load_labelled, load_pairs, load_supervised
+from rlhf_ray.data.datasets import load_labelled, load_labelled_answers, load_pairs, load_supervised
 from rlhf_ray.data.prompts import load_prompts, load_texts
 from rlhf_ray.data.validate import validate
 from rlhf_ray.data.validation_report import ValidationReport
@@ -39,8 +39,9 @@ from rlhf_ray.loops import supervised_start, warm_start
 from rlhf_ray.models.tokenizers import bpe_tokenizer
 
 MAX_LENGTH = 4096
-COMMANDS = ("sft", "rm", "dpo", "classifier", "rl")
-LOADERS = {"sft": load_supervised, "rm": load_pairs, "dpo": load_pairs, "classifier": load_labelled}
+COMMANDS = ("sft", "rm", "dpo", "kto", "classifier", "rl")
+LOADERS = {"sft": load_supervised, "rm": load_pairs, "dpo": load_pairs, "kto": load_labelled_answers,
+           "classifier": load_labelled}  # fmt: skip
 SCRATCH = {"path": "scratch:qwen2", "tokenizer": {"path": "scratch:char"}, "scratch": {"max_length": 1 << 16}}
 
 # A template that writes all that a row may hold; the built-in one writes neither tools nor reasoning.

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.config.supervised import SFTConfig
-from rlhf_ray.data.examples import TokenizedExample, TokenizedPair
-from rlhf_ray.loops.supervised_notes import balance_of, notes_on_validation
+from rlhf_ray.config.supervised import DPOConfig, SFTConfig
+from rlhf_ray.data.examples import LabelledAnswer, TokenizedExample, TokenizedPair
+from rlhf_ray.loops.supervised_notes import balance_of, notes_on_labels, notes_on_validation
 
 MODEL = {"path": "scratch:gpt2", "tokenizer": {"path": "scratch:char"}}
 
@@ -46,3 +46,19 @@ def test_the_balance_of_pairs_is_in_learned_tokens():
     balance = balance_of([TokenizedPair(example(4), example(2)), TokenizedPair(example(1), example(2))])
     assert (balance.longer, balance.chosen_mean, balance.rejected_mean, balance.unit) == (0.5, 2.5, 2.0, "tokens")
     assert balance_of([example(4)]) is None
+
+
+# Of 3 good and 6 bad answers: the good ones count half, and twice as much restores the balance.
+@pytest.mark.parametrize(("good", "bad", "weights", "expected"), [
+    (3, 6, {}, "answers: 3 good, 6 bad; with these weights the good ones count 0.50 times as much as the bad ones, "
+               "and 1 to 1.33 is usual: dpo.desirable_weight 2.00 to 2.67, or dpo.undesirable_weight 0.38 to 0.50"),
+    (3, 6, {"desirable_weight": 2.0}, "answers: 3 good, 6 bad"),
+    (3, 6, {"undesirable_weight": 0.4}, "answers: 3 good, 6 bad"),
+    (4, 3, {}, "answers: 4 good, 3 bad"),
+    (0, 2, {}, "answers: 0 good, 2 bad; kto compares the two kinds, and with one alone it pushes all answers one way"),
+])  # fmt: skip
+def test_good_and_bad_answers_are_counted(good, bad, weights, expected):
+    config = DPOConfig(model=MODEL, data={"path": "rows.jsonl"}, dpo={"kind": "kto", **weights})
+    rows = [LabelledAnswer((1, 2), (False, True), good=place < good) for place in range(good + bad)]
+    assert notes_on_labels(config, rows) == [expected]
+    assert notes_on_labels(DPOConfig(model=MODEL, data={"path": "rows.jsonl"}), rows) == []

@@ -47,15 +47,18 @@ def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("own_ray")
-@pytest.mark.parametrize(("command", "stage"), [("sft", 3), ("dpo", 2)])
-def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
+@pytest.mark.parametrize(("command", "stage", "more"), [
+    ("sft", 3, []), ("dpo", 2, []), ("dpo", 3, ["dpo.kind=kto", "dpo.undesirable_weight=2"]),
+], ids=["sft", "dpo", "kto"])  # fmt: skip
+def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage, more):
     """Losses, validation, samples and weights, over two sources; the second half of the SFT runs is a resumed one."""
-    more = tmp_path / "more.jsonl"
-    more.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + "+"}) + "\n" for row in ROWS[:9]))
+    second = tmp_path / "more.jsonl"
+    second.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + "+"}) + "\n" for row in ROWS[:9]))
     first = tmp_path / "pairs.jsonl"
-    sources = [f"data.sources=[{{path: {first}, weight: 2}}, {{path: {more}, weight: 1}}]", "data.path=null"]
+    sources = [f"data.sources=[{{path: {first}, weight: 2}}, {{path: {second}, weight: 1}}]", "data.path=null", *more]
     ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
-    lora = ["model.lora.r=2", "learner.lr=0.01"] if command == "dpo" else []
+    adapts = command == "dpo" and not more
+    lora = ["model.lora.r=2", "learner.lr=0.01"] if adapts else []
     for name, overrides in (("local", lora), ("ray", [*lora, *ray])):
         if command == "sft":
             run_supervised(config(tmp_path, command, *sources, *overrides, "steps=2"), tmp_path / name)
@@ -73,8 +76,8 @@ def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage):
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-5, rtol=0)
     adapters = [run / "adapter" / "adapter_model.safetensors" for run in (one, other)]
-    assert [adapter.is_file() for adapter in adapters] == [command == "dpo"] * 2
-    if command == "dpo":
+    assert [adapter.is_file() for adapter in adapters] == [adapts] * 2
+    if adapts:
         learned = [load_file(adapter) for adapter in adapters]
         assert learned[0].keys() == learned[1].keys()
         for name in learned[0]:

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from rlhf_ray.config.supervised import DPOLossConfig
-from rlhf_ray.data.examples import TokenizedExample, TokenizedPair
+from rlhf_ray.data.examples import LabelledAnswer, TokenizedExample, TokenizedPair
 from rlhf_ray.models.classifiers import load_classifier
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import char_tokenizer
 from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.roles.kto import KTO, KTOTrainer
 from rlhf_ray.roles.objectives import BradleyTerry
 from rlhf_ray.roles.preferences import DPO, ReferenceFree
 from rlhf_ray.roles.supervised import SupervisedTrainer
@@ -105,6 +106,44 @@ def test_dpo(trl, tokenizer, policy, tmp_path, kind):
              "logps/rejected", "loss", "grad_norm"]  # fmt: skip
     assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, **TIGHT)
     assert abs(theirs["rewards/margins"]) > 0.01 and theirs["grad_norm"] > 0.01
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_kto(trl, tokenizer, policy, tmp_path, paired):
+    """The KL from mismatched answers included; of pairs TRL makes all good rows and then all bad ones.
+
+    The policy is flat and the reference sharp, so that the KL of random answers is above 0.
+    """
+    from datasets import Dataset
+
+    shape = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 32}
+    build_scratch("qwen2", vocab_size=len(tokenizer), seed=5, **shape).save_pretrained(tmp_path / "flat")
+    labels = [True, False, True, True]
+    data, rows = dataset(), []
+    if paired:
+        rows = [(p.chosen, True) for p in pairs(tokenizer)] + [(p.rejected, False) for p in pairs(tokenizer)]
+    else:
+        data = Dataset.from_dict({"prompt": PROMPTS, "completion": CHOSEN, "label": labels})
+        rows = [(p.chosen, label) for p, label in zip(pairs(tokenizer), labels, strict=True)]
+    config = trl.KTOConfig(**{**options(tmp_path), "per_device_train_batch_size": len(rows)}, beta=0.3,
+                           desirable_weight=1.2, undesirable_weight=0.7, max_length=32,
+                           precompute_ref_log_probs=False)  # fmt: skip
+    theirs = first_logs(trl.KTOTrainer(
+        model=load_policy(tmp_path / "flat"), ref_model=load_policy(policy), args=config, train_dataset=data,
+        processing_class=tokenizer,
+    ))  # fmt: skip
+    loss = DPOLossConfig(kind="kto", beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
+    trainer = KTOTrainer(
+        TorchEngine(load_policy(tmp_path / "flat"), max_grad_norm=1e9), KTO(tokenizer.pad_token_id, loss),
+        {"train": [LabelledAnswer(row.token_ids, row.learned, good=good) for row, good in rows]},
+        tokens_per_microbatch=40, tokenizer=tokenizer, max_length=32,
+    )  # fmt: skip
+    trainer.set_reference(trainer.reference_logprobs(policy, [range(len(rows))]))
+    ours = trainer.step(range(len(rows)), lr=1e-3)
+    names = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl", "loss",
+             "grad_norm"]  # fmt: skip
+    assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, **TIGHT)
+    assert abs(theirs["rewards/margins"]) > 0.01 and theirs["grad_norm"] > 0.01 and theirs["kl"] > 0.01
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # TRL calls this trainer experimental
