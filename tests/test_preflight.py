@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_ray.commands.options import shipped
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import load_config, parse_config
 from rlhf_ray.config.reward_server import RewardServerConfig
+from rlhf_ray.config.shipped import shipped_config
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError
@@ -174,4 +174,4 @@ def test_a_package_that_a_later_stage_needs(here, monkeypatch):
 
 
 def test_the_quickstart_can_be_checked():
-    assert preflight(load_config(shipped("grpo_arithmetic.yaml"))) == ["# opened: exact_answer"]
+    assert preflight(load_config(shipped_config("grpo_arithmetic.yaml"))) == ["# opened: exact_answer"]
