@@ -9,7 +9,6 @@ must be, and the one before the answer at the end.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.data.chat import Chat, Message
-from rlhf_ray.data.rendering import Renderer
+from rlhf_ray.data.rendering import Renderer, common_length
 from rlhf_ray.errors import DataError
 
 _FIRST, _ANSWER, _SECOND = "probe-question", "probe-answer", "probe-again"
@@ -59,7 +58,7 @@ def around_messages(tokenizer: PreTrainedTokenizerBase) -> Around:
         marker = _common_end(before, rest.partition(_SECOND)[0], own)
         for token in (tokenizer.bos_token, tokenizer.eos_token):
             marker = marker.strip().removeprefix(token or "").strip()  # a text may come without what begins it
-        markers = marker, os.path.commonprefix([after, between])
+        markers = marker, after[: common_length(after, between)]
         telling = own - {"<think>", "</think>"}  # a question may speak of thoughts
         return Around(*markers, tuple(marker for marker in markers if any(token in marker for token in telling)))
     return Around()

@@ -156,6 +156,15 @@ class Renderer:
             return None
 
 
+def common_length(one: str, other: str) -> int:
+    """How many characters two texts begin with alike; os.path.commonprefix takes them one by one, far too long here."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.startswith(other[low:middle], low) else (low, middle - 1)
+    return low
+
+
 def without_opening(content: str, prompt: str) -> str:
     """An answer without its beginning, if that stands at the end of the prompt already: `<think>`, opened there."""
     opened = next((n for n in range(len(content), 0, -1) if prompt.endswith(content[:n])), 0)

@@ -6,7 +6,6 @@ generator's prompt ends, and its tokens are the ones that the generator will see
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.config.user_paths import is_file, typed_path
 from rlhf_ray.data.chat import Chat, Message, Messages
 from rlhf_ray.data.messages import REASONING
-from rlhf_ray.data.rendering import THINK, Renderer, Span, without_opening
+from rlhf_ray.data.rendering import THINK, Renderer, Span, common_length, without_opening
 from rlhf_ray.data.turn_end import end_of_turn, special_pattern
 from rlhf_ray.errors import DataError
 
@@ -247,7 +246,7 @@ def _left_out_thought(message: Message, prompt: str, text: str) -> str | None:
     if isinstance(reasoning, str) and prompt.rstrip().endswith(THINK):
         content = f"{THINK}\n{reasoning}\n</think>\n\n{content}"
     thought = content.rpartition("</think>")[0].removeprefix(THINK).strip()
-    if not thought or thought in text[len(os.path.commonprefix([prompt, text])) :]:
+    if not thought or thought in text[common_length(prompt, text) :]:
         return None
     return without_opening(content, prompt)
 
@@ -269,7 +268,7 @@ def _behind_opened_thought(prompt: str, text: str, marks: Sequence[Span]) -> _Ma
     if opened < 0 or not text.startswith(prompt[:opened]):
         return None
     # Not in the middle of a token: `<think>` and `<|im_end|>` begin alike.
-    common = len(os.path.commonprefix([prompt, text])) if text.startswith(THINK, opened) else opened
+    common = common_length(prompt, text) if text.startswith(THINK, opened) else opened
     shift, own = len(prompt) - common, [mark for mark in marks if mark[1] > common]
     moved = [(b, common) for b, _ in own if b < common]
     return prompt + text[common:], [*moved, *((max(b, common) + shift, e + shift) for b, e in own)]

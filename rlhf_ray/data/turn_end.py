@@ -9,7 +9,6 @@ call, `<|observation|>`). Else nothing but the tokenizer's EOS ends a turn, and 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.data.chat import Chat, Message
-from rlhf_ray.data.rendering import Renderer
+from rlhf_ray.data.rendering import Renderer, common_length
 from rlhf_ray.errors import DataError
 
 _ANSWER, _VALUE, _TOOL = "probe-answer", "probe-value", "probe_tool"
@@ -93,7 +92,7 @@ def _behind(conversations: Iterator[tuple[Chat, Message]], text: str, render: Re
 
 def _end(last: str, longer: str, special: re.Pattern) -> str:
     """Of the texts behind a turn that is the last one, and behind the same turn in a conversation that goes on."""
-    common = len(os.path.commonprefix([last, longer]))
+    common = common_length(last, longer)
     found = list(special.finditer(last))
     shared = [match for match in found if match.end() <= common]
     if shared or found:

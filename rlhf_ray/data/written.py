@@ -9,13 +9,13 @@ and an answer that tools reply to also in the text that ends with it, so that a 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.data.chat import Chat, Message
 from rlhf_ray.data.messages import REASONING
+from rlhf_ray.data.rendering import common_length
 from rlhf_ray.errors import DataError
 
 _THOUGHT = re.compile(r"</?think(?:ing)?>")
@@ -66,7 +66,7 @@ def _check_alone(chat: Chat, text: str, begin: int, write: Callable[[Chat], str 
     alone = write(chat)
     if alone is None:
         return None
-    message, common = chat.messages[-1], len(os.path.commonprefix([alone, text]))
+    message, common = chat.messages[-1], common_length(alone, text)
     _check_message(message, alone, min(begin, common), thoughts=False)
     if common < begin:
         return begin  # the text goes on otherwise before the answer begins, so its places say nothing here

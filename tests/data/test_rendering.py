@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.encoding import Encoder
-from rlhf_ray.data.rendering import Renderer
+from rlhf_ray.data.rendering import Renderer, common_length
 from rlhf_ray.data.templates import CHAT_TEMPLATES
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import bpe_tokenizer
@@ -110,3 +110,9 @@ def test_an_unfinished_answer_is_gone_on_with(tokenizer):
     own = tokenizer.apply_chat_template([ASK, begun], tokenize=False, continue_final_message=True)
     assert Encoder(tokenizer).prompt(Chat((ASK, begun)))[0] == own
     assert own.endswith("<|assistant|>\nIt is ")
+
+
+@pytest.mark.parametrize(("one", "other", "right"), [
+    ("", "a", 0), ("abc", "abc", 3), ("abc", "abd", 2), ("ab", "abab", 2), ("xbc", "abc", 0), ("aXa", "aYa", 1)])
+def test_how_far_two_texts_are_alike(one, other, right):
+    assert common_length(one, other) == common_length(other, one) == right
