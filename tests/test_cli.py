@@ -147,8 +147,9 @@ def test_a_metric_that_is_there_only_once_does_not_break_the_table(capsys):
         "before": {"reward": 0.0, "accuracy": 0.0, "samples": [sample("was")]},
         "after": {"reward": 0.25, "distinct_1": 1, "samples": [sample("[/red] is")]},
     }  # fmt: skip
-    print_summary(summary)
+    print_summary(summary, writes=False)
     out = capsys.readouterr().out
+    assert "rlhf-ray generate" not in out
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:4]] for line in out.splitlines()
             if line.count("│") == 4}  # fmt: skip
     assert rows["accuracy"] == ["0.000", ""] and rows["distinct_1"] == ["", "1.000"]

@@ -68,7 +68,7 @@ def test_a_run_ends_with_a_table_and_samples_where_there_are_any(rlhf_ray, file,
     assert status == 0 and "2 steps in" in out and "val/loss" in out
     assert "pairs.jsonl: 8 rows, 8 examples" in out, "what was read, and what was left out of it"
     assert ("The same held-out prompts" in out) == (command == "sft")
-    assert f"the model is in {tmp_path}/run/model\n" in out
+    assert f"the model is in {tmp_path}/run/model\nTalk to it: rlhf-ray generate {tmp_path}/run\n" in out
 
 
 def test_a_classifier_reads_text_and_label(rlhf_ray, file, tmp_path):

@@ -31,6 +31,9 @@ HINTS: dict[str, str] = {
     "serve-rm": "rlhf-ray serve-reward CONFIG",
     "vllm-serve": "nothing: a run starts its own generators (generator.engine=vllm)",
     "evaluate": "rlhf-ray eval CONFIG",
+    "chat": "rlhf-ray generate MODEL",
+    "infer": "rlhf-ray generate MODEL --file FILE",
+    "predict": "rlhf-ray generate MODEL --file FILE",
     "validate": "rlhf-ray validate-data FILE",
     "version": "rlhf-ray --version",
 }

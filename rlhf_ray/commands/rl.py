@@ -43,4 +43,4 @@ def run(config: Path, overrides: list[str], run_dir: Path | None, resume: Resume
 
     with interruptible():  # the run itself has said how to go on
         summary = run_rl(settings, run_dir, resume=resume is ResumeMode.auto)
-    print_summary(summary)
+    print_summary(summary, writes=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 PROMPT_SHOWN = 300  # characters
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """`summary`: what summary.json of a training run holds."""
+def print_summary(summary: dict[str, Any], *, writes: bool) -> None:
+    """`summary`: what summary.json of a training run holds; `writes`: its model answers prompts."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -37,6 +38,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     folder = Path(summary["run_dir"])
     adapter = f", its LoRA adapter alone in {folder / 'adapter'}" if (folder / "adapter").is_dir() else ""
     print(f"Everything is in {folder}; the model is in {folder / 'model'}{adapter}")
+    if writes:
+        print(f"Talk to it: rlhf-ray generate {shlex.quote(str(folder))}")
 
 
 def _sample_text(sample: dict[str, Any]) -> str:

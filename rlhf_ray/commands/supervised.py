@@ -29,4 +29,4 @@ def run(
 
     with interruptible():  # the run itself has said how to go on
         summary = run_supervised(settings, run_dir, resume=resume is ResumeMode.auto)
-    print_summary(summary)
+    print_summary(summary, writes=command in ("sft", "dpo"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.streamers import BaseStreamer
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.batch import Batch, build_batch
@@ -37,18 +39,26 @@ class HFGenerator(HFReceiver):
         self.inputs = inspect.signature(model.forward).parameters.keys()
         self.can_prefill = self.inputs >= {"past_key_values", "logits_to_keep"}
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        """Sample one completion a request, in request order. See `roles.protocols.Generator`."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, streamer: BaseStreamer | None = None
+    ) -> Batch:
+        """Sample one completion a request, in request order. See `roles.protocols.Generator`.
+
+        `streamer` (for one request) hears of the prompt's tokens and of each token as soon as it is sampled.
+        """
         self.require_whole("generate")
         if not requests:
             raise ValueError("generate: no requests; give at least one")
         chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
+        sample = partial(self._generate_chunk, streamer=streamer)
         return Batch.cat(
-            [with_given_answers(self._generate_chunk, chunk, sampling, self.pad_token_id) for chunk in chunks]
+            [with_given_answers(sample, chunk, sampling, self.pad_token_id) for chunk in chunks]
         )
 
     @torch.no_grad()
-    def _generate_chunk(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
+    def _generate_chunk(
+        self, requests: Sequence[Request], sampling: Sampling, streamer: BaseStreamer | None = None
+    ) -> Batch:
         tokens, mask, cache = self._prefill([tuple(r.token_ids) for r in requests])
         sampler = KeyedSampler(
             [r.seed for r in requests],
@@ -69,6 +79,7 @@ class HFGenerator(HFReceiver):
             logits_processor=LogitsProcessorList([sampler]),
             eos_token_id=list(sampling.stop_token_ids) or None,
             pad_token_id=self.pad_token_id,
+            streamer=streamer,
         )
         sampled = output[:, tokens.shape[1] :].cpu()
         logps = torch.stack(sampler.logps, dim=1).cpu()
