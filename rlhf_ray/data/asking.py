@@ -8,7 +8,6 @@ from rlhf_ray.data.chat import Chat, Instruction, Message, Messages, Prompt
 from rlhf_ray.data.columns import Columns, Text
 from rlhf_ray.data.dialogues import dialogue_messages, is_dialogue
 from rlhf_ray.data.messages import said, text_of
-from rlhf_ray.data.values import says_something
 
 
 def asked(columns: Columns) -> Prompt:
@@ -40,16 +39,16 @@ def with_repeated(columns: Columns, shared: Messages) -> Messages:
     is one of their messages is used; one that says something else is left to be named as unused.
     Raises DataError for messages that say something else.
     """
-    role = next((role for role in ("prompt", "messages") if says_something(columns.row.fields.get(columns.name(role)))),
-                None)  # fmt: skip
+    role = next((role for role in ("prompt", "messages") if columns.says(role)), None)
     if role is None:
         return shared
-    value = columns.row.fields[columns.name(role)]
-    given = columns.checked(value, role) if role == "prompt" else columns.messages(role)
+    given = columns.checked(columns.row.fields[columns.name(role)], role)
     if isinstance(given, str):
         if given.strip() in [text_of(message).strip() for message in shared]:
             columns.value(role)
         return shared
+    if role == "messages" and given[-1]["role"] == "assistant":
+        return shared  # one of the two conversations once more: it is left to be named as unused
     columns.value(role)
     once, twice = ([_trimmed(message) for message in messages] for messages in (given, shared))
     if once[-len(twice) :] == twice:

@@ -55,6 +55,7 @@ class Columns:
 
     def __init__(self, row: Row, names: ColumnsConfig = USUAL):
         self.row, self._names = row, names
+        self._given = {name for _, name in names if name is not None}
         self._read: set[str] = set()
         self._unused_keys: Counter[str] = Counter()
 
@@ -72,14 +73,27 @@ class Columns:
         self._unused_keys.update(prefix + name for name in part.unused())
 
     def name(self, role: str) -> str:
-        given = getattr(self._names, role) if role in ColumnsConfig.model_fields else None
-        if given is not None or role in self.row.fields:
+        given = self._name_given(role)
+        if given is not None or (role in self.row.fields and role not in self._given):
             return given or role
-        others = [other for other in _ALSO_CALLED.get(role, ()) if self.row.fields.get(other) is not None]
+        others = [other for other in _ALSO_CALLED.get(role, ())
+                  if self.row.fields.get(other) is not None and other not in self._given]  # fmt: skip
         return others[0] if len(others) == 1 else role
 
+    def _name_given(self, role: str) -> str | None:
+        return getattr(self._names, role) if role in ColumnsConfig.model_fields else None
+
+    def _is_anothers(self, role: str) -> bool:
+        """Whether the column of this name is, by the settings, that of another role."""
+        return self._name_given(role) is None and self.name(role) in self._given
+
     def has(self, role: str) -> bool:
-        return self.row.fields.get(self.name(role)) is not None  # a table has None where a row lacks the column
+        # A table has None where a row lacks the column.
+        return self.row.fields.get(self.name(role)) is not None and not self._is_anothers(role)
+
+    def says(self, role: str) -> bool:
+        """Whether it is there and says something: blank text and empty lists do not."""
+        return self.has(role) and says_something(self.row.fields[self.name(role)])
 
     def has_by_name(self, role: str) -> bool:
         """Whether it is there under its usual name or the one that was given, not under a guessed one."""
@@ -93,7 +107,7 @@ class Columns:
 
     def value(self, role: str) -> Any:
         name = self.name(role)
-        if name not in self.row.fields:
+        if name not in self.row.fields or self._is_anothers(role):
             raise self.error(
                 f"no field {name!r}; the row has {', '.join(map(repr, self.row.fields)) or 'none'}; "
                 "name another with data.columns (data.field for prompts), or mend the row"
@@ -126,25 +140,26 @@ class Columns:
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """The JSON schemas of the tools; none where the row has none."""
-        if not says_something(self.row.fields.get(self.name("tools"))):
+        if not self.says("tools"):
             return ()
         with self._placed("tools"):
             return tools_of(self.value("tools"), self._unused_keys)
 
     def template_args(self) -> Mapping[str, Any] | None:
         """Variables for the chat template, in TRL's column `chat_template_kwargs`."""
-        if not says_something(self.row.fields.get(self.name("chat_template_kwargs"))):
+        if not self.says("chat_template_kwargs"):
             return None
         with self._placed("chat_template_kwargs"):
             value = self.value("chat_template_kwargs")
-            value = plain(from_json(value)) if isinstance(value, str) else without_padding(plain(value))
+            is_text = isinstance(value, str)
+            value = plain(from_json(value) if is_text else value)
             if not isinstance(value, dict):
                 raise DataError(f"is {shown(value)}, not an object such as {{\"enable_thinking\": false}}")
-            return value
+            return value if is_text else without_padding(value)
 
     def history(self) -> Messages:
         """Turns before the prompt: LLaMA-Factory's list of [user, assistant] pairs, or messages."""
-        if not says_something(self.row.fields.get(self.name("history"))):
+        if not self.says("history"):
             return ()
         value = self._listed_in_json("history")
         with self._placed("history"):

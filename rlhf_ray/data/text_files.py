@@ -35,7 +35,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8")
+    return DataError(
+        f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8 (Excel calls it CSV UTF-8; from the Chinese GBK: "
+        "iconv -f GBK -t UTF-8)"
+    )
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
@@ -71,7 +74,7 @@ def _separated(path: Path, separator: str, separators: str) -> Iterator[Found]:
     with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader, ends = csv.DictReader(file, delimiter=separator, strict=True), 1
         try:
-            names = _header(path, reader.fieldnames, separator)
+            names = reader.fieldnames = _header(path, reader.fieldnames, separator)
             for fields in reader:
                 ends = reader.line_num
                 where = f"{path}:{ends}"
@@ -94,9 +97,14 @@ def _separated(path: Path, separator: str, separators: str) -> Iterator[Found]:
             )
 
 
-def _header(path: Path, names: Any, separator: str) -> list[str]:
-    if not names:
+def _header(path: Path, given: Any, separator: str) -> list[str]:
+    """The names of the columns, without blanks around them. One without a name (pandas' index, what Excel leaves behind
+    the last column) gets the name of its place."""
+    if not given:
         raise DataError(f"{path}: the file is empty; its first line must name the columns")
+    names = [name.strip() or f"column {place}" for place, name in enumerate(given, start=1)]
+    if names[0].lower().startswith("sep="):
+        raise DataError(f"{path}:1: this line is Excel's mark of the separator, not a header; remove it")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{path}:1: the column {twice[0]!r} comes twice, and a row keeps only one of them; rename one")
     other = next((mark for mark in (";", "\t", ",", "|") if mark != separator and mark in names[0]), None)

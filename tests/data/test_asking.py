@@ -11,7 +11,7 @@ from rlhf_ray.config.data import ColumnsConfig
 from rlhf_ray.data.chat import Chat, Instruction
 from rlhf_ray.data.messages import text_of
 from rlhf_ray.data.rows import Row
-from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, PromptRow, detect, parse, prompts_in
+from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, PromptRow, TextRow, detect, parse, prompts_in
 from rlhf_ray.data.values import EmptyRowError
 from rlhf_ray.errors import DataError
 
@@ -150,6 +150,28 @@ def test_what_a_prompt_says_beyond_the_conversations_beside_it_is_asked_too(colu
     said = [(message["role"], text_of(message).strip()) for message in record.prompt.messages]
     assert said == [(message["role"], message["content"]) for message in asked]
     assert (record.chosen, record.rejected, unused) == ((SAY,), (BAD,), {})
+
+
+def test_a_conversation_beside_its_pair_is_named_not_asked():
+    pair = {"chosen": [ASK, SAY], "rejected": [ASK, BAD]}
+    assert read({**pair, "messages": [ASK, SAY]}) == (PreferenceRow(Chat((ASK,)), (SAY,), (BAD,)), {"messages": 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "record"),
+    [
+        ({"history": "q", "a": "yo", "b": "no"}, {"prompt": "history", "chosen": "a", "rejected": "b"},
+         PreferenceRow("q", "yo", "no")),
+        ({"instruction": "q", "answer": "yo"}, {"prompt": "instruction"}, AnswerRow("q", "yo")),
+        ({"prompt": "a text"}, {"text": "prompt"}, TextRow("a text")),
+        ({"tools": "q", "completion": "yo"}, {"prompt": "tools"}, AnswerRow("q", "yo")),
+        ({"instruction": "q", "response": "rules", "output": "yo"}, {"system": "response"},
+         AnswerRow(Chat((RULE, {**ASK, "content": "q"})), (SAY,))),
+    ],
+)  # fmt: skip
+def test_a_column_has_one_role(fields, columns, record):
+    fields = {name: "Rhyme." if value == "rules" else value for name, value in fields.items()}
+    assert read(fields, **columns) == (record, {})
 
 
 def test_a_system_message_that_is_said_twice_stands_once():

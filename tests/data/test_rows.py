@@ -154,7 +154,8 @@ def test_a_broken_array_is_one_complaint_with_its_line(tmp_path):
         file.write_text(text)
         assert complaints(file)[1][0].startswith(f"{file}:{line}: broken JSON"), text
     file.write_bytes(b'[\n{"a": "\xff"}]')
-    assert complaints(file) == ([], [f"{file}:2: not UTF-8 (invalid start byte); save the file as UTF-8"])
+    good, (bad,) = complaints(file)
+    assert good == [] and bad.startswith(f"{file}:2: not UTF-8 (invalid start byte); save the file as UTF-8")
 
 
 def test_a_key_that_comes_twice_and_a_number_too_long_are_bad_rows(tmp_path):
@@ -258,6 +259,24 @@ def test_a_table_gives_the_rows_that_were_put_in(tmp_path):
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match="one: cannot load this folder of save_to_disk"):
         rows_of(tmp_path / "one")
+
+
+def test_what_spreadsheets_and_pandas_leave_in_a_header(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"\xef\xbb\xbf,prompt, completion ,,\r\n0,a, b,,\r\n1,c,d,x,\r\n")
+    named = {"column 1": "0", "prompt": "a", "completion": " b", "column 4": "", "column 5": ""}
+    second = {"column 1": "1", "prompt": "c", "completion": "d", "column 4": "x", "column 5": ""}
+    assert rows_of(file) == [(named, "2"), (second, "3")]
+    for mark in ("sep=,", "sep=;", "SEP=\t"):
+        file.write_text(f"{mark}\nprompt,completion\na,b\n")
+        with pytest.raises(DataError, match=r"a\.csv:1: this line is Excel's mark of the separator, not a header"):
+            rows_of(file)
+    file.write_text("a, a\n1,2\n")
+    with pytest.raises(DataError, match="the column 'a' comes twice"):
+        rows_of(file)
+    file.write_bytes("prompt,completion\na,b\n你,好\n".encode("gbk"))
+    with pytest.raises(DataError, match=r"a\.csv:3: not UTF-8 .*; save the file as UTF-8 \(.*iconv -f GBK"):
+        rows_of(file)
 
 
 @pytest.mark.parametrize("offset", [3000, -1, 9])
