@@ -63,7 +63,7 @@ def train(
         due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
         if due or step + 1 == config.steps:
             save(step + 1, kl, roles, rollouts, run)
-    return {"before": before, "after": evaluator.evaluate(config.steps)}
+    return {"before": before, "after": evaluator.evaluate(max(start, config.steps))}
 
 
 def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: Recorder) -> Batch:

@@ -103,3 +103,12 @@ def test_a_run_keeps_the_weights_of_its_best_evaluation(tiny_config, tmp_path, r
         saved = torch.load(tmp_path / "a" / "checkpoints" / f"step_{step}" / "learner" / "torch_engine.pt")["module"]
         assert all(torch.equal(kept[name], saved[name]) for name in kept)
     assert step < 4 and any(not torch.equal(kept[name], last[name]) for name in kept)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_behind_its_end_says_which_step_it_judged(tiny_config, tmp_path):
+    settings = ("eval.size=4", "eval.best_by=response_len", "checkpoint.every=1")
+    run_rl(tiny_config(*settings, "steps=3"), tmp_path / "a")
+    (tmp_path / "a" / "best.json").unlink()
+    summary = run_rl(tiny_config(*settings, "steps=2"), tmp_path / "a", resume=True)
+    assert summary["steps"] == 3 == summary["best"]["step"]
