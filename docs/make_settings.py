@@ -40,9 +40,9 @@ LLaMA-Factory is called here; settings that contradict each other are refused to
 every default filled in.
 
 Why the defaults are what they are, beside those of other tools: [defaults.md](defaults.md).
-
 """
 NUMBERS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+ROUND = 1 << 17  # from here on a power of two says more than its digits
 
 
 def sections() -> dict[type[BaseModel], dict[str, list[str]]]:
@@ -102,9 +102,21 @@ def presets() -> list[str]:
 
 def kind_of(field: FieldInfo) -> str:
     """The type in words, with the bounds of a number."""
-    bounds = [f"{sign} {value:g}" for item in field.metadata for name, sign in NUMBERS.items()
-              if (value := getattr(item, name, None)) is not None]  # fmt: skip
-    return ", ".join([_words(field.annotation), *bounds])
+    bounds = {name: value for item in field.metadata for name in NUMBERS
+              if (value := getattr(item, name, None)) is not None}  # fmt: skip
+    words = _words(field.annotation)
+    if words == "integer" and bounds.keys() & {"gt", "ge"} and bounds.keys() & {"lt", "le"}:
+        lowest = bounds["ge"] if "ge" in bounds else bounds["gt"] + 1
+        highest = bounds["le"] if "le" in bounds else bounds["lt"] - 1
+        return f"{words}, {lowest} to {_integer(highest)}"
+    return ", ".join([words, *(f"{NUMBERS[name]} {value:g}" for name, value in bounds.items())])
+
+
+def _integer(value: int) -> str:
+    for power, rest in ((value, ""), (value + 1, " - 1")):
+        if power >= ROUND and power & (power - 1) == 0:
+            return f"2^{power.bit_length() - 1}{rest}"
+    return str(value)
 
 
 def _words(annotation: Any) -> str:
@@ -149,7 +161,7 @@ def _doc(section: type[BaseModel]) -> str:
 
 
 def _first(section: type[BaseModel]) -> str:
-    return re.split(r"(?<=[.:])\s", _doc(section), maxsplit=1)[0]
+    return re.split(r"(?<=\.)\s", _doc(section), maxsplit=1)[0]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections import Section
-from rlhf_ray.config.sources import SeveralSources, SourceConfig
+from rlhf_ray.config.sources import AS_SECTION, SeveralSources, SourceConfig
 
 DataType = Literal[
     "prompt",
@@ -29,19 +29,19 @@ DataType = Literal[
 class ColumnsConfig(Section):
     """Names of the columns, where they differ from the usual ones (`columns.prompt: question`)."""
 
-    prompt: str | None = None
-    completion: str | None = None
-    text: str | None = None
-    messages: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    margin: str | None = None
-    label: str | None = None
+    prompt: str | None = Field(None, description="the prompt: a text, or messages")
+    completion: str | None = Field(None, description="the answer to the prompt")
+    text: str | None = Field(None, description="a whole text, to learn or to classify")
+    messages: str | None = Field(None, description="a whole conversation")
+    chosen: str | None = Field(None, description="preference: the better answer, or the conversation with it")
+    rejected: str | None = Field(None, description="preference: the worse answer, or the conversation with it")
+    margin: str | None = Field(None, description="preference: how much better chosen is, a number")
+    label: str | None = Field(None, description="labelled: the text's class; unpaired: whether the answer is good")
     completions: str | None = Field(None, description="ranked: the list of answers, best first")
     scores: str | None = Field(None, description="ranked: their scores, where the list is in no order")
-    instruction: str | None = None
-    input: str | None = None
-    output: str | None = None
+    instruction: str | None = Field(None, description="instruction: what is to be done")
+    input: str | None = Field(None, description="instruction: what it is to be done with")
+    output: str | None = Field(None, description="instruction: the answer")
     system: str | None = Field(None, description="the system message, where it is no message of the row")
     history: str | None = Field(None, description="earlier turns: a list of [user, assistant] pairs, or messages")
     tools: str | None = Field(None, description="JSON schemas of the tools, a list or its JSON text")
@@ -68,14 +68,16 @@ class CleaningConfig(Section):
 
 
 class DatasetSourceConfig(SourceConfig):
-    eval_split: str | None = None
-    type: Literal["auto", DataType] | None = None
+    """One of several sources. What it leaves empty is as in the section that it stands in."""
+
+    eval_split: str | None = Field(None, description=AS_SECTION)
+    type: Literal["auto", DataType] | None = Field(None, description=AS_SECTION)
     columns: ColumnsConfig | None = None
-    learn: Literal["all", "last"] | None = None
+    learn: Literal["all", "last"] | None = Field(None, description=AS_SECTION)
 
 
 class DatasetConfig(SeveralSources):
-    """`path` is a file, a folder, a Hugging Face dataset (owner/name:subset) or `shipped:<file>`: see docs/data.md."""
+    """Rows to learn from, and those that are held out: docs/data.md."""
 
     split: str = Field("train", description="of a folder or a Hugging Face dataset")
     eval_path: str | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")
@@ -85,7 +87,9 @@ class DatasetConfig(SeveralSources):
     columns: ColumnsConfig = ColumnsConfig()
     learn: Literal["all", "last"] = Field("all", description="conversations: which of the assistant's turns")
     max_length: int = Field(2048, gt=1, description="tokens of a whole sequence, EOS included")
-    overlong: Literal["error", "drop", "truncate"] = "error"
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="sequences above max_length: end the run, leave the row out, or cut the sequence's end off"
+    )
     cleaning: CleaningConfig = CleaningConfig()
     sources: list[DatasetSourceConfig] = Field([], description="several sources, instead of `path`")
 

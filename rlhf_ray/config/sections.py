@@ -12,12 +12,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what every random generator takes
+# What every random generator takes.
+Seed = Annotated[int, Field(ge=0, lt=1 << 32, description="every random choice follows from it")]
+RunName = Annotated[str, Field(description="of the run's folder, `runs/<name>-<time>`, unless --run-dir names one")]
+Device = Annotated[
+    Literal["auto", "cuda", "mps", "cpu"], Field(description="auto: the first of cuda, mps and cpu that is there")
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Field(description="what models compute in; auto: bfloat16 on CUDA, else float32"),
+]
 Clock = Annotated[
     datetime | None,
     Field(description="what chat templates take for now; empty: the run's first start, which its config.yaml keeps"),
 ]
-
+LearningRate = Annotated[float, Field(gt=0, description="AdamW's learning rate, at its highest")]
+Schedule = Annotated[
+    Literal["constant", "linear", "cosine"],
+    Field(description="of the rate after the warm-up; linear and cosine fall to 0 at the last step"),
+]
 
 MOST_WORKERS = 1 << 14  # a plan names each of them
 
@@ -55,47 +68,59 @@ class ScratchConfig(Section):
     hours, or is a number of bytes that no integer holds.
     """
 
-    hidden_size: int = Field(128, gt=0, le=1 << 16)
-    layers: int = Field(3, gt=0, le=1 << 10)
-    heads: int = Field(4, gt=0, le=1 << 16)
+    hidden_size: int = Field(128, gt=0, le=1 << 16, description="width of the model")
+    layers: int = Field(3, gt=0, le=1 << 10, description="transformer blocks, or LSTM layers")
+    heads: int = Field(4, gt=0, le=1 << 16, description="attention heads of each layer; lstm has none")
     intermediate_size: int | None = Field(
-        None, gt=0, le=1 << 20, description="MLP width; 4 x hidden_size when empty"
+        None, gt=0, le=1 << 20, description="MLP width; empty: 4 x hidden_size, of qwen2 3 x; lstm has no MLP"
     )
     max_length: int = Field(128, gt=1, le=1 << 24, description="longest sequence, in tokens")
-    tie_embeddings: bool = True
+    tie_embeddings: bool = Field(True, description="the language-model head is the table of the input embeddings")
 
 
 class TokenizerConfig(Section):
-    """`path` is a Hub name, a folder, or `scratch:char|word|bpe`; empty means the model's own."""
+    """How text becomes tokens."""
 
-    path: str | None = None
+    path: str | None = Field(
+        None, description="a Hub name, a folder, or `scratch:char|word|bpe`; empty: the model's own"
+    )
     vocab_size: int = Field(4096, gt=2, le=1 << 24, description="upper bound for scratch:word and scratch:bpe")
     alphabet: str | None = Field(None, description="scratch:char: its characters; read from the data when empty")
 
 
 class LoraConfig(Section):
-    r: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0)
-    target_modules: str | list[str] = "all-linear"
+    """Small matrices beside frozen weights, which are what is trained (LoRA); merged into the weights at the end."""
+
+    r: int = Field(16, gt=0, description="rank of these matrices")
+    alpha: float = Field(32.0, gt=0, description="what they add is multiplied by alpha / r")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="the layers that get them: all-linear (all but the head), names, or one regular "
+        "expression"
+    )  # fmt: skip
     quantize: Literal["none", "nf4"] = Field(
         "none", description="nf4: QLoRA, the learner holds the frozen weights in 4 bits; needs bitsandbytes"
     )
 
 
 class ModelConfig(Section):
-    """`path` is a Hub name, a folder, or `scratch:qwen2|gpt2|lstm`."""
+    """The model that is trained."""
 
-    path: str
+    path: str = Field(
+        description="a Hub name, a folder, or `scratch:qwen2|gpt2|lstm` (rm, classifier: also `scratch:bert`)"
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     scratch: ScratchConfig = ScratchConfig()
     lora: LoraConfig | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with a model")
 
 
 class RowsConfig(Section):
     """Where rows come from, and how they become text."""
 
-    path: str
+    path: str = Field(
+        description="a file, a folder, a Hugging Face dataset (owner/name:subset) or `shipped:<file>`; of prompts also "
+        "`task:arithmetic`"
+    )
     limit: int | None = Field(None, gt=0, description="use only the first rows")
     template: Literal["auto", "chat", "alpaca", "none"] = Field(
         "auto", description="auto: chat for messages, alpaca for instructions, plain text as it is"
@@ -110,38 +135,64 @@ class RowsConfig(Section):
 class TrainEngineConfig(Section):
     """How a trained model is held and stepped: shared by the learner and the critic."""
 
-    engine: Literal["torch", "deepspeed"] = "torch"
-    world_size: int = Field(1, gt=0, le=MOST_WORKERS)
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "optimizer", "parameters"] = "none"
-    lr: float = Field(1e-6, gt=0)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="torch: one process; deepspeed: one or more, with ZeRO"
+    )
+    world_size: int = Field(1, gt=0, le=MOST_WORKERS, description="deepspeed: processes (ranks) that train together")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="deepspeed: what each rank holds a part of: 0: nothing; 1: the optimiser's state; 2: gradients "
+        "too; 3: parameters too"
+    )  # fmt: skip
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="deepspeed: what lies in the CPU's memory: the optimiser's state, or the parameters too "
+        "(zero_stage 3)"
+    )  # fmt: skip
+    lr: LearningRate = 1e-6
+    lr_schedule: Schedule = "constant"
     lr_warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises from 0")
     lr_warmup_steps: int | None = Field(None, ge=0, description="so many steps instead of that share; 0: no warm-up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, of weight matrices; biases and norms are spared")
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.95), description="AdamW's memory of gradients and of their squares, from one step to the next"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="a gradient of a larger norm is scaled down to it")
     max_skipped_steps: int = Field(20, gt=0, description="steps in a row without a finite gradient that end the run")
     tokens_per_microbatch: int = Field(16_384, gt=0, description="padded tokens of one forward and backward pass")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations anew in the backward pass: less memory, more time"
+    )
 
 
 class RayConfig(Section):
+    """Where the workers of executor=ray run, and how long one may take."""
+
     address: str | None = Field(None, description="empty: $RAY_ADDRESS, or a cluster started here for the run")
     colocate: bool = Field(False, description="generators and learner take turns on the same accelerators")
-    cpus_per_worker: float = Field(0.5, ge=0)
+    cpus_per_worker: float = Field(
+        0.5, ge=0, description="CPUs that each worker reserves; its threads too, if OMP_NUM_THREADS is not set"
+    )
     gpus_per_worker: float = Field(1.0, gt=0, description="used when device is cuda")
-    start_deadline_s: float = Field(300.0, gt=0)
-    call_deadline_s: float = Field(1800.0, gt=0, description="generate, update, score, log-probs")
+    start_deadline_s: float = Field(
+        300.0, gt=0, description="seconds the cluster has to make room, and then the workers to load their models"
+    )
+    call_deadline_s: float = Field(
+        1800.0, gt=0, description="seconds a worker's call may take: generate, update, score, log-probs"
+    )
 
 
 class CheckpointConfig(Section):
+    """What a run can be resumed from."""
+
     every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, gt=0)
+    keep: int = Field(2, gt=0, description="how many of the newest checkpoints stay; older ones are deleted")
 
 
 class LoggingConfig(Section):
-    loggers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    """Where metrics go, and how much of what was written is shown."""
+
+    loggers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        ["tensorboard"], description="who gets the metrics beside metrics.jsonl"
+    )
     samples_every: int = Field(20, gt=0, description="steps between printed completions")
     rollouts: int = Field(16, ge=0, description="completions of each step written to rollouts/")
 
@@ -149,11 +200,13 @@ class LoggingConfig(Section):
 class TrainingRunConfig(Section):
     """What every run that trains a model has."""
 
-    name: str = "run"
+    name: RunName = "run"
     seed: Seed = 0
-    executor: Literal["local", "ray"] = "local"
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    executor: Literal["local", "ray"] = Field(
+        "local", description="local: everything in one process; ray: in workers, on one machine or many"
+    )
+    device: Device = "auto"
+    dtype: Dtype = "auto"
     clock: Clock = None
     model: ModelConfig
     ray: RayConfig = RayConfig()

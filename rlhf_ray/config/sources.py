@@ -25,23 +25,24 @@ from rlhf_ray.config.sections import RowsConfig, Section
 LEAST_SHARE = 1e-4
 # Of a source alone: not what a setting of the whole section is for this source.
 _OWN = ("path", "name", "weight", "eval_path", "chat_template")
+AS_SECTION = "empty: as in the section"
 
 
 class SourceConfig(Section):
     """One of several sources. What it leaves empty is as in the section that it stands in."""
 
-    path: str
+    path: str = Field(description="as in the section")
     name: str | None = Field(None, pattern=r"^[\w.-]+$", description="in the metrics; empty: from the path")
     weight: float | None = Field(
         None, gt=0, description="share of the rows that are drawn; empty for all sources: each row once an epoch"
     )
-    split: str | None = None
-    limit: int | None = Field(None, gt=0)
+    split: str | None = Field(None, description=AS_SECTION)
+    limit: int | None = Field(None, gt=0, description=f"use only the first rows of this source; {AS_SECTION}")
     eval_path: str | None = Field(None, description="held-out rows of this source; empty: some of its own")
-    template: Literal["auto", "chat", "alpaca", "none"] | None = None
+    template: Literal["auto", "chat", "alpaca", "none"] | None = Field(None, description=AS_SECTION)
     chat_template: str | None = Field(None, description="that of the whole section: a model has one")
-    chat_template_args: dict[str, Any] | None = None
-    system_prompt: str | None = None
+    chat_template_args: dict[str, Any] | None = Field(None, description=AS_SECTION)
+    system_prompt: str | None = Field(None, description=AS_SECTION)
 
     @property
     def label(self) -> str:

@@ -6,7 +6,7 @@ that contradict each other (`contradictions`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,14 +19,26 @@ from rlhf_ray.config.checks import (
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.data_checks import length_problems, template_problems
 from rlhf_ray.config.ray_checks import shared_gpu_problems
-from rlhf_ray.config.sections import ModelConfig, Section, TrainEngineConfig, TrainingRunConfig
+from rlhf_ray.config.sections import (
+    LearningRate,
+    ModelConfig,
+    RunName,
+    Schedule,
+    Section,
+    TrainEngineConfig,
+    TrainingRunConfig,
+)
 from rlhf_ray.config.sources import source_problems
+
+Epochs = Annotated[float, Field(gt=0, description="passes over the rows, which may end within one (1.5)")]
 
 
 class SupervisedLearnerConfig(TrainEngineConfig):
+    """How the model is trained."""
+
     batch_size: int = Field(32, gt=0, description="examples, or pairs (rm, dpo but for kto), of each optimiser step")
-    lr: float = Field(1e-5, gt=0)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    lr: LearningRate = 1e-5
+    lr_schedule: Schedule = "linear"
 
 
 class ValidationConfig(Section):
@@ -44,8 +56,8 @@ class SupervisedConfig(TrainingRunConfig):
 
     scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm")
 
-    name: str = "supervised"
-    epochs: float = Field(1.0, gt=0)
+    name: RunName = "supervised"
+    epochs: Epochs = 1.0
     steps: int | None = Field(None, gt=0, description="optimiser steps; empty: as many as `epochs` takes")
     data: DatasetConfig
     learner: SupervisedLearnerConfig = SupervisedLearnerConfig()
@@ -103,13 +115,15 @@ class PlainTextConfig(Section):
 class SamplesConfig(Section):
     """Greedy completions of held-out prompts, before and after, in summary.json."""
 
-    count: int = Field(4, ge=0)
-    max_new_tokens: int = Field(48, gt=0)
+    count: int = Field(4, ge=0, description="how many prompts; 0: none")
+    max_new_tokens: int = Field(48, gt=0, description="of each completion")
 
 
 class SFTConfig(SupervisedConfig):
-    name: str = "sft"
-    epochs: float = Field(3.0, gt=0)
+    """Supervised fine-tuning: a model learns the answers, or whole texts, of `data`."""
+
+    name: RunName = "sft"
+    epochs: Epochs = 3.0
     plain_text: PlainTextConfig | None = None
     samples: SamplesConfig = SamplesConfig()
 
@@ -134,17 +148,19 @@ class SFTConfig(SupervisedConfig):
 
 
 class RMLossConfig(Section):
+    """The reward model's loss on pairs."""
+
     margin_scale: float = Field(
         1.0, ge=0, description="times a pair's margin (its column, or the difference of two scores); 0: without margins"
     )
 
 
 class RMConfig(SupervisedConfig):
-    """`data` holds pairs or rankings."""
+    """A reward model that learns which of two answers is better: `data` holds pairs or rankings."""
 
     scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm", "bert")
 
-    name: str = "rm"
+    name: RunName = "rm"
     rm: RMLossConfig = RMLossConfig()
 
 
@@ -153,10 +169,11 @@ _BETA_OF_KIND = {"simpo": 2.0}
 
 
 class DPOLossConfig(Section):
-    kind: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = Field(
-        "sigmoid", description="sigmoid (DPO), ipo and kto have a reference, simpo and orpo have none; kto learns from "
-        "single answers that are good or bad"
-    )  # fmt: skip
+    """What is minimised."""
+
+    kind: Literal["sigmoid", "ipo", "simpo", "orpo"] = Field(
+        "sigmoid", description="sigmoid (DPO) and ipo have a reference, simpo and orpo have none"
+    )
     beta: float = Field(
         0.1, gt=0, description="sigmoid, ipo, kto: strength of the pull towards the reference; simpo: scale of the "
         "rewards (2.0 when empty); orpo: weight of the odds ratio (the paper's lambda)"
@@ -180,11 +197,15 @@ class DPOLossConfig(Section):
 
 
 class DPOLearnerConfig(SupervisedLearnerConfig):
-    lr: float = Field(5e-7, gt=0)
+    """How the model is trained."""
+
+    lr: LearningRate = 5e-7
 
 
 class DPOConfig(SupervisedConfig):
-    name: str = "dpo"
+    """A policy that learns from preferences without a reward model (DPO and its like)."""
+
+    name: RunName = "dpo"
     learner: DPOLearnerConfig = DPOLearnerConfig()
     dpo: DPOLossConfig = DPOLossConfig()
 
@@ -219,16 +240,21 @@ class DPOConfig(SupervisedConfig):
 
 
 class HeadConfig(Section):
+    """The classes, and how much of the model learns them."""
+
     labels: list[str] | None = Field(None, description="names of labels 0, 1, ...; empty: label_0, label_1, ...")
     frozen_layers: int = Field(0, ge=0, description="this many first layers, and the embeddings, do not learn")
 
 
 class ClassifierConfig(SupervisedConfig):
-    """`model.path` is an encoder's or a causal model's folder or Hub name, or `scratch:bert|qwen2|gpt2|lstm`."""
+    """A classifier of texts.
+
+    `model.path` is an encoder's or a causal model's folder or Hub name, or `scratch:bert|qwen2|gpt2|lstm`.
+    """
 
     scratch_kinds: ClassVar[tuple[str, ...]] = ("qwen2", "gpt2", "lstm", "bert")
 
-    name: str = "classifier"
+    name: RunName = "classifier"
     classifier: HeadConfig = HeadConfig()
 
     def contradictions(self, device: str | None = None) -> list[str]:
