@@ -68,6 +68,9 @@ class _Text:
         while more := {function.name for function in functions if self._asks(function)} - self.asking:
             self.asking |= more
 
+    def is_library(self, name: str) -> bool:
+        return name in self.imported or name in sys.stdlib_module_names or name == "np"
+
     def _asks(self, function: ast.AST) -> bool:
         calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
         return any(self.sort(call.func, False) in ("sample", "asking") for call in calls)
@@ -78,7 +81,7 @@ class _Text:
         `of_sample`: the object whose method it is came from the sample.
         """
         name, base = getattr(function, "attr", getattr(function, "id", "")), (_path(function) or ("",))[0]
-        library = base in self.imported or base in sys.stdlib_module_names or base == "np"
+        library = self.is_library(base)
         if (library or base == "self") and (name.startswith("assert") or name in _COMPARISONS):
             return "comparison"
         if name in self.asking:
@@ -162,6 +165,7 @@ class _Scope:
             return
         path = _path(target.value if isinstance(target, ast.Starred) else target)
         if path is None:
+            self.put_into(target, seen)
             return
         self.forget(path)
         if seen.uses:
@@ -170,6 +174,14 @@ class _Scope:
             self.came.add(path)
         self.sources[path] = set(_paths(value))
         self.link(value, target)
+
+    def put_into(self, target: ast.expr, seen: _Seen) -> None:
+        """`rows[i] = value`, `rows.append(value)`"""
+        while _path(target) is None and isinstance(target, (ast.Subscript, ast.Attribute)):
+            target = target.value
+        if (path := _path(target)) is not None:
+            self.holds[path] = self.holds.get(path, set()) | seen.uses
+            self.came |= {path} if seen.came else set()
 
     def link(self, one: ast.expr, other: ast.expr) -> None:
         """Two names of one value."""
@@ -211,6 +223,11 @@ class _Scope:
             for left, right in zip(sides, sides[1:], strict=False):
                 seen.add(self.compare(left, right))
             return seen
+        if isinstance(node, ast.Lambda):
+            before = set(self.text.uses)
+            seen = self.read(node.body)
+            self.text.sourced |= self.text.uses - before  # nobody knows what it will be called with
+            return seen
         if isinstance(node, ast.NamedExpr):
             seen = self.read(node.value)
             self.bind(node.target, node.value, seen)
@@ -220,7 +237,7 @@ class _Scope:
                 self.bind_items(part.target, part.iter)
         seen = _Seen()
         for part in ast.iter_child_nodes(node):
-            if not isinstance(part, (ast.expr_context, ast.arguments)):
+            if not isinstance(part, (ast.Constant, ast.expr_context, ast.arguments)):  # of the first there may be many
                 seen.add(self.read(part))
         return seen
 
@@ -240,6 +257,9 @@ class _Scope:
         if seen.uses and seen.came and sort in ("other", "asking") and getattr(node.func, "id", "") != "print":
             self.text.sourced |= seen.uses
         if sort not in ("sample", "asking"):
+            base = (_path(node.func) or ("",))[0]
+            if isinstance(node.func, ast.Attribute) and not self.text.is_library(base) and base != "self":
+                self.put_into(node.func.value, seen)
             return seen
         unknown = any(isinstance(argument, ast.Starred) or key is None for key, argument in given)
         self.text.within[node] = self.function

@@ -28,6 +28,7 @@ SEEN = {  # a test that must see what f changed in x
     "    assert k == len(row['want'])\n    assert row['x'][:k] == row['want']",
     "a helper": "def run(nums):\n    k = f(nums)\n    return k, nums[:k]\nassert run(x) == (2, [1, 2])",
     "a method": "s = Solution()\nk = s.f(x)\nassert k == 2\nassert x[:k] == [1, 2]",
+    "a library": "import numpy as np\nk = f(x)\nassert np.sum(k) == 2\nassert np.array_equal(x[:k], np.array([1, 2]))",
     "a name like a comparison's": "k = closest(x)\nassert k == 2\nassert x[:k] == [1, 2]",
 }  # fmt: skip
 
@@ -44,6 +45,10 @@ SOURCES = {  # what is right is computed from x after the call
     "a helper": "def run(nums):\n    return f(nums)\nassert run(x) == sorted(x)",
     "unittest": "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
     "        self.assertEqual(f(x), sorted(x))",
+    "a lambda": "g = lambda nums: f(nums)\nassert g(x) == sorted(x)",
+    "results kept in a list": "rows, got = [x], []\nfor row in rows:\n    got.append(f(row))\n"
+    "for row, r in zip(rows, got):\n    assert r == sorted(row)",
+    "results kept by place": "got = [0]\nfor i in range(1):\n    got[i] = f(x)\nassert got[0] == sorted(x)",
     "one item is fixed": "r = f(x)\nassert x[0] == 1\nassert r == sorted(x)",
 }
 
