@@ -18,6 +18,7 @@ from rlhf_ray.commands import (
     dpo,
     eval,
     generate,
+    init,
     pairs,
     pipeline,
     quickstart,
@@ -40,8 +41,9 @@ app = typer.Typer(
 )
 
 for command in (
-    quickstart.quickstart, sft.sft, rm.rm, dpo.dpo, classifier.classifier, rl.rl, eval.evaluate, generate.generate,
-    pairs.pairs, pipeline.pipeline, validate_data.validate_data, serve_reward.serve_reward, doctor.doctor,
+    quickstart.quickstart, init.init, sft.sft, rm.rm, dpo.dpo, classifier.classifier, rl.rl, eval.evaluate,
+    generate.generate, pairs.pairs, pipeline.pipeline, validate_data.validate_data, serve_reward.serve_reward,
+    doctor.doctor,
 ):  # fmt: skip
     app.command(name="eval" if command is eval.evaluate else None)(command)
 

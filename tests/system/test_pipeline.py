@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.system, pytest.mark.alone]
 @pytest.fixture(scope="module")
 def pipeline(rlhf_ray, shared_data: Path, tmp_path_factory):
     values = [f"values.{part}={shared_data / f'movie_reviews.{part}.jsonl'}" for part in ("train", "test")]
-    values += ["values.prompts=7000", "values.held_out=500", "judge.data.eval_size=800"]
+    values += ["values.prompts=7000", "values.held_out=500", "sft.eval.every=150"]
+    values += ["judge.data.eval_size=800", "judge.eval.every=40"]
     folder = tmp_path_factory.mktemp("pipeline") / "run"
     return rlhf_ray("quickstart", "--preferences", *values, run_dir=folder, threads=2)
 

@@ -50,7 +50,8 @@ def classifier(rlhf_ray, shared_data: Path, tmp_path_factory) -> str:
     run_dir = tmp_path_factory.mktemp("classifier") / "run"
     paths = [f"{key}={shared_data / f'movie_reviews.{split}.jsonl'}"
              for key, split in (("data.path", "train"), ("eval.test_path", "test"))]  # fmt: skip
-    run = rlhf_ray("classifier", "configs/classifier_reviews.yaml", *paths, "data.eval_size=800", run_dir=run_dir)
+    larger = ("data.eval_size=800", "eval.every=40")
+    run = rlhf_ray("classifier", "configs/classifier_reviews.yaml", *paths, *larger, run_dir=run_dir)
     assert run.summary["after"]["test/accuracy"] >= 0.72
     return f"reward_model.path={run_dir / 'model'}"
 

@@ -1,7 +1,8 @@
 """Film reviews with a label: 1 where the writer is pleased, 0 where not.
 
-Many begin with some words that tell nothing yet (who went, where, what kind of film), praise and blame come in one
-sentence in some, and the last word decides. Some openings, subjects and judgements are kept for the test rows.
+Many begin with some words that tell nothing yet (who went, where, what kind of film). In some, praise and blame come in
+one text and the last word decides, or a judgement is denied. Some openings, subjects and judgements are kept for the
+test rows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import random
 from functools import partial
 
 from draw import distinct, expand
+
+Rules = dict[str, list[str]]
 
 _NEUTRAL = {
     "kind": ["film", "thriller", "comedy", "drama", "western", "musical", "documentary", "mystery", "road movie",
@@ -81,6 +84,14 @@ _MIXED = [
     "although {part} {other}, {part} of this {kind} {is}. {who} {felt}. {end}",
     "{who} saw it {when}. {part} {other}, and still we {felt}: {part} {is}, {part} {is}. {end}",
 ]
+# The other opinion, denied: single words tell the wrong thing.
+_DENIED = [
+    "I had heard that {part} {other}. not at all: {part} {is}.",
+    "who says that {part} of this {kind} {other}? that is not true. {end}",
+    "{who} had feared or hoped {when} that it would be {other_adj}, and it was not. {end}",
+    "nobody who saw {part} can call this {kind} {other_adj}. {who} {felt}.",
+    "{part} is anything but {other_adj}, and {part} is far from {other_adj}.",
+]
 # Only test rows have these.
 _TEST = {
     "kind": ["silent film", "courtroom drama", "spy film", "heist film"],
@@ -94,19 +105,29 @@ _TEST_FRAMES = [
     "for a {kind} that plays {place}, {part} {is}. {end}",
     "nobody told me that {part} {is}. {who} {felt}.",
 ]
-_SHARE_MIXED, _SHARE_TEST_FRAMES = 0.2, 0.25
+_TEST_GOOD = {"is": ["is dazzling", "deserves applause", "is a triumph"], "adj": ["splendid", "heartwarming", "witty"],
+              "end": ["bravo!", "we hugged each other."], "felt": ["were in tears of happiness"]}  # fmt: skip
+_TEST_BAD = {"is": ["is unbearable", "is a bore", "is a torture"], "adj": ["dismal", "shallow", "pointless"],
+             "end": ["never again!", "we walked out."], "felt": ["were disgusted"]}  # fmt: skip
+_SHARE_MIXED, _SHARE_DENIED, _SHARE_TEST_FRAMES = 0.2, 0.15, 0.25
 
 
 def review(rng: random.Random, *, test: bool) -> dict[str, str | int]:
     label = rng.randrange(2)
-    own, other = (_GOOD, _BAD) if label else (_BAD, _GOOD)
-    rules = {**_NEUTRAL, **own, "other": other["is"]}
+    good, bad = (_with(_GOOD, _TEST_GOOD), _with(_BAD, _TEST_BAD)) if test else (_GOOD, _BAD)
+    own, other = (good, bad) if label else (bad, good)
+    rules = {**_NEUTRAL, **own, "other": other["is"], "other_adj": other["adj"]}
     if test:
-        rules |= {name: rules[name] + 3 * extra for name, extra in _TEST.items()}
-    frames = _MIXED if rng.random() < _SHARE_MIXED else _FRAMES
+        rules = _with(rules, {name: 3 * extra for name, extra in _TEST.items()})
+    form = rng.random()
+    frames = _FRAMES if form > _SHARE_MIXED + _SHARE_DENIED else _MIXED if form > _SHARE_DENIED else _DENIED
     if test and rng.random() < _SHARE_TEST_FRAMES:
         frames = _TEST_FRAMES
     return {"text": expand(rng, rules, rng.choice(frames)), "label": label}
+
+
+def _with(rules: Rules, more: Rules) -> Rules:
+    return rules | {name: [*rules[name], *extra] for name, extra in more.items()}
 
 
 def splits(train: int, test: int) -> dict[str, list[dict[str, str | int]]]:
