@@ -58,7 +58,6 @@ class Named:
     template: str = "auto"
     system: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
 
 
 def named_model(name: str) -> Named:
@@ -76,22 +75,22 @@ def named_model(name: str) -> Named:
             + (f"name one of {', '.join(inner)}" if inner else "a run writes model/ at its end: go on with it "
                "(--resume auto), or name a model folder")
         )  # fmt: skip
-    data, model = _settings_of(folder)
+    data = _data_settings(folder)
+    # Not model.trust_remote_code: whoever passes a run on would decide that its code runs here.
     return Named(
         str(folder / "model"), data.get("template") or "auto", data.get("system_prompt"),
-        data.get("chat_template_args") or {}, bool(model.get("trust_remote_code")),
+        data.get("chat_template_args") or {},
     )  # fmt: skip
 
 
-def _settings_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sections `data` and `model` of a run's config; empty where it has none."""
+def _data_settings(folder: Path) -> dict[str, Any]:
+    """The section `data` of a run's config; empty where it has none."""
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        tree = None
-    sections = [(tree or {}).get(name) if isinstance(tree, dict) else None for name in ("data", "model")]
-    data, model = (section if isinstance(section, dict) else {} for section in sections)
-    return data, model
+        return {}
+    data = tree.get("data") if isinstance(tree, dict) else None
+    return data if isinstance(data, dict) else {}
 
 
 class Writer:
@@ -103,7 +102,7 @@ class Writer:
     def __init__(self, name: str, config: GenerateConfig) -> None:
         model = named_model(name)
         self.config, self.path = config, model.path
-        self._trust = config.trust_remote_code or model.trust_remote_code
+        self._trust = config.trust_remote_code
         self.tokenizer = load_tokenizer(self.path, trust_remote_code=self._trust)
         set_chat_template(self.tokenizer, config.chat_template)
         self.style = _style(config, model, bool(self.tokenizer.chat_template))

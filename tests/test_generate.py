@@ -93,10 +93,10 @@ def talk(made: Writer, *lines: str) -> tuple[str, list[str]]:
 def test_a_run_directory_is_its_model_with_the_settings_of_the_run(tmp_path):
     run = tmp_path / "run"
     make_folder(run / "model", template=CHAT_TEMPLATES["zephyr"])
-    settings = {"data": {"system_prompt": "who are you", "template": "auto"}, "model": {"trust_remote_code": True}}
+    settings = {"data": {"system_prompt": "who are you", "template": "auto"}}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     found = named_model(str(run))
-    assert (found.path, found.system, found.trust_remote_code) == (str(run / "model"), "who are you", True)
+    assert (found.path, found.system) == (str(run / "model"), "who are you")
     made = writer(run)
     asked = made.tokenizer.decode(made.encode("hello"))
     assert asked == "<|system|>\nwho are you<eos>\n<|user|>\nhello<eos>\n<|assistant|>\n"
@@ -108,6 +108,22 @@ def test_a_run_directory_is_its_model_with_the_settings_of_the_run(tmp_path):
     assert made.tokenizer.decode(writer(run).encode("hello")) == "hello"
     (run / "config.yaml").write_text("[broken")
     assert named_model(str(run)).path == str(run / "model")
+
+
+def test_a_run_does_not_say_that_its_code_may_run_here(tmp_path):
+    run = tmp_path / "run"
+    make_folder(run / "model")
+    (run / "config.yaml").write_text("model: {trust_remote_code: true}")
+    config = json.loads((run / "model" / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.M"}}
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    (run / "model" / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError, match="read it, and if it may run here set .*--trust-remote-code"):
+        writer(run)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ModelError):  # it says nothing but that it ran
+        writer(run, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_run_directory_without_a_model_says_what_there_is(tmp_path):

@@ -140,6 +140,11 @@ def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code
     """`factory.from_pretrained`, with errors that say what to do. Raises ModelError."""
     folder = local_folder(path)
     if folder is not None and what != "a tokenizer" and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path}: the folder holds a LoRA adapter alone; name the model into which it is merged (of a run: "
+                "model/), or merge it into its base with PEFT"
+            )
         raise ModelError(f"{path}: the folder has no config.json, so it holds no Hugging Face model; check the path")
     try:
         return factory.from_pretrained(str(folder or path), trust_remote_code=trust_remote_code, **options)
@@ -150,6 +155,8 @@ def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code
             else "no local folder has this name either; check the name and the network, log in for a gated model, "
             "or give a local folder (HF_HUB_OFFLINE=1 allows cached models only)"
         )
+        if not trust_remote_code and "contains custom code" in str(error):
+            advice = "read it, and if it may run here set model.trust_remote_code (generate: --trust-remote-code)"
         raise ModelError(
             f"{path}: cannot load {what} ({type(error).__name__}: {_first_line(error)}); {advice}"
         ) from error

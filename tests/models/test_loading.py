@@ -79,6 +79,9 @@ def test_folder_without_model(policy_folder):
     (policy_folder / "config.json").unlink()
     with pytest.raises(ModelError, match="no config.json"):
         load_policy(policy_folder)
+    (policy_folder / "adapter_config.json").touch()
+    with pytest.raises(ModelError, match="holds a LoRA adapter alone; name the model into which it is merged"):
+        load_policy(policy_folder)
 
 
 def test_folder_with_damaged_weights(policy_folder):
