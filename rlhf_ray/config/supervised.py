@@ -171,9 +171,10 @@ _BETA_OF_KIND = {"simpo": 2.0}
 class DPOLossConfig(Section):
     """What is minimised."""
 
-    kind: Literal["sigmoid", "ipo", "simpo", "orpo"] = Field(
-        "sigmoid", description="sigmoid (DPO) and ipo have a reference, simpo and orpo have none"
-    )
+    kind: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = Field(
+        "sigmoid", description="sigmoid (DPO), ipo and kto have a reference, simpo and orpo have none; kto learns from "
+        "single answers that are good or bad"
+    )  # fmt: skip
     beta: float = Field(
         0.1, gt=0, description="sigmoid, ipo, kto: strength of the pull towards the reference; simpo: scale of the "
         "rewards (2.0 when empty); orpo: weight of the odds ratio (the paper's lambda)"
