@@ -10,6 +10,7 @@ one of the n before it) has written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -52,8 +53,8 @@ def train(
                     metrics |= roles.learner.update(batch, step, kl_coef)
             # Also while only the critic learns: what is written next must not count as older than it is.
             metrics |= push_weights(step + 1, roles, rollouts, canary, run)
-            if "kl_ref" in metrics:
-                kl = kl.update(metrics["kl_ref"], config.samples_per_step)
+            # While only the critic learns nothing measures the KL, and a moving target moves on.
+            kl = kl.update(metrics.get("kl_ref", math.nan), config.samples_per_step)
             if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.steps:
                 with run.timer("eval"):
                     metrics |= numbers_of(evaluator.evaluate(step + 1), "eval/")

@@ -154,3 +154,16 @@ def test_a_scheduled_target_goes_on_where_it_was(tiny_config, tmp_path):
         assert state["elapsed"] == 16 * steps
         # The KL is far below every target: the error is clipped at -0.2, and n/horizon = 1/10.
         assert state["coef"] == pytest.approx(0.1 * 0.98**steps)
+
+
+@pytest.mark.slow
+def test_a_target_moves_on_while_only_the_critic_learns(tiny_config, tmp_path):
+    run_rl(
+        tiny_config(
+            "algorithm.name=ppo", "algorithm.kl_controller=scheduled", "algorithm.kl_target=8", "critic.warmup_steps=2",
+            "algorithm.kl_target_end=1", "algorithm.kl_horizon=160", "eval.size=2", "steps=3",
+        ),
+        tmp_path / "a",
+    )  # fmt: skip
+    state = torch.load(tmp_path / "a" / "checkpoints" / "step_3" / "state.pt")["kl"]
+    assert state["elapsed"] == 48 and state["coef"] == pytest.approx(0.05 * 0.98), "one step measured a KL"
