@@ -65,6 +65,21 @@ def with_repeated(columns: Columns, shared: Messages) -> Messages:
     )
 
 
+def read_repeated(columns: Columns, messages: Messages) -> None:
+    """A column `prompt` that says what the conversation says is used; one that says something else is left to be named.
+    """
+    value = columns.row.fields[columns.name("prompt")] if columns.says("prompt") else None
+    if not isinstance(value, (str, list, tuple)):
+        return
+    given = columns.checked(value, "prompt")
+    if isinstance(given, str):
+        is_said = given.strip() in [text_of(message).strip() for message in messages]
+    else:
+        is_said = [_trimmed(message) for message in given] == [_trimmed(message) for message in messages[: len(given)]]
+    if is_said:
+        columns.value("prompt")
+
+
 def in_context(columns: Columns, prompt: Text | Instruction) -> Prompt:
     """A prompt, or a whole conversation, with what other columns of the row give it.
 

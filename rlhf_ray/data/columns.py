@@ -28,6 +28,7 @@ _ALSO_CALLED = {
     "output": ("response", "answer"),
     "input": ("context",),
     "label": ("kto_tag",),
+    "system": ("system_prompt",),
 }
 
 

@@ -21,6 +21,9 @@ EXAMPLE = 'write a list like [{"role": "user", "content": "Hello"}]'
 # The names under which templates look for what a model thought before it spoke; a row keeps the one that it has.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _MEDIA = {"audio", "audios", "file", "files", "image", "image_url", "images", "input_audio", "video", "videos"}
+# Words of other tools that stand under `role` too; OpenAI's own in capitals.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant",
+          **{role: role for role in ("system", "user", "assistant", "tool")}}  # fmt: skip
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "function_call": "assistant", "observation": "tool", "tool": "tool",
@@ -82,6 +85,7 @@ def read_message(value: Any, unused: Counter[str]) -> Message:
     if not isinstance(role, str) or not role.strip():
         raise DataError(f"holds a message without a role; {EXAMPLE}")
     check_text(role)
+    role = _ROLES.get(role.strip().lower(), role)
     message: dict[str, Any] = {"role": "tool" if role == "function" else role}
     calls = _calls(given, message["role"], unused)
     message["content"] = _content(given.pop("content", None), message["role"], bool(calls), unused)

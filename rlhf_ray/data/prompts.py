@@ -21,7 +21,7 @@ from rlhf_ray.data.rows import Row, placed, read_rows
 from rlhf_ray.data.stream import Part
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.types import detect, parse, prompt_column, prompt_of, prompts_in, texts_of
+from rlhf_ray.data.types import detect, detect_asked, parse, prompt_column, prompt_of, prompts_in, texts_of
 from rlhf_ray.data.values import EmptyRowError, says_something, shown
 from rlhf_ray.errors import DataError
 from rlhf_ray.words import segment_spans
@@ -167,7 +167,7 @@ class PromptRows:
 
     def asked(self, row: Row) -> list[tuple[Prompt, dict[str, Any]]]:
         """(prompt, the row's other columns) of each prompt of a row. Raises DataError, which names file and line."""
-        self.kind = self.kind or detect(row, self._names)
+        self.kind = self.kind or detect_asked(row, self._names)
         copied = prompt_column(row, self.kind, self._names)
         columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 from rlhf_ray.config.data import ColumnsConfig, DataType
-from rlhf_ray.data.asking import answered, asked, checked_question, in_context, instructed, with_repeated
+from rlhf_ray.data.asking import answered, asked, checked_question, in_context, instructed, read_repeated, with_repeated
 from rlhf_ray.data.chat import Chat, Prompt
 from rlhf_ray.data.columns import USUAL, Columns, Text
 from rlhf_ray.data.dialogues import dialogue_messages, is_dialogue, shared_messages, shared_text
@@ -74,8 +74,9 @@ REQUIRED: tuple[tuple[DataType, tuple[str, ...]], ...] = (
     ("instruction", ("instruction",)),
     ("unpaired", ("prompt", "completion", "label")),
     ("prompt_completion", ("prompt", "completion")),
-    ("prompt", ("prompt",)),
     ("unpaired", ("messages", "label")),
+    ("messages", ("prompt", "messages")),  # UltraChat: the prompt is the conversation's first message once more
+    ("prompt", ("prompt",)),
     ("messages", ("messages",)),
     ("labelled", ("text", "label")),
     ("text", ("text",)),
@@ -97,6 +98,13 @@ def detect(row: Row, names: ColumnsConfig = USUAL) -> DataType:
         f"none of the fields that say what a row is ({wanted}); it has "
         f"{', '.join(map(repr, row.fields)) or 'none'}; name them with data.columns (data.field for prompts)"
     )
+
+
+def detect_asked(row: Row, names: ColumnsConfig = USUAL) -> DataType:
+    """The type of a row of which nothing but the prompt is wanted: a column `prompt` is it, whatever is beside."""
+    kind, columns = detect(row, names), Columns(row, names)
+    is_conversation = kind == "messages" or (kind == "unpaired" and not columns.has("completion"))
+    return "prompt" if is_conversation and columns.has_by_name("prompt") else kind
 
 
 def parse(
@@ -196,7 +204,7 @@ def _unpaired(columns: Columns) -> tuple[Record, ...]:
     label = columns.label()
     if label > 1:
         raise columns.error(f"field {columns.name('label')!r} is {label}; an unpaired preference is true or false")
-    if columns.has("prompt") or not columns.has("messages"):
+    if columns.has("prompt") and columns.has("completion") or not columns.has("messages"):
         record = _answer(columns)[0]
         _check_weights(columns, record.completion, "completion")
         return (AnswerRow(record.prompt, record.completion, label),)
@@ -217,6 +225,7 @@ def _labelled(columns: Columns) -> tuple[Record, ...]:
 
 def _conversation(columns: Columns) -> tuple[ConversationRow, ...]:
     messages = checked_question(columns, columns.messages("messages"), "messages")
+    read_repeated(columns, messages)
     chat = in_context(columns, messages)
     assert isinstance(chat, Chat)
     return (ConversationRow(chat),)

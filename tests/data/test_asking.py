@@ -10,6 +10,7 @@ import pytest
 from rlhf_ray.config.data import ColumnsConfig
 from rlhf_ray.data.chat import Chat, Instruction
 from rlhf_ray.data.messages import text_of
+from rlhf_ray.data.prompts import PromptRows
 from rlhf_ray.data.rows import Row
 from rlhf_ray.data.types import AnswerRow, ConversationRow, PreferenceRow, PromptRow, TextRow, detect, parse, prompts_in
 from rlhf_ray.data.values import EmptyRowError
@@ -56,6 +57,7 @@ def read(fields, kind=None, **columns):
         # system
         ({"prompt": "hi", "system": "Rhyme."}, PromptRow(Chat((RULE, ASK)))),
         ({"prompt": "hi", "system": ""}, PromptRow("hi")),
+        ({"question": "hi", "response": "yo", "system_prompt": "Rhyme."}, AnswerRow(Chat((RULE, ASK)), (SAY,))),
         ({"messages": [ASK, SAY], "system": "Rhyme."}, ConversationRow(Chat((RULE, ASK, SAY)))),
         ({"messages": [RULE, ASK, SAY], "system": " Rhyme."}, ConversationRow(Chat((RULE, ASK, SAY)))),
         (
@@ -155,6 +157,21 @@ def test_what_a_prompt_says_beyond_the_conversations_beside_it_is_asked_too(colu
 def test_a_conversation_beside_its_pair_is_named_not_asked():
     pair = {"chosen": [ASK, SAY], "rejected": [ASK, BAD]}
     assert read({**pair, "messages": [ASK, SAY]}) == (PreferenceRow(Chat((ASK,)), (SAY,), (BAD,)), {"messages": 1})
+
+
+def test_a_prompt_beside_one_conversation_is_its_first_message_once_more():
+    """As in UltraChat: who learns takes the conversation, who is asked the prompt."""
+    row = {"prompt": "hi", "messages": [ASK, SAY, ASK, BAD]}
+    whole = ConversationRow(Chat((ASK, SAY, ASK, BAD)))
+    assert read(row) == (whole, {}) == read({**row, "prompt": [ASK]})
+    assert read({**row, "prompt": "ho"}) == (whole, {"prompt": 1})
+    assert read({**row, "label": True}) == (AnswerRow(Chat((ASK, SAY, ASK)), (BAD,), 1), {})
+    for more in ({}, {"label": True}):
+        fields = {**row, **more}
+        ((prompt, columns),) = PromptRows(None).asked(Row(fields, "f.jsonl:7"))
+        assert prompt == "hi" and columns == {name: value for name, value in fields.items() if name != "prompt"}
+    ((prompt, _),) = PromptRows(None).asked(Row({"messages": row["messages"]}, "f.jsonl:7"))
+    assert prompt == Chat((ASK, SAY, ASK))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ def read(message):
         ),
         ({"role": "user", "content": "Hi", "images": []}, {"role": "user", "content": "Hi"}),
         ({"from": "human", "value": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"role": "human", "content": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"role": "gpt", "content": "Hi"}, {"role": "assistant", "content": "Hi"}),
+        ({"role": "Assistant", "content": "Hi", "weight": 1}, {"role": "assistant", "content": "Hi", "weight": 1}),
+        ({"role": "critic", "content": "Hi"}, {"role": "critic", "content": "Hi"}),
         ({"from": "gpt", "value": "Hi", "weight": 1}, {"role": "assistant", "content": "Hi", "weight": 1}),
         ({"from": "observation", "value": "3"}, {"role": "tool", "content": "3"}),
         (
