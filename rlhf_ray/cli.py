@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -68,9 +69,18 @@ def _terminated(number: int, frame: object) -> None:
     raise Terminated
 
 
+def _plain_warnings() -> None:
+    """Warnings without the place in the source that they come from; those that libraries mean for programmers: none."""
+    warnings.formatwarning = lambda message, *_: f"rlhf-ray: warning: {message}\n"
+    if not sys.warnoptions:  # python -W
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+
+
 def main() -> None:
     """Entry point: this package's errors are one readable paragraph, not a traceback."""
     wait_briefly()
+    _plain_warnings()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()

@@ -123,6 +123,17 @@ def test_sft_shows_samples_before_and_after(config, tmp_path):
     assert {"perplexity", "token_accuracy"} <= {name.partition("/")[2] for name in summary["after"]}
 
 
+def test_sft_prints_samples_every_so_often(config, tmp_path, capsys):
+    run_supervised(config("sft", "samples.count=2", "steps=4", "logging.samples_every=2"), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "step 2: samples\n" in out and "step 4: samples" not in out, "those of the end are in the table"
+    assert "[none]" not in out, "nobody has judged them"
+    run_supervised(config("sft", "samples.count=2", "steps=4", "logging.samples_every=0"), tmp_path / "none")
+    assert ": samples" not in capsys.readouterr().out
+    run_supervised(config("rm", "steps=4", "logging.samples_every=1"), tmp_path / "rm")
+    assert ": samples" not in capsys.readouterr().out
+
+
 def test_a_reward_model_comes_from_the_sft_model_and_judges_text(config, tmp_path):
     """SFT -> RM -> the reward role, whose scores are those that training saw."""
     run_supervised(config("sft"), tmp_path / "sft")

@@ -221,6 +221,20 @@ def test_a_run_that_is_terminated_writes_down_how_far_it_got(rlhf_ray, tiny, tmp
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
+def test_a_warning_is_one_line_without_a_path(tiny, repo_root):
+    code = "import warnings; from rlhf_ray import cli; cli._plain_warnings(); warnings.warn('look', stacklevel=1); "
+    code += "warnings.warn('old', DeprecationWarning, stacklevel=1); warnings.warn('new', FutureWarning, stacklevel=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo_root, check=True)
+    assert done.stderr == "rlhf-ray: warning: look\n"
+
+
+def test_a_line_of_the_table_is_a_line(capsys):
+    summary = {"steps": 1, "seconds": 1.0, "run_dir": "x", "before": {"samples": [sample("one\ntwo")]},
+               "after": {"samples": [sample("three")]}}  # fmt: skip
+    print_summary(summary, writes=False)
+    assert r"one\ntwo" in capsys.readouterr().out
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(tiny, monkeypatch):
     def run_rl(*args, **kwargs):
         raise AssertionError("a bug")

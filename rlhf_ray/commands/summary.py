@@ -15,6 +15,8 @@ def print_summary(summary: dict[str, Any], *, writes: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf_ray.run.progress import on_one_line
+
     console = Console()
     table = Table(title=f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     for column in ("", "before", "after"):
@@ -31,7 +33,7 @@ def print_summary(summary: dict[str, Any], *, writes: bool) -> None:
         shown = [_sample_text(sample) for sample in (old, new)]
         # The end of a long prompt is what is answered; summary.json has all of it.
         asked = old["prompt"] if len(old["prompt"]) <= PROMPT_SHOWN else "…" + old["prompt"][-PROMPT_SHOWN:]
-        samples.add_row(*map(Text, [asked, *shown]))
+        samples.add_row(*(Text(on_one_line(text)) for text in (asked, *shown)))
     if samples.row_count:
         console.print(samples)
     # print: rich would break a long path in two

@@ -193,7 +193,7 @@ class LoggingConfig(Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         ["tensorboard"], description="who gets the metrics beside metrics.jsonl"
     )
-    samples_every: int = Field(20, gt=0, description="steps between printed completions")
+    samples_every: int = Field(20, ge=0, description="steps between printed completions; 0: none")
     rollouts: int = Field(16, ge=0, description="completions of each step written to rollouts/")
 
 

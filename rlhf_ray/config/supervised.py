@@ -21,6 +21,7 @@ from rlhf_ray.config.data_checks import length_problems, template_problems
 from rlhf_ray.config.ray_checks import shared_gpu_problems
 from rlhf_ray.config.sections import (
     LearningRate,
+    LoggingConfig,
     ModelConfig,
     RunName,
     Schedule,
@@ -51,6 +52,12 @@ class ValidationConfig(Section):
     test_path: str | None = Field(None, description="rows to judge the final weights on, and for nothing else")
 
 
+class SupervisedLoggingConfig(LoggingConfig):
+    """As in `rl`, but that samples are written for nothing else, so that they come less often."""
+
+    samples_every: int = Field(100, ge=0, description="sft: steps between printed completions; 0: none")
+
+
 class SupervisedConfig(TrainingRunConfig):
     """What all four share. `steps` overrides `epochs`."""
 
@@ -62,6 +69,7 @@ class SupervisedConfig(TrainingRunConfig):
     data: DatasetConfig
     learner: SupervisedLearnerConfig = SupervisedLearnerConfig()
     eval: ValidationConfig = ValidationConfig()
+    logging: SupervisedLoggingConfig = SupervisedLoggingConfig()
 
     def contradictions(self, device: str | None = None) -> list[str]:
         """Everything that can be refused from the config alone; `device` is what `auto` has turned out to be."""
@@ -113,7 +121,7 @@ class PlainTextConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Greedy completions of held-out prompts, before and after, in summary.json."""
+    """Greedy completions of held-out prompts: before and after, in summary.json; in between, on the screen."""
 
     count: int = Field(4, ge=0, description="how many prompts; 0: none")
     max_new_tokens: int = Field(48, gt=0, description="of each completion")

@@ -117,10 +117,13 @@ class Judged:
             report = trainer.evaluate(split, TRAIN_SAMPLE if split == "train" else None)
             result |= {f"{split}/{name}": value for name, value in {**report.metrics, **report.details}.items()}
         if self.prompts:
-            texts = trainer.sample(self.prompts, self.max_new_tokens)
-            pairs = zip(self.prompt_texts, texts, strict=True)
-            result["samples"] = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+            result["samples"] = self.samples(trainer)
         return result
+
+    def samples(self, trainer: Trainer) -> list[dict[str, str]]:
+        texts = trainer.sample(self.prompts, self.max_new_tokens)
+        pairs = zip(self.prompt_texts, texts, strict=True)
+        return [{"prompt": prompt, "completion": text} for prompt, text in pairs]
 
 
 def train(
@@ -148,6 +151,9 @@ def train(
             seen = seen.after(report.metrics["loss"], step + 1, config.eval)
             run.show_validation(step + 1, report.metrics, best=seen.best_step == step + 1)
             metrics |= {f"val/{name}": value for name, value in report.metrics.items()}
+        if judged.prompts and not last and run.shows_samples(step + 1):
+            with run.timer("eval"):
+                run.show_samples(step + 1, judged.samples(trainer))
         run.log_step(step + 1, metrics)
         improved = config.eval.keep_best and seen.best_step != best_before
         if improved or last or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):

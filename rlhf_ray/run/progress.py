@@ -77,31 +77,40 @@ class Progress:
             self._last_line = now
             self._print(f"{self._title} {step}/{self._total}  {shown}  {left}".rstrip())
 
-    def show_samples(self, step: int, rows: Iterable[tuple[str, str, float | None]]) -> None:
-        """Show (prompt, completion, reward) of some completions; a reward of None was left out of the loss."""
+    def show_samples(
+        self, step: int, rows: Iterable[tuple[str, str, float | None]], *, judged: bool = True
+    ) -> None:  # fmt: skip
+        """Show (prompt, completion, reward) of some completions; a reward of None was left out of the loss. `judged`:
+        whether there are rewards at all."""
         cells = [
-            ("none" if reward is None else f"{reward:.3f}", _one_line(prompt, 200), _one_line(completion, 400))
+            ("none" if reward is None else f"{reward:.3f}", _shortened(prompt, 200), _shortened(completion, 400))
             for prompt, completion, reward in rows
         ]
         if not self._bar:
-            lines = [f"  [{reward}] {prompt} -> {completion}" for reward, prompt, completion in cells]
+            marks = [f"[{reward}] " if judged else "" for reward, *_ in cells]
+            lines = [f"  {mark}{row[1]} -> {row[2]}" for mark, row in zip(marks, cells, strict=True)]
             self._print("\n".join([f"{self._title} step {step}: samples", *lines]))
             return
         table = Table(expand=True, box=None)
-        for column, ratio in (("reward", 1), ("prompt", 4), ("completion", 6)):
+        first = 0 if judged else 1
+        for column, ratio in (("reward", 1), ("prompt", 4), ("completion", 6))[first:]:
             table.add_column(column, ratio=ratio, overflow="fold")
         for row in cells:
             # Text: a model may write [red] or [/], which must not be read as markup
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(cell) for cell in row[first:]))
         self._console.print(Panel(table, title=f"step {step}: samples", title_align="left"))
 
     def note(self, text: str) -> None:
-        """A line for the reader: an alarm, a checkpoint written, a worker restarted."""
+        """A line for the reader: a checkpoint written, a worker restarted."""
         self._print(text)
 
-    def _print(self, text: str) -> None:
+    def alarm(self, text: str) -> None:
+        """A line that must not be overlooked: bold on a terminal."""
+        self._print(f"ALARM {text}", style="bold yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
         # soft_wrap: a log file is not 80 columns wide
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
         (first_time, first_step), (last_time, _) = self._recent[0], self._recent[-1]
@@ -116,6 +125,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _one_line(text: str, limit: int) -> str:
-    text = text.replace("\n", "\\n")
+def on_one_line(text: str) -> str:
+    """The text with its line breaks written as backslash and n."""
+    return text.replace("\n", "\\n")
+
+
+def _shortened(text: str, limit: int) -> str:
+    text = on_one_line(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -123,13 +123,18 @@ class Recorder:
         if self.config.logging.rollouts:
             written = rollout_rows(rows, scores, self.config.logging.rollouts, sources)
             self.directory.write_rollouts(step, written)
-        if step % self.config.logging.samples_every == 0:
+        if self.shows_samples(step):
             rewards = scores.score.tolist()
             self.progress.show_samples(step, [(*text, rewards[i]) for i, text in enumerate(scores.texts[:3])])
 
+    def shows_samples(self, step: int) -> bool:
+        """Whether completions are printed after this step."""
+        every = self.config.logging.samples_every
+        return every > 0 and step % every == 0
+
     def alarm(self, kind: str, reason: str, step: int) -> None:
         """Something people should look at: on the screen and in events.jsonl. The run goes on."""
-        warnings.warn(f"step {step}: {kind}: {reason}", stacklevel=2)
+        self.progress.alarm(f"step {step}: {kind}: {reason}")
         self.directory.event("alarm", kind=kind, reason=reason, step=step)
 
     def remember(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:

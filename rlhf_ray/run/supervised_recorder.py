@@ -35,4 +35,5 @@ class SupervisedRecorder(Recorder):
         self.progress.note(f"step {step}: {shown}" + ("  (best so far)" if best else ""))
 
     def show_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        self.progress.show_samples(step, [(sample["prompt"], sample["completion"], None) for sample in samples])
+        rows = [(sample["prompt"], sample["completion"], None) for sample in samples]
+        self.progress.show_samples(step, rows, judged=False)

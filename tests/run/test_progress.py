@@ -51,11 +51,21 @@ def test_samples_are_shown_as_they_are(terminal):
     with Progress("grpo", 10, console=console) as progress:
         progress.update(3, {"reward/mean": 1.0})
         progress.show_samples(3, [("2+2=", "[bold]4[/]\nand more", 1.0), ("3+3=", "x" * 500, -0.5), ("a", "b", None)])
-        progress.note("alarm: [/red] is no markup")
+        progress.alarm("step 3: [/red] is no markup")
     text = console.file.getvalue()
     assert r"[bold]4[/]\nand more" in text and "1.000" in text and "-0.500" in text and "none" in text
     assert "x" * 500 not in text and "…" in text, "long completions are cut"
-    assert "alarm: [/red] is no markup" in text
+    assert "ALARM step 3: [/red] is no markup\n" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_samples_that_nobody_judges_have_no_reward(terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+    with Progress("sft", 10, console=console) as progress:
+        progress.update(3, {})
+        progress.show_samples(3, [("2+2=", "4\n", None)], judged=False)
+    text = console.file.getvalue()
+    assert "none" not in text and "reward" not in text and r"4\n" in text
 
 
 def test_a_terminal_gets_a_bar_and_gets_the_terminal_back():

@@ -97,10 +97,10 @@ def test_samples_are_shown_every_so_often(recorder, capsys):
     assert capsys.readouterr().out.count("[1.000] p -> one") == 1
 
 
-def test_an_alarm_is_a_warning_and_an_event(recorder):
+def test_an_alarm_is_a_line_and_an_event(recorder, capsys):
     run = recorder()
-    with pytest.warns(UserWarning, match="step 4: mismatch: the weights differ"):
-        run.alarm("mismatch", "the weights differ", 4)
+    run.alarm("mismatch", "the weights differ", 4)
+    assert "ALARM step 4: mismatch: the weights differ\n" in capsys.readouterr().out
     event = run.directory.read_events()[-1]
     assert (event["event"], event["kind"], event["reason"], event["step"]) == (
         "alarm", "mismatch", "the weights differ", 4,
