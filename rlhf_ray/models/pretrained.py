@@ -110,13 +110,15 @@ def _stopping_at(model: Any, tokenizer: PreTrainedTokenizerBase | None, ends: Se
     if generation is None or tokenizer is None or not ends:
         yield
         return
-    kept = generation.eos_token_id
-    all_ends = tuple(dict.fromkeys([*with_named_ends(kept, tokenizer), *ends]))
+    kept = dict(vars(generation))
+    all_ends = tuple(dict.fromkeys([*with_named_ends(generation.eos_token_id, tokenizer), *ends]))
     generation.eos_token_id = list(all_ends) if len(all_ends) > 1 else all_ends[0]
+    # Where it says so, versions before 5 make it anew from config.json, which knows of one end.
+    generation._from_model_config = False
     try:
         yield
     finally:
-        generation.eos_token_id = kept
+        vars(generation).update(kept)
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def exported(stage, model, tokenizer, learner_of, folder):
         role = SupervisedTrainer(
             TorchEngine(model), SFT.of(tokenizer), {"train": []}, tokens_per_microbatch=8, tokenizer=tokenizer)
     role.export_model(folder)
-    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert not written.get("_from_model_config"), "older versions would make it anew from config.json"
+    return written["eos_token_id"]
 
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
@@ -59,7 +61,7 @@ def test_what_ended_an_answer_before_still_does_and_the_module_keeps_its_own(tok
     before = [halt, tokenizer.convert_tokens_to_ids("a")]  # an ordinary token ends nothing: see stop_token_ids
     model.generation_config.eos_token_id = before
     assert exported("rl", model, tokenizer, learner_of, tmp_path) == [eos, halt, turn]
-    assert model.generation_config.eos_token_id == before
+    assert model.generation_config.eos_token_id == before and model.generation_config._from_model_config
     tokenizer.chat_template = None
     model.generation_config.eos_token_id = eos
     assert exported("rl", model, tokenizer, learner_of, tmp_path / "plain") == eos
