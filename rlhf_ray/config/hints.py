@@ -138,6 +138,11 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "experiment_name": ("name",),
     "label_smoothing": ("dpo.label_smoothing",),
     "rpo_alpha": ("dpo.nll_weight",),
+    "pref_ftx": ("dpo.nll_weight",),
+    "desirable_weight": ("dpo.desirable_weight",),
+    "undesirable_weight": ("dpo.undesirable_weight",),
+    "kto_chosen_weight": ("dpo.desirable_weight",),
+    "kto_rejected_weight": ("dpo.undesirable_weight",),
     "simpo_gamma": ("dpo.gamma",),
     "gamma_beta_ratio": ("dpo.gamma",),
 }

@@ -212,7 +212,10 @@ class DPOLearnerConfig(SupervisedLearnerConfig):
 
 
 class DPOConfig(SupervisedConfig):
-    """A policy that learns from preferences without a reward model (DPO and its like)."""
+    """A policy that learns from preferences without a reward model (DPO and its like).
+
+    `data` holds pairs or rankings; with `dpo.kind: kto` answers with a label, or pairs.
+    """
 
     name: RunName = "dpo"
     learner: DPOLearnerConfig = DPOLearnerConfig()

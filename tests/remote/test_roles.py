@@ -96,7 +96,8 @@ def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config
     ptx = ("algorithm.sft_coef=0.5", f"sft_data.path={tmp_path}/rows.jsonl", "sft_data.max_length=32",
            "sft_data.batch_size=2")  # fmt: skip
     ppo = (
-        "logging.rollouts=24", "algorithm.name=ppo", "learner.minibatches=2", "critic.minibatches=3",
+        "logging.rollouts=24", "algorithm.name=ppo", "learner.epochs=1", "learner.minibatches=2",
+        "critic.epochs=1", "critic.minibatches=3",
         "algorithm.kl_coef=0",  # no reference: a worker less to start
         *ptx,
     )  # fmt: skip
