@@ -160,7 +160,11 @@ class Labelled:
 def _demonstration(record: Record) -> TextRow | ConversationRow | AnswerRow:
     """What is to be learned of a record. Raises DataError, without a place, where nothing is."""
     if isinstance(record, ConversationRow) and not _holds_answer(record.chat):
-        raise DataError("the conversation holds no answer of the assistant, so there is nothing to learn")
+        roles = ", ".join(dict.fromkeys(message["role"] for message in record.chat.messages))
+        raise DataError(
+            "the conversation holds no answer of the assistant, so there is nothing to learn (its roles: "
+            f"{roles}); give the answers the role assistant"
+        )
     if isinstance(record, (TextRow, ConversationRow, AnswerRow)):
         return record
     if isinstance(record, PreferenceRow):

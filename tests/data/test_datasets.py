@@ -60,6 +60,12 @@ def test_a_conversation_without_an_answer_teaches_nothing(write, tokenizer):
         supervised(write({"messages": [CALLS]}), tokenizer)
 
 
+def test_answers_under_another_role_are_told_by_it(write, tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}, {"role": "user", "content": "c"}]
+    with pytest.raises(DataError, match=r"data\.jsonl:1: .* nothing to learn \(its roles: user, model\)"):
+        load_supervised(DatasetConfig(path=write({"messages": turns})), tokenizer, seed=0)
+
+
 def test_ranked_answers_make_all_their_pairs(write, tokenizer, reports):
     pairs, _ = load_pairs(
         settings(write({"prompt": "a", "completions": ["b", "c", "d", "e"]})), tokenizer, seed=0
