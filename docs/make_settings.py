@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.pipeline import PipelineConfig
 from rlhf_ray.config.reward_server import RewardServerConfig
-from rlhf_ray.config.schema import PRESETS, RunConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import section_in
 from rlhf_ray.config.supervised import SCHEMAS
 

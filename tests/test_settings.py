@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from typing import Annotated
 
 import pytest
 import yaml
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from rlhf_ray.config.load import dump_config, load_config
 
@@ -44,3 +48,42 @@ def test_the_preset_that_is_shown_is_what_a_config_gets(make_settings, tmp_path)
     resolved = dump_config(load_config(tmp_path / "run.yaml", ["algorithm.name=gspo"]))
     (line,) = [line for line in make_settings.presets() if line.startswith("| `gspo` |")]
     assert "`clip_low: 0.0003`" in line and "clip_low: 0.0003\n" in resolved
+
+
+def meanings(page: str) -> dict[str, str]:
+    """`Section.setting` -> the last cell of its line, for every line of every table of settings."""
+    found, section, settings = {}, "", False
+    for line in page.splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        if line.startswith("| "):
+            cells = [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
+            settings = cells[-1] == "meaning" or (settings and len(cells) == 4)
+            if settings and cells[0].startswith("`"):
+                found[f"{section}.{cells[0].strip('`')}"] = cells[-1]
+    return found
+
+
+def test_every_setting_says_what_it_does(make_settings):
+    said = meanings(make_settings.page())
+    assert {"AlgorithmConfig.kl_in", "rlhf-ray rl.seed", "DatasetSourceConfig.split"} <= said.keys()
+    assert [name for name, meaning in said.items() if not meaning] == [], "give these a description= in the schema"
+
+
+def test_every_section_says_what_it_is(make_settings):
+    sections = {*make_settings.COMMANDS.values(), *make_settings.sections()}
+    assert [section.__name__ for section in sections if not make_settings._doc(section)] == []
+
+
+def test_no_meaning_is_taken_for_a_tag(make_settings):
+    """`<name>` is shown in code only: anywhere else a browser takes it for HTML and shows nothing."""
+    outside_code = {name: "".join(meaning.split("`")[::2]) for name, meaning in meanings(make_settings.page()).items()}
+    assert [name for name, text in outside_code.items() if re.search(r"<\w", text)] == []
+
+
+@pytest.mark.parametrize(("bounds", "words"), [
+    ({"ge": 0, "lt": 1 << 32}, "integer, 0 to 2^32 - 1"), ({"gt": 0, "le": 1 << 14}, "integer, 1 to 16384"),
+    ({"ge": 1, "le": 1 << 24}, "integer, 1 to 2^24"), ({"gt": 0}, "integer, > 0"),
+])  # fmt: skip
+def test_bounds_of_whole_numbers(make_settings, bounds, words):
+    assert make_settings.kind_of(FieldInfo.from_annotation(Annotated[int, Field(**bounds)])) == words

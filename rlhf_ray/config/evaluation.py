@@ -12,21 +12,31 @@ from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
 from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig
-from rlhf_ray.config.sections import Clock, Section, Seed
+from rlhf_ray.config.sections import (
+    Clock,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    RunName,
+    Section,
+    Seed,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+)  # fmt: skip
 
-Device = Literal["auto", "cuda", "mps", "cpu"]
-Dtype = Literal["auto", "float32", "bfloat16"]
+SamplesPerPrompt = Annotated[int, Field(gt=0, description="answers to each prompt")]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # also of a file
 
 
 class SampledModelConfig(Section):
-    """A Hugging Face folder or Hub name that answers prompts."""
+    """A model that answers prompts; its path alone will do (`base: Qwen/Qwen2.5-0.5B`)."""
 
-    path: str
+    path: str = Field(description="a Hugging Face folder or Hub name")
     tokenizer: str | None = Field(None, description="empty: the model's own")
     device: Device | None = Field(None, description="empty: the run's")
     dtype: Dtype | None = Field(None, description="empty: the run's")
-    trust_remote_code: bool = False
+    trust_remote_code: TrustRemoteCode = False
 
 
 def _from_path(given: Any) -> Any:
@@ -38,32 +48,36 @@ SampledModel = Annotated[SampledModelConfig, BeforeValidator(_from_path)]
 
 
 class EvalPromptsConfig(PromptsConfig):
+    """Prompts that every model answers: docs/data.md."""
+
     split: str = Field("test", description="of a task or a Hugging Face dataset")
 
 
 class SamplingConfig(Section):
-    samples_per_prompt: int = Field(1, gt=0)
-    max_new_tokens: int = Field(512, gt=0)
+    """How answers are drawn."""
+
+    samples_per_prompt: SamplesPerPrompt = 1
+    max_new_tokens: MaxNewTokens = 512
     temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_p: TopP = 1.0
+    top_k: TopK = 0
 
 
 class PerplexityConfig(Section):
     """Texts whose perplexity is measured: how much of the language a model has kept."""
 
-    path: str
-    field: str = "text"
-    split: str = "train"
+    path: str = Field(description="a file, a folder, a Hugging Face dataset or `shipped:<file>`")
+    field: str = Field("text", description="column with the text")
+    split: str = Field("train", description="of a folder or a Hugging Face dataset")
     limit: int | None = Field(200, gt=0, description="use only the first texts")
     window: int = Field(512, gt=1, description="tokens a model sees at once; longer texts are read in steps")
     alarm_rise: float = Field(0.15, gt=0, description="share by which it may rise above the baseline's")
 
 
 class PassConfig(Section):
-    """accuracy and pass@k: which answers are right, by a reward that is 1 for these."""
+    """Accuracy and pass@k: which answers are right, by a reward that is 1 for these."""
 
-    k: list[Annotated[int, Field(gt=0)]] = [1]
+    k: list[Annotated[int, Field(gt=0)]] = Field([1], description="k of pass@k; at most sampling.samples_per_prompt")
     reward: str | None = Field(None, description="its name; empty: the first that is binary (rewards.0.binary)")
     right_at: float = Field(1.0, description="an answer with at least this score is right")
 
@@ -73,7 +87,7 @@ class WinRateConfig(Section):
 
     by: str = Field("auto", description="judge, reward (the weighted sum), or a reward's name; auto: what there is")
     tie_margin: float = Field(0.0, ge=0, description="scores that differ by no more than this are a tie")
-    confidence: float = Field(0.95, gt=0, lt=1)
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the interval around the win rate")
 
 
 class RedTeamConfig(EvalPromptsConfig):
@@ -87,13 +101,13 @@ class RatingsConfig(Section):
     """A blind, shuffled sheet on which people rate answers: helpful, harmless, honest, 1 to 10."""
 
     prompts: int = Field(20, gt=0, description="how many prompts; one answer of each model to each")
-    format: Literal["csv", "jsonl"] = "csv"
+    format: Literal["csv", "jsonl"] = Field("csv", description="of the sheet")
 
 
 class SampledRunConfig(Section):
     """What every command shares that lets finished models answer prompts."""
 
-    name: str = "eval"
+    name: RunName = "eval"
     seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "auto"

@@ -7,16 +7,19 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_ray.config.evaluation import SampledModel, SampledRunConfig, SamplingConfig
+from rlhf_ray.config.sections import RunName
 
 
 class PairSamplingConfig(SamplingConfig):
-    samples_per_prompt: int = Field(2, gt=1)
+    """How the answers that are compared are drawn."""
+
+    samples_per_prompt: int = Field(2, gt=1, description="answers to each prompt")
 
 
 class PairsConfig(SampledRunConfig):
     """`model` answers each prompt several times; its answers are compared, and who wins is `chosen`."""
 
-    name: str = "pairs"
+    name: RunName = "pairs"
     model: SampledModel
     sampling: PairSamplingConfig = PairSamplingConfig()
     label_by: Literal["auto", "judge", "reward"] = Field(

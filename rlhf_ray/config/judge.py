@@ -8,20 +8,20 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from rlhf_ray.config.rewards import RewardConfig
-from rlhf_ray.config.sections import Clock, Section, Seed
+from rlhf_ray.config.sections import Clock, Section, Seed, TrustRemoteCode
 
 
 class JudgeConfig(Section):
-    """`model` is a name at `endpoint`; without an endpoint, a local folder or Hub name of a causal language model."""
+    """A language model that says which of two answers is better, or how good one is: docs/ai_feedback.md."""
 
-    model: str
+    model: str = Field(description="its name at `endpoint`; without one, a Hugging Face folder or Hub name")
     endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server: http://host:8000/v1")
     api_key_env: str | None = Field(None, description="the environment variable that holds the key; empty: no key")
     rubric: str = Field("helpful", description="helpful, harmless, honest, quality, or the criterion in your own words")
     scale: tuple[int, int] = Field((1, 10), description="lowest and highest score")
     temperature: float = Field(0.0, ge=0, description="endpoint: 0 gives the same verdict each time")
     max_tokens: int = Field(512, gt=0, description="endpoint: tokens of a reply, reasons included")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="endpoint: sent with each request")
     concurrency: int = Field(16, gt=0, description="endpoint: requests under way at the same time")
     timeout_s: float = Field(120.0, gt=0, description="endpoint: of one request")
     retries: int = Field(4, ge=0, description="endpoint: after a refused, slow or broken request, with back-off")
@@ -29,7 +29,7 @@ class JudgeConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="local judge")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="local judge")
     clock: Clock = None
-    trust_remote_code: bool = False
+    trust_remote_code: TrustRemoteCode = False
 
     @model_validator(mode="after")
     def _scale_rises(self) -> JudgeConfig:

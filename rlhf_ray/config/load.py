@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config import dialect
+from rlhf_ray.config.algorithm import AlgorithmConfig, passes_of
 from rlhf_ray.config.checks import contradictions
 from rlhf_ray.config.hints import hint_for
-from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig, RunConfig, passes_of
+from rlhf_ray.config.schema import RolloutConfig, RunConfig
 from rlhf_ray.config.sections import Section, section_in
 from rlhf_ray.config.sources import long_form
 from rlhf_ray.config.supervised import SupervisedConfig

@@ -23,7 +23,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import apply_override, parse_config, read_yaml, set_value, with_long_forms
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import Clock, Section
+from rlhf_ray.config.sections import Clock, Device, Dtype, RunName, Section
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
 
@@ -35,26 +35,32 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "eval": {"report": "eval.json", "dir": "."},
 }
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
+OF_STAGES = "of every stage; empty: as its own config says"
 _SHARED = ("seed", "executor", "device", "dtype", "clock")
 
 
 class StageConfig(Section):
     """One command. Its settings are those of `config`, then those of `set` on top."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    run: Literal["sft", "rm", "dpo", "classifier", "rl", "pairs", "eval"]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = Field(
+        description="of its folder, and of what it leaves for others: `${sft.model}`"
+    )
+    run: Literal["sft", "rm", "dpo", "classifier", "rl", "pairs", "eval"] = Field(description="the command")
     config: str | None = Field(None, description="a YAML file, relative to the pipeline's own; or everything in `set`")
     set: dict[str, Any] = Field({}, description="dotted settings, as on the command line: `learner.lr: 1e-5`")
 
 
 class PipelineConfig(Section):
-    """`seed`, `executor`, `device`, `dtype` and `clock`, where given, hold for every stage that has such a setting."""
+    """Commands in order, fed by each other.
 
-    name: str = "pipeline"
-    seed: int | None = Field(None, ge=0, lt=1 << 32)
-    executor: Literal["local", "ray"] | None = None
-    device: Literal["auto", "cuda", "mps", "cpu"] | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    `seed`, `executor`, `device`, `dtype` and `clock`, where given, hold for every stage that has such a setting.
+    """
+
+    name: RunName = "pipeline"
+    seed: int | None = Field(None, ge=0, lt=1 << 32, description=OF_STAGES)
+    executor: Literal["local", "ray"] | None = Field(None, description=OF_STAGES)
+    device: Device | None = Field(None, description=OF_STAGES)
+    dtype: Dtype | None = Field(None, description=OF_STAGES)
     clock: Clock = None
     values: dict[str, str | int | float] = Field({}, description="`${name}` in a stage's settings stands for its value")
     stages: list[StageConfig] = Field(min_length=1)

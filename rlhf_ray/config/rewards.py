@@ -12,12 +12,14 @@ from rlhf_ray.config.sections import Section
 
 
 class RewardConfig(Section):
-    """`function` is a built-in name, `module:function`, `file.py:function`, or the URL of a reward server."""
+    """A function that judges answers: docs/rewards.md."""
 
-    function: str
-    name: str | None = None
-    weight: float = 1.0
-    args: dict[str, Any] = {}
+    function: str = Field(
+        description="a built-in name, `module:function`, `file.py:function`, or the URL of a reward server"
+    )
+    name: str | None = Field(None, description="in the metrics; empty: the function's, or the server's host")
+    weight: float = Field(1.0, description="in the sum of all rewards; negative: a penalty")
+    args: dict[str, Any] = Field({}, description="keyword arguments of the function")
     adapter: Literal["auto", "trl", "verl", "openrlhf"] = Field(
         "auto", description="whose convention the function follows; auto: by the names of its parameters"
     )
@@ -25,7 +27,10 @@ class RewardConfig(Section):
         None, description="run it in a process of its own, which may be killed; empty: yes for functions of your own"
     )
     timeout_s: float = Field(300.0, gt=0, description="one call; needs isolated, an async function, or a server")
-    on_failure: Literal["raise", "retry", "drop_group", "default"] = "raise"
+    on_failure: Literal["raise", "retry", "drop_group", "default"] = Field(
+        "raise", description="of a row without a score: end the run; ask again, then end it; leave all answers to that "
+        "prompt out; or give it default_score"
+    )  # fmt: skip
     retries: int | None = Field(None, ge=0, description="repeated calls before that; empty: 2 for retry, else 0")
     default_score: float | None = Field(
         None, ge=-LARGEST_REWARD, le=LARGEST_REWARD, description="on_failure=default: the score of rows without one"
@@ -64,25 +69,25 @@ def right_by(rewards: Sequence[RewardConfig]) -> str | None:
 
 
 class RewardModelConfig(Section):
-    """A Hugging Face sequence-classifier folder or Hub name that judges the decoded text."""
+    """A sequence classifier that judges prompt and answer."""
 
-    path: str
-    weight: float = 1.0
+    path: str = Field(description="its Hugging Face folder or Hub name")
+    weight: float = Field(1.0, description="in the sum of all rewards")
     output: Literal["logit", "logprob", "prob"] = Field("logit", description="of the positive (last) label")
     max_length: int | None = Field(
         None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
     )
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="texts read at once")
 
 
 class SafetyConfig(Section):
     """A classifier that says how safe a text is: the reward becomes (1 - weight) * all others + weight * P(safe)."""
 
-    path: str
-    weight: float = Field(0.5, ge=0, le=1)
+    path: str = Field(description="its Hugging Face folder or Hub name")
+    weight: float = Field(0.5, ge=0, le=1, description="of P(safe); 0: it is measured, and counts for nothing")
     safe_label: str | None = Field(None, description="the label that means safe; empty, without unsafe_label: the last")
     unsafe_label: str | None = Field(None, description="or the one that means unsafe: P(safe) = 1 - P(unsafe)")
     max_length: int | None = Field(
         None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
     )
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="texts read at once")

@@ -26,11 +26,15 @@ Clock = Annotated[
     datetime | None,
     Field(description="what chat templates take for now; empty: the run's first start, which its config.yaml keeps"),
 ]
+TrustRemoteCode = Annotated[bool, Field(description="run the Python code that comes with a model")]
 LearningRate = Annotated[float, Field(gt=0, description="AdamW's learning rate, at its highest")]
 Schedule = Annotated[
     Literal["constant", "linear", "cosine"],
     Field(description="of the rate after the warm-up; linear and cosine fall to 0 at the last step"),
 ]
+MaxNewTokens = Annotated[int, Field(gt=0, description="longest answer, in tokens; a longer one is cut off")]
+TopP = Annotated[float, Field(gt=0, le=1, description="draw from the likeliest tokens that hold this share")]
+TopK = Annotated[int, Field(ge=0, description="draw from so many of the likeliest tokens; 0: from all")]
 
 MOST_WORKERS = 1 << 14  # a plan names each of them
 
@@ -111,7 +115,7 @@ class ModelConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     scratch: ScratchConfig = ScratchConfig()
     lora: LoraConfig | None = None
-    trust_remote_code: bool = Field(False, description="run the Python code that comes with a model")
+    trust_remote_code: TrustRemoteCode = False
 
 
 class RowsConfig(Section):

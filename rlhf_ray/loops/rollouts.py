@@ -24,7 +24,8 @@ from rlhf_ray.algo.policy_losses import combine_stats
 from rlhf_ray.algo.schedules import linear
 from rlhf_ray.algo.shaping import overlong_penalty
 from rlhf_ray.batch import Batch, Rows, gather
-from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import stream_over
 from rlhf_ray.errors import RewardError

@@ -10,7 +10,7 @@ import ray
 from torch import Tensor
 
 from rlhf_ray.batch import Batch, gather
-from rlhf_ray.config.schema import AlgorithmConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.remote.batch import joined
 from rlhf_ray.remote.failures import reported
 from rlhf_ray.remote.host import Host

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.batch import Rows
-from rlhf_ray.config.schema import AlgorithmConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.remote.batch import RemoteBatch, RemoteColumn
 from rlhf_ray.remote.batcher import BatchHost
 from rlhf_ray.remote.calls import Call, Deadline, Worker

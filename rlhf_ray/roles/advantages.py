@@ -14,7 +14,7 @@ from rlhf_ray.algo.registry import ADVANTAGES
 from rlhf_ray.algo.shaping import MomentsBySource, clip_reward, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import explained_variance, value_stats
 from rlhf_ray.batch import Batch
-from rlhf_ray.config.schema import AlgorithmConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.roles.protocols import Estimate
 

@@ -19,7 +19,8 @@ from rlhf_ray.algo.policy_losses import ratio_stats
 from rlhf_ray.algo.registry import POLICY_LOSSES
 from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
-from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import algorithms
 from benchmarks.algorithms import ALGORITHMS, TASKS, Result, Run
+from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.config.load import load_config
-from rlhf_ray.config.schema import PRESETS
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rlhf_ray.batch import build_batch
-from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.errors import RewardError
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.roles.given import with_given_answers

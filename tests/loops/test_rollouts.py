@@ -4,7 +4,8 @@ import time
 import pytest
 import torch
 
-from rlhf_ray.config.schema import AlgorithmConfig, RolloutConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompt_sources import joined, named
 from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts, rollout_metrics, staleness
 from rlhf_ray.roles.protocols import Sampling, Scores

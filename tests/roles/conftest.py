@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ray.batch import Batch, build_batch
-from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.learner import Learner

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_ray.config.schema import PRESETS, AlgorithmConfig
+from rlhf_ray.config.algorithm import PRESETS, AlgorithmConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.roles.advantages import AdvantageEstimator
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.config.schema import PRESETS
+from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.errors import DivergenceError
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.torch_engine import TorchEngine
