@@ -110,6 +110,14 @@ def test_quickstart_uses_the_config_of_the_repository(rlhf_ray, repo_root):
     assert shipped_config("grpo_arithmetic.yaml") == repo_root / "configs" / "grpo_arithmetic.yaml"
 
 
+def test_a_config_that_comes_with_the_package_by_its_name(rlhf_ray, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = rlhf_ray("serve-reward", "shipped:reward_server.yaml", "--dry-run")
+    assert status == 0 and yaml.safe_load(out)["port"] == 8000
+    status, _, err = rlhf_ray("serve-reward", "shipped:reward_sever.yaml", "--dry-run")
+    assert status == 2 and "does not exist; did you mean" in err and "reward_server.yaml?" in err
+
+
 def test_the_other_ending_of_the_quickstart_is_a_pipeline(rlhf_ray, tmp_path):
     rows = tmp_path / "mine.jsonl"
     rows.write_text("".join(f'{{"text": "it is {i} and more", "label": {i % 2}}}\n' for i in range(1000)))

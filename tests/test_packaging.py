@@ -8,7 +8,9 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -176,3 +178,60 @@ def test_which_torch(make, tmp_path):
     shutil.rmtree(tmp_path / ".venv")
     _, _, asked = make("base", NO_GPU="0")
     assert not [line for line in asked if "+cpu" in line], "a GPU is visible"
+
+
+# ---- what is in the wheel, used in an empty folder without the repository ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """rlhf_ray(*arguments) of a wheel, installed into a folder of its own, run in an empty one."""
+    made, empty = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("empty")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(made)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = made.glob("*.whl")
+    with ZipFile(wheel) as archive:  # what `pip install --no-deps --target` does, without pip's seconds
+        archive.extractall(made / "site")
+
+    environment = {**os.environ, "PYTHONPATH": str(made / "site"), "HF_HUB_OFFLINE": "1"}
+    asked = [sys.executable, "-c", "import rlhf_ray; print(rlhf_ray.__file__)"]
+    found = subprocess.run(asked, cwd=empty, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(made)), "not the checkout's"
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "rlhf_ray.cli", *arguments]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return done.stdout
+
+    run.site, run.folder = made / "site", empty
+    return run
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_config_and_its_rows_and_no_grammar(installed):
+    inside = installed.site / "rlhf_ray" / "configs"
+    for folder, pattern in (("", "*.yaml"), ("data", "*.jsonl")):
+        here = {path.name: path.read_bytes() for path in (ROOT / "configs" / folder).glob(pattern)}
+        assert {path.name: path.read_bytes() for path in (inside / folder).glob(pattern)} == here != {}
+    assert not (inside / "data" / "grammar").exists() and not (installed.site / "tests").exists()
+
+
+@pytest.mark.system
+def test_a_first_hour_in_an_empty_folder(installed):
+    assert "320 rows: 320 instruction; 0 bad" in installed("validate-data", "shipped:tasks.jsonl")
+    said = installed("init", "--command", "rl", "--model", "scratch:qwen2", "--reward", "reward.py:score")
+    assert {path.name for path in installed.folder.iterdir()} == {"rl.yaml", "reward.py", "example_rl.jsonl"}
+    commands = [line.split()[1:] for line in said.splitlines() if line.startswith("  rlhf-ray")]
+    assert [command[0] for command in commands] == ["validate-data", "rl", "rl"]
+    installed(*commands[0])
+    assert "# opened: example_rl.jsonl, reward.py:score" in installed(*commands[1])
+    installed(*commands[2], "steps=2", "warm_start.steps=2", "--run-dir", "runs/first")
+    assert (installed.folder / "runs" / "first" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.system
+def test_quickstart_preferences_finds_its_rows_there(installed):
+    said = installed("quickstart", "--preferences", "--dry-run")
+    assert "# stage eval" in said and "path: shipped:reviews.test.jsonl" in said
+    assert "path: shipped:problems.train.jsonl" in installed("rl", "shipped:grpo_gsm8k.yaml", "--dry-run")

@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-ConfigFile = Annotated[Path, typer.Argument(help="a YAML file; see configs/")]
+from rlhf_ray.config.shipped import PREFIX, shipped_config
+
+
+def _shipped_or_given(path: Path) -> Path:
+    name = str(path)
+    return shipped_config(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else path
+
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        help="a YAML file; see configs/, which an installed package has too: shipped:grpo_reviews.yaml",
+        callback=_shipped_or_given,
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, e.g. learner.lr=1e-6")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="where the run writes; default runs/<name>-<time>")]
 
