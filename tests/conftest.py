@@ -2,7 +2,10 @@
 
 Marks: none (quick: all of them together take under a minute), `slow` (trains something), `engine`
 (starts vLLM, DeepSpeed or Ray), `system` (runs a real command). They run in that order, so that a
-simple mistake shows first. `alone` is for a test that measures seconds: nothing may run beside it.
+simple mistake shows first.
+
+No test asserts a time, for on a busy machine everything takes longer: what costs seconds is measured by
+`make bench`. The time limits end a test that hangs; they are many times what it takes.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# In running order: mark -> (what it means, seconds one test may take unless it says otherwise)
+# In running order: mark -> (what it means, seconds after which a test hangs unless it says otherwise)
 GROUPS = {
-    "quick": ("no mark: pure functions and small objects", 60),
-    "slow": ("trains or runs something for more than a second or two", 300),
-    "engine": ("starts vLLM, DeepSpeed or Ray", 300),
-    "system": ("runs a real command as a user would", 900),
+    "quick": ("no mark: pure functions and small objects", 120),
+    "slow": ("trains or runs something for more than a second or two", 900),
+    "engine": ("starts vLLM, DeepSpeed or Ray", 900),
+    "system": ("runs a real command as a user would", 1800),
 }
 
 
@@ -48,14 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark, (meaning, _) in GROUPS.items():
         if mark != "quick":
             config.addinivalue_line("markers", f"{mark}: {meaning}")
-    config.addinivalue_line("markers", "alone: measures time, so that nothing may run beside it")
     # What a shell starts in the background ignores ctrl-C, and so would every command that the tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def allowed(item: pytest.Item) -> float:
-    """Seconds that a test may take."""
+    """Seconds after which a test hangs."""
     return item.get_closest_marker("timeout").args[0]
 
 
@@ -63,8 +65,6 @@ def allowed(item: pytest.Item) -> float:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(GROUPS)
     for item in items:
-        if item.get_closest_marker("alone") and "system" not in item.path.parts:
-            raise pytest.UsageError(f"{item.nodeid}: `make test` looks for the mark `alone` in tests/system only")
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(GROUPS[group_of(item)][1]))
         # Side by side (`-n 2 --dist loadgroup`), a file's tests of one group stay together and share their engine.

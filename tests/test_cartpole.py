@@ -35,7 +35,7 @@ def test_episodes_are_rows_with_a_mask(cartpole):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
-def test_cartpole_is_solved_in_under_two_minutes(cartpole, algorithm, seed):
+def test_cartpole_is_solved(cartpole, algorithm, seed):
     result = cartpole.train(algorithm, seed)
     assert result.mean_return >= 475.0, result
-    assert result.seconds < 120.0, result
+    assert result.iterations < 300, "solved, not stopped"

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -46,17 +45,19 @@ def rlhf_ray(monkeypatch, capsys):
 # ---- what an import costs -------------------------------------------------------------------------------------
 
 
-def test_the_command_line_loads_no_torch_and_answers_at_once(repo_root):
-    code = "import sys, rlhf_ray.cli; print({'torch', 'transformers', 'ray', 'pydantic'} & set(sys.modules))"
-    seconds = []
-    for _ in range(5):  # a busy machine makes single measurements longer, never shorter
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo_root, check=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.stdout.strip() == "set()"
-        if seconds[-1] < 1:
-            return
-    pytest.fail(f"`import rlhf_ray.cli` took {min(seconds):.2f} s at best")
+# All that `rlhf-ray --help` may load: typer, and what typer loads. `make bench` has the seconds.
+LIGHT = {"rlhf_ray", "typer", "typing_extensions", "click", "rich", "shellingham", "annotated_doc"}
+
+
+def test_the_command_line_loads_nothing_heavy(repo_root):
+    code = (
+        "import sys\nbefore = set(sys.modules)\nimport rlhf_ray.cli\n"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*(loaded - sys.stdlib_module_names))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo_root, check=True)
+    loaded = set(done.stdout.split())
+    assert {"rlhf_ray", "typer"} <= loaded <= LIGHT, f"needless for --help: {loaded - LIGHT}"
 
 
 def test_help(rlhf_ray):
@@ -268,12 +269,12 @@ def test_deepspeed_is_told_its_accelerator(monkeypatch, device, cuda, expected):
 def test_the_installed_command(tiny, tmp_path, repo_root):
     done = subprocess.run(
         [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "device=auto", "--run-dir", str(tmp_path / "run")],
-        capture_output=True, text=True, cwd=repo_root, timeout=300,
+        capture_output=True, text=True, cwd=repo_root,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "accelerator" not in (done.stdout + done.stderr).lower(), "DeepSpeed has nothing to announce"
     again = subprocess.run(
         [sys.executable, "-m", "rlhf_ray.cli", "rl", str(tiny), "--run-dir", str(tmp_path / "run")],
-        capture_output=True, text=True, cwd=repo_root, timeout=300,
+        capture_output=True, text=True, cwd=repo_root,
     )  # fmt: skip
     assert again.returncode == 2 and "holds another run" in again.stderr and "Traceback" not in again.stderr

@@ -1,6 +1,5 @@
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -154,9 +153,7 @@ def test_the_command_prints_json_and_returns_the_exit_status(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_this_machine(tmp_path):
-    started = time.monotonic()
     checks = doctor.diagnose(tmp_path)
-    assert time.monotonic() - started < doctor.PROBE_SECONDS + 15
     names = ["python", "packages", "devices", "ray", "vllm", "deepspeed", "peft", "extras", "gloo", "nccl",
              "shared memory", "disk", "hub cache", "code sandbox"]  # fmt: skip
     assert [check.name for check in checks] == names

@@ -15,7 +15,7 @@ def test_dry_run(repo_root, tmp_path):
     script, out = repo_root / "benchmarks/gpu/smoke.py", tmp_path / "smoke.json"
     command = [sys.executable, str(script), "--cpu-dry-run", "--out", str(out)]
     command += ["--stages", "environment,deepspeed_train,sync_shared_memory,sync_nccl"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr + out.read_text()
     stages = json.loads(out.read_text())["stages"]
     assert {name: stage["status"] for name, stage in stages.items()} == {
@@ -30,5 +30,5 @@ def test_dry_run(repo_root, tmp_path):
 
 def test_unknown_stage(repo_root):
     command = [sys.executable, str(repo_root / "benchmarks/gpu/smoke.py"), "--stages", "teleport"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "choose of environment, vllm_generate" in done.stderr

@@ -140,14 +140,12 @@ def overlapped(generator, reward, prompts):
 
     yield make
     for ahead in made:
-        started = time.monotonic()
         ahead.close()
-        assert time.monotonic() - started < 5 and not ahead._thread.is_alive()
+        assert not ahead._thread.is_alive()
 
 
 def settle(condition) -> None:
-    deadline = time.monotonic() + 5
-    while not condition() and time.monotonic() < deadline:
+    while not condition():  # the test's time limit ends it
         time.sleep(0.002)
     time.sleep(0.02)  # would it go on too far?
 

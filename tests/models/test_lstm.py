@@ -133,6 +133,5 @@ def test_a_stranger_without_this_package_can_load_the_folder(model, tmp_path):
         env={**__import__("os").environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr

@@ -173,7 +173,6 @@ def test_bpe_is_the_same_in_every_process(shared_data):
             capture_output=True,
             text=True,
             check=True,
-            timeout=120,
         ).stdout
         for seed in ("1", "2")
     }

@@ -54,12 +54,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_nobody_answers_at_the_address():
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Ray itself would wait for minutes: nothing may get so far."""
+
+    def ask(**settings):
+        pytest.fail(f"ray.init({settings})")
+
+    monkeypatch.setattr(ray, "init", ask)
+
+
+def test_nobody_answers_at_the_address(no_ray):
     address = f"127.0.0.1:{free_port()}"
-    started = time.monotonic()
     with pytest.raises(PlacementError, match=rf"nothing answers at ray.address={address} .*ray start --head"):
         enter(connected(address, cpus=1))
-    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(("address", "says"), [
@@ -109,8 +117,7 @@ def test_a_cluster_of_our_own_ends_with_the_run_and_is_large_enough(monkeypatch)
 
 
 @pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["mute", "closes", "http"])
-def test_something_else_listens_at_the_address(monkeypatch, answer):
-    """Ray itself would wait five minutes for it."""
+def test_something_else_listens_at_the_address(no_ray, monkeypatch, answer):
     monkeypatch.setattr(cluster, "PROBE_S", 1.0)
     open_sockets = []
 
@@ -126,10 +133,8 @@ def test_something_else_listens_at_the_address(monkeypatch, answer):
         server.listen()
         threading.Thread(target=serve, daemon=True).start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        started = time.monotonic()
         with pytest.raises(PlacementError, match=f"nothing answers at ray.address={address}"):
             enter(connected(address, cpus=1))
-        assert time.monotonic() - started < 15
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,7 @@ def test_a_busy_cluster_is_waited_for_until_the_deadline(two_gpu_machines):
         started = time.monotonic()
         with pytest.raises(PlacementError, match=r"within 2 s \(ray.start_deadline_s\).* of which 6 and 0 are free"):
             enter(placed(everything, 2, colocated=False))
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60, "30 times its limit"
 
 
 @pytest.mark.engine

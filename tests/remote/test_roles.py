@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rlhf_ray.build import run_rl
 from rlhf_ray.run.recorder import Recorder
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), pytest.mark.usefixtures("own_ray")]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.usefixtures("own_ray")]
 
 PPO = (
     "algorithm.name=ppo", "algorithm.normalize_rewards=running", "learner.minibatches=2", "critic.minibatches=3",

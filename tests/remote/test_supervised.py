@@ -45,7 +45,7 @@ def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("own_ray")
 @pytest.mark.parametrize(("command", "stage", "more"), [
     ("sft", 3, []), ("dpo", 2, []), ("dpo", 3, ["dpo.kind=kto", "dpo.undesirable_weight=2"]),

@@ -43,7 +43,7 @@ def environments_of_workers(monkeypatch, variable: str) -> dict[str, str | None]
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
     """The run starts its own Ray, learns something, and the generator follows each update to 1e-4."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -230,7 +230,7 @@ def test_isolated_functions_run_side_by_side(tmp_path):
         "def f(completions):\n"
         f"    here = pathlib.Path({str(tmp_path)!r})\n"
         "    (here / f'{os.getpid()}.begun').touch()\n"
-        "    until = time.monotonic() + 20\n"
+        "    until = time.monotonic() + 60\n"
         "    while len(list(here.glob('*.begun'))) < 3 and time.monotonic() < until: time.sleep(0.01)\n"
         "    return [len(list(here.glob('*.begun')))] * len(completions)\n"
     )
@@ -262,7 +262,7 @@ def server(function):
 def score_by_http(server, place):
     def run(mode: str, once: bool = False, served="drop_group", **policy):
         (place / "mended").unlink(missing_ok=True)
-        settings = {"name": "remote", "weight": 2.0, "timeout_s": 20.0}
+        settings = {"name": "remote", "weight": 2.0, "timeout_s": 120.0}
         reward = load_reward(server[served].url, policy=FailurePolicy(**policy), **settings)
         columns = [{"mode": m, "once": once} for m in ("", "", mode, "")]
         return RewardSet([reward]).score(PROMPTS, TEXTS, IDS, columns)

@@ -68,7 +68,7 @@ def fake(answers):
         thread.join()
 
 
-def score(url, policy="raise", timeout_s=5.0, **args):
+def score(url, policy="raise", timeout_s=60.0, **args):
     reward = load_reward(url, name="remote", policy=FailurePolicy(policy), timeout_s=timeout_s, args=args)
     return RewardSet([reward]).score(*ROWS)
 
@@ -77,7 +77,7 @@ def post(url, body, **headers):
     """(status, answer)"""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        with urlopen(Request(url, data=data, headers=headers), timeout=10) as response:
+        with urlopen(Request(url, data=data, headers=headers), timeout=60) as response:
             return response.status, json.loads(response.read())
     except HTTPError as error:
         return error.code, json.loads(error.read())
@@ -94,7 +94,7 @@ def test_the_same_numbers_as_without_a_server():
         assert score(server.url).total == here.total == [1.0, -0.5, 0.0]
         status, answer = post(f"{server.url}/score", {"completions": ["a"], "columns": {"answer": ["a"]}})
         assert status == 200 and answer["scores"] == {"length_penalty": [0.0], "same": [1.0]}
-        with urlopen(f"{server.url}/health", timeout=10) as response:
+        with urlopen(f"{server.url}/health", timeout=60) as response:
             assert json.loads(response.read()) == {"status": "ok", "rewards": ["length_penalty", "same"]}
 
 
@@ -102,7 +102,7 @@ def test_batches_go_out_together_and_come_back_in_order():
     all_there = threading.Barrier(4)
 
     def lengths(body):
-        all_there.wait(10)  # raises, and so closes the connection, if they come one after the other
+        all_there.wait(60)  # raises, and so closes the connection, if they come one after the other
         return {"scores": {"f": [len(text) for text in body["completions"]]}}
 
     with fake([(200, lengths)]) as (url, seen):
@@ -141,7 +141,7 @@ def test_a_server_that_is_busy_or_restarting_is_asked_again():
     constant, running = RewardFunction("one", lambda completions: [1.0] * len(completions)), []
     late.start()
     answer = []
-    asking = threading.Thread(target=lambda: answer.append(score(f"http://127.0.0.1:{port}", timeout_s=20).total))
+    asking = threading.Thread(target=lambda: answer.append(score(f"http://127.0.0.1:{port}", timeout_s=60).total))
     asking.start()
     late.join()
     serving_late = threading.Thread(target=running[0].serve)

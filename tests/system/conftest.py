@@ -36,12 +36,10 @@ RunCommand = Callable[..., Finished]
 def rlhf_ray(repo_root: Path) -> RunCommand:
     """`rlhf_ray("rl", "configs/a.yaml", "steps=3", run_dir=folder)`: to its end, which must be a good one."""
 
-    def run(*arguments: str, run_dir: Path, threads: int = 1, timeout_s: float = 880) -> Finished:
+    def run(*arguments: str, run_dir: Path, threads: int = 1) -> Finished:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **dict.fromkeys(THREADS, str(threads))}
         command = [sys.executable, "-m", "rlhf_ray.cli", *arguments, "--run-dir", str(run_dir)]
-        done = subprocess.run(
-            command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=timeout_s
-        )
+        done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return Finished(run_dir, json.loads((run_dir / "summary.json").read_text(encoding="utf-8")), done.stdout)
 

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_ray.models.loading import load_tokenizer
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1400)]
 
 RL, EVAL, DATA = "configs/grpo_chinese.yaml", "configs/eval_chinese.yaml", "configs/data/chinese_reviews.jsonl"
 

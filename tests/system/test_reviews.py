@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 # One after the other, and together the longest of all: they begin first (tests/conftest.py).
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1400), pytest.mark.xdist_group("reviews, seed 2")]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(2800), pytest.mark.xdist_group("reviews, seed 2")]
 
 KEPT_DISTINCT_2 = 0.75
 SAME = ("device=cpu", "generator.engine=hf")  # as many threads (one), and the same kernels
