@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,18 +150,20 @@ def judged_by(config: SupervisedConfig, tokenizer: Any, splits: Splits) -> Judge
 def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: SupervisedRecorder) -> None:
     """Reference log-probabilities, computed once: a resumed run finds those of its beginning in reference.json.
 
-    KTO also asks for what the batches of all steps mismatch, so its file is named after their number: in a run that
-    goes on for longer than it was to, the trainer still is the policy of the beginning here.
+    KTO also asks for what the batches of all steps mismatch. Where a run goes on for longer than that file knows of,
+    they are computed anew: before its checkpoint is loaded the trainer is the policy of the beginning again.
     """
-    rows, name = [], "reference"
-    if config.dpo.kind == "kto":
-        rows, name = [batches.rows(step) for step in range(config.steps)], f"reference_{config.steps}"
+    by_step = config.dpo.kind == "kto"
+    rows = [batches.rows(step) for step in range(config.steps)] if by_step else []
 
     def compute() -> dict[str, Any]:
         run.progress.note("log-probabilities of the reference policy, once for the whole run")
-        return trainer.reference_logprobs(config.dpo.reference, rows, TRAIN_SAMPLE)
+        return {**trainer.reference_logprobs(config.dpo.reference, rows, TRAIN_SAMPLE), "steps": config.steps}
 
-    trainer.set_reference(run.remember(name, compute))
+    def fits(kept: Mapping[str, Any]) -> bool:
+        return not by_step or kept["steps"] >= config.steps
+
+    trainer.set_reference(run.remember("reference", compute, fits))
 
 
 def doubt_judge(result: dict[str, Any], run: SupervisedRecorder) -> None:

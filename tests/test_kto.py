@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rlhf_ray.build_supervised import run_supervised
 from rlhf_ray.config.load import apply_override, parse_config
 from rlhf_ray.config.supervised import DPOConfig
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +87,20 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_may_become_longer(config, tmp_pat
         assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / name)
         one, other = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", name))
         assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+
+
+def test_a_resumed_run_reads_the_rows_as_it_did(config, tmp_path):
+    """Pairs are rows of `sigmoid` too; but each is one there."""
+    run_supervised(config("steps=1", "dpo.undesirable_weight=1", rows=PAIRS), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"dpo\.kind has changed since"):
+        run_supervised(config("steps=2", "dpo.kind=sigmoid", "dpo.undesirable_weight=1", rows=PAIRS),
+                       tmp_path / "run", resume=True)  # fmt: skip
+
+
+def test_a_run_that_was_killed_before_it_kept_its_settings_can_be_resumed(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").write_text("")
+    assert run_supervised(config("steps=1"), tmp_path / "run", resume=True)["steps"] == 1
 
 
 def test_the_reference_of_other_rows_is_not_used(config, tmp_path):

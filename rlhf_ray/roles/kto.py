@@ -139,8 +139,7 @@ class KTOTrainer(SupervisedTrainer):
 
     def set_reference(self, logprobs: ReferenceLogprobs) -> None:
         self._reference = {
-            name: {(int(answer), int(prompt)): logp for answer, prompt, logp in triples}
-            for name, triples in logprobs.items()
+            name: {(int(answer), int(prompt)): logp for answer, prompt, logp in logprobs[name]} for name in self.splits
         }
 
     def _joined(self, answer: KTOItem, prompt: KTOItem) -> TokenizedExample:

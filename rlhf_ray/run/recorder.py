@@ -137,11 +137,16 @@ class Recorder:
         self.progress.alarm(f"step {step}: {kind}: {reason}")
         self.directory.event("alarm", kind=kind, reason=reason, step=step)
 
-    def remember(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """`compute()`, kept in a file: a resumed run gets what the first one measured."""
+    def remember(
+        self, name: str, compute: Callable[[], Mapping[str, Any]],
+        fits: Callable[[Mapping[str, Any]], bool] = lambda kept: True,
+    ) -> Mapping[str, Any]:  # fmt: skip
+        """`compute()`, kept in a file: a resumed run gets what the first one measured, as long as it still `fits`."""
         path = self.directory.path / f"{name}.json"
         if self.directory.resumed and path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if fits(kept):
+                return kept
         value = compute()
         write_atomically(path, to_json(value, indent=1))
         return value

@@ -33,7 +33,7 @@ SCHEDULES = (
     "algorithm.entropy_coef_end", "algorithm.kl_target_end",
 )  # fmt: skip
 # What a run directory may hold that was made from the rows of the data.
-MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference*.json")
+MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference.json")
 
 
 def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, checkpoint: bool = True) -> None:
@@ -107,7 +107,7 @@ def _moment_in(tree: Mapping[str, Any], name: str) -> datetime | None:
 
 
 def _other_rows(data: Mapping[str, str], directory: RunDirectory) -> str | None:
-    made = [name for name in MADE_FROM_ROWS if any(directory.path.glob(name))]
+    made = [name for name in MADE_FROM_ROWS if (directory.path / name).exists()]
     try:
         old = json.loads(directory.data_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -165,6 +165,8 @@ def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
         both = isinstance(section, dict) and isinstance(_at(old, name), dict)
         names += [f"{name}.{key}" for key in section] if both else [name]
     changed = _changed(old, new, names)
+    if "kto" in (_at(old, "dpo.kind"), _at(new, "dpo.kind")):  # of a pair it makes two rows
+        changed += _changed(old, new, ["dpo.kind"])
     if _at(old, "data.overlong_prompts") == "error" == _at(new, "data.overlong_prompts"):
         # None was left out for its length, so a higher limit changes nothing.
         changed = [name for name in changed if name != "data.max_prompt_tokens"]
