@@ -12,6 +12,8 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from rlhf_ray.config.load import dump_config, load_config
+from rlhf_ray.config.sections import section_in
+from rlhf_ray.config.supervised import SCHEMAS
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,34 @@ def test_no_meaning_is_taken_for_a_tag(make_settings):
 ])  # fmt: skip
 def test_bounds_of_whole_numbers(make_settings, bounds, words):
     assert make_settings.kind_of(FieldInfo.from_annotation(Annotated[int, Field(**bounds)])) == words
+
+
+def default_at(config, dotted: str):
+    """What a setting is in `config`; in a section that is not there, what it would be."""
+    schema = type(config)
+    for part in dotted.split("."):
+        field = schema.model_fields[part]
+        config = field.default if config is None else getattr(config, part)
+        schema = section_in(field.annotation) or schema
+    return config
+
+
+def test_the_page_of_defaults_has_ours(repo_root, make_settings, tmp_path):
+    tree = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    configs = {name: SCHEMAS[name](**tree) for name in SCHEMAS} | {
+        name: load_config(tmp_path / "run.yaml", ["rewards=[{function: exact_answer}]", *ppo])
+        for name, ppo in (("rl", []), ("ppo", ["algorithm.name=ppo"]))
+    }
+    heading, checked = "", []
+    for line in (repo_root / "docs" / "defaults.md").read_text(encoding="utf-8").splitlines():
+        heading = line if line.startswith("## ") else heading
+        if line.startswith("| `"):
+            settings, ours = (cell.strip() for cell in line.split("|")[1:3])
+            command = re.search(r"\((\w+)\)", settings)
+            config = configs[command[1] if command else "ppo" if heading == "## PPO" else "rl"]
+            for dotted in re.findall(r"`([^`]+)`", settings):
+                value = default_at(config, dotted)
+                checked.append(dotted)
+                assert ours == ("empty" if value is None else make_settings._shown(value)), (heading, dotted)
+    assert len(checked) > 45 and "learner.epochs" in checked and "safety.weight" in checked
