@@ -43,6 +43,8 @@ every default filled in.
 Why the defaults are what they are, beside those of other tools: [defaults.md](defaults.md).
 """
 NUMBERS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+PLACES = {"one": "", "list": ".0", "mapping": ".<name>"}
+KINDS = {"one": "", "list": "list of ", "mapping": "mapping of names to "}
 ROUND = 1 << 17  # from here on a power of two says more than its digits
 
 
@@ -59,13 +61,16 @@ def _below(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[Bas
     for name, field in schema.model_fields.items():
         section = section_in(field.annotation)
         if section is not None:
-            dotted = f"{prefix}{name}{'.0' if _is_list(field.annotation) else ''}"
+            dotted = f"{prefix}{name}{PLACES[_holds(field.annotation)]}"
             yield dotted, section
             yield from _below(section, f"{dotted}.")
 
 
-def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) is list or any(_is_list(inner) for inner in get_args(annotation))
+def _holds(annotation: Any) -> str:
+    """How many sections a setting of this type holds: "one", a "list" of them, or a "mapping" of names to them."""
+    if get_origin(annotation) in (list, dict):
+        return "list" if get_origin(annotation) is list else "mapping"
+    return next((held for inner in get_args(annotation) if (held := _holds(inner)) != "one"), "one")
 
 
 def page() -> str:
@@ -87,8 +92,8 @@ def table(section: type[BaseModel]) -> list[str]:
     for name, field in section.model_fields.items():
         inner = section_in(field.annotation)
         kind = kind_of(field) if inner is None else f"[{inner.__name__}](#{inner.__name__.lower()})"
-        if inner is not None and _is_list(field.annotation):
-            kind = f"list of {kind}"
+        if inner is not None:
+            kind = KINDS[_holds(field.annotation)] + kind
         cells = [f"`{name}`", kind, default_of(field), field.description or (_first(inner) if inner else "")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines

@@ -38,6 +38,8 @@ def test_every_command_with_a_config_is_there(make_settings):
 
 @pytest.mark.parametrize("setting", [
     "| `lr` | number, > 0 | `1e-06` |", "| `group_size` | integer, > 0 | `8` |", "| `kl_in` | `loss` \\| `reward` |",
+    "| `models` | mapping of names to [SampledModelConfig](#sampledmodelconfig) | required |", "`models.<name>` (eval)",
+    "| `stages` | list of [StageConfig](#stageconfig) | required |", "`rewards.0` (rl, eval, pairs, serve-reward)",
     "| `betas` | [number, number] | `[0.9, 0.95]` |", "| `lora` | [LoraConfig](#loraconfig) | empty |",
 ])  # fmt: skip
 def test_types_and_defaults(make_settings, setting):

@@ -35,7 +35,7 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "eval": {"report": "eval.json", "dir": "."},
 }
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
-OF_STAGES = "of every stage; empty: as its own config says"
+_OF_STAGES = "of every stage; empty: as its own config says"
 _SHARED = ("seed", "executor", "device", "dtype", "clock")
 
 
@@ -57,10 +57,10 @@ class PipelineConfig(Section):
     """
 
     name: RunName = "pipeline"
-    seed: int | None = Field(None, ge=0, lt=1 << 32, description=OF_STAGES)
-    executor: Literal["local", "ray"] | None = Field(None, description=OF_STAGES)
-    device: Device | None = Field(None, description=OF_STAGES)
-    dtype: Dtype | None = Field(None, description=OF_STAGES)
+    seed: int | None = Field(None, ge=0, lt=1 << 32, description=_OF_STAGES)
+    executor: Literal["local", "ray"] | None = Field(None, description=_OF_STAGES)
+    device: Device | None = Field(None, description=_OF_STAGES)
+    dtype: Dtype | None = Field(None, description=_OF_STAGES)
     clock: Clock = None
     values: dict[str, str | int | float] = Field({}, description="`${name}` in a stage's settings stands for its value")
     stages: list[StageConfig] = Field(min_length=1)
