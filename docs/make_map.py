@@ -37,6 +37,7 @@ def line_of(path: Path) -> str:
         text = ast.get_docstring(ast.parse(text)) or ""
     elif path.suffix == ".md":
         text = re.sub(r"^#[^\n]*\n", "", text.lstrip())
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)  # a link holds from where it stands
     else:
         comment = itertools.takewhile(lambda line: line.startswith("#"), text.split("\n"))
         text = "\n".join(line.lstrip("# ") for line in comment)

@@ -124,16 +124,6 @@ def test_a_dialogue(rlhf_ray):
     assert [line[0] for line in told_to_run(output)] == ["validate-data", "rl", "rl"]
 
 
-def test_a_reward_model_in_the_dialogue(rlhf_ray, tmp_path):
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "config.json").write_text("{}")
-    said = ["rl", "", "", "a reward model", "./absent", "scratch:bert", "./judge", "", ""]
-    status, output = rlhf_ray("init", said="\n".join(said) + "\n")
-    assert status == 0 and "./absent: no such folder" in output and "judges nothing" in output, output
-    assert written()["reward_model"]["path"] == "./judge" and "rewards" not in written()
-    assert not Path("reward.py").exists()
-
-
 def test_return_alone_takes_every_default(rlhf_ray):
     status, output = rlhf_ray("init", said="\n" * 6)
     assert status == 0, output
@@ -181,7 +171,6 @@ def test_example_rows_that_were_changed_are_data(rlhf_ray):
     (("--command", "rl", "--data", "absent.jsonl"), "no such file"),
     (("--command", "rl", "--column", "prompt"), "no role=column pair"),
     (("--command", "sft", "--reward", "sentiment"), "--reward is for rl"),
-    (("--command", "rl", "--reward-model", "./absent"), "./absent: no such folder"),
 ])  # fmt: skip
 def test_refusals(rlhf_ray, flags, says):
     sums()

@@ -28,3 +28,26 @@ def test_make_targets_files_and_functions_in_the_readme_exist():
         assert (ROOT / name).exists(), name
     for function, name in re.findall(r"`(?:\w+\.)?(\w+)` in `([\w/.]+\.py)`", README):
         assert f"def {function}(" in (ROOT / name).read_text(encoding="utf-8"), (function, name)
+
+
+def test_every_link_leads_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            target, _, anchor = link.partition("#")
+            if target.startswith(("http:", "https:", "mailto:")):
+                continue
+            file = (page.parent / target).resolve() if target else page
+            assert file.exists(), f"{page.name}: {link}"
+            if anchor:
+                assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{page.name}: {link}"
+
+
+def _anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len(README.splitlines()) < 130, "what is more belongs into docs/"

@@ -55,7 +55,7 @@ def init(
     try:
         wishes, examples = _wishes(given, _ask if asks else _take_default)
     except (EOFError, typer.Abort):
-        raise typer.BadParameter("no answer; give --command and the other options, or --yes for the defaults") from None
+        raise typer.BadParameter("there is nobody to answer; give --command and the other options, or --yes") from None
     _write(wishes, examples, force)
 
 
@@ -104,12 +104,12 @@ def _wishes(given: Mapping[str, Any], ask: Asker[Any]) -> tuple[Wishes, list[dic
     typer.echo(str(seen))
     models = {DEFAULT_MODEL: "a tiny one, built on the spot, to see that everything works; or a folder, or a Hub name"}
     model = told("model", "Which model?", models, DEFAULT_MODEL, check_model)
-    reward, reward_model = _reward(given, seen, ask) if command == "rl" else (None, None)
+    reward = _reward(given, seen, ask) if command == "rl" else None
     places = {"local": "one process on this machine", "ray": "workers on a Ray cluster, or on this machine"}
     where = told("where", "Where?", places, "local", check_where)
     out = told("out", "Which file shall it be written to?", {}, f"{command}.yaml", Path)
     wishes = Wishes(
-        command=command, data=seen, model=model, out=out, reward=reward, reward_model=reward_model,
+        command=command, data=seen, model=model, out=out, reward=reward, reward_model=given["reward_model"],
         where=where, names=tuple(names.items()),
     )  # fmt: skip
     return wishes, examples
@@ -173,29 +173,16 @@ def _one_of(said: str, columns: Sequence[str]) -> str:
     return said
 
 
-def _reward(given: Mapping[str, Any], seen: Look, ask: Asker[Any]) -> tuple[str | None, str | None]:
-    """(the reward function, the reward model): either, or both where both were given."""
-    from rlhf_ray.scaffold.wishes import DEFAULT_REWARD, check_reward, check_reward_model, rewards_for
+def _reward(given: Mapping[str, Any], seen: Look, ask: Asker[Any]) -> str | None:
+    from rlhf_ray.scaffold.wishes import DEFAULT_REWARD, check_reward, rewards_for
 
-    function, model = given["reward"], given["reward_model"]
-    if function is not None or model is not None:
-        return (
-            None if function is None else check_reward(function, seen),
-            None if model is None else check_reward_model(model),
-        )
-    options = {
-        DEFAULT_REWARD: "a function of your own, with an example to begin with; or another file.py:function",
-        _BY_MODEL: "what `rlhf-ray rm` or `classifier` left, or one of the Hub",
-        **dict.fromkeys(rewards_for(seen), ""),
-    }
-    picked = ask("What is a good answer?", options, DEFAULT_REWARD,
-                 lambda said: said if said == _BY_MODEL else check_reward(said, seen))  # fmt: skip
-    if picked != _BY_MODEL:
-        return picked, None
-    return None, ask("Which reward model?", {}, "runs/rm/model", check_reward_model)
-
-
-_BY_MODEL = "a reward model"
+    if given["reward"] is None and given["reward_model"] is not None:
+        return None
+    if given["reward"] is not None:
+        return check_reward(given["reward"], seen)
+    own = {DEFAULT_REWARD: "a function of your own, with an example to begin with; or another file.py:function"}
+    options = {**own, **dict.fromkeys(rewards_for(seen), "")}
+    return ask("What is a good answer?", options, DEFAULT_REWARD, lambda said: check_reward(said, seen))
 
 
 def _write(wishes: Wishes, examples: list[dict[str, Any]], force: bool) -> None:

@@ -102,13 +102,6 @@ def check_model(model: str) -> str:
     return model
 
 
-def check_reward_model(model: str) -> str:
-    """Raises RlhfRayError for a folder that holds none; one on the Hub is not looked for."""
-    if model.startswith("scratch"):
-        raise ConfigError(f"reward model {model}: one that has learned nothing judges nothing; train it (rlhf-ray rm)")
-    return check_model(model)
-
-
 def check_reward(reward: str, data: Look) -> str:
     """The reward's name for a config. Raises ConfigError for one that could not run on these rows."""
     if is_http(reward):
