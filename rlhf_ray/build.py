@@ -29,6 +29,7 @@ from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.flops import device_name, peak_flops
 from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
+from rlhf_ray.models.served import require_served
 from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
@@ -54,7 +55,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
         config = frozen_clock(config, directory)
-        tokenizer, train_prompts, held_out, sft = check_inputs(config, directory.start)
+        tokenizer, train_prompts, held_out, sft = check_inputs(config, directory.start, hardware.device)
     read = sources_of(config, train_prompts, held_out, tokenizer) | (sft.fingerprints if sft else {})
     run = Recorder(config, directory, read)
     try:
@@ -131,11 +132,15 @@ def kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def check_inputs(config: RunConfig, start: Path | None) -> tuple[Any, PromptSet, PromptSet, SFTData | None]:
+def check_inputs(
+    config: RunConfig, start: Path | None, device: str = "auto"
+) -> tuple[Any, PromptSet, PromptSet, SFTData | None]:
     """(tokenizer, training prompts, held-out prompts, rows of sft_data): all that people get wrong, read before
     anything is made.
 
-    `start`: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
+    Args:
+        start: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
+        device: what the run computes on; auto where nobody has looked yet.
 
     Raises:
         RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used, or a package that is not there.
@@ -154,6 +159,12 @@ def check_inputs(config: RunConfig, start: Path | None) -> tuple[Any, PromptSet,
         )
     train, held_out = load_data(config, tokenizer)
     longest = _check_policy_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
+    if not config.model.path.startswith("scratch:"):
+        require_served(
+            config.model.path, config.generator, device,
+            longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens, bfloat16=config.dtype == "bfloat16",
+            trust_remote_code=config.model.trust_remote_code,
+        )  # fmt: skip
     if config.uses_critic and config.critic.path is not None:
         _check_critic_fits(config, tokenizer, longest)
     return tokenizer, train, held_out, load_sft_data(config, tokenizer)

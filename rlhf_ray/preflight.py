@@ -155,8 +155,11 @@ def _open_all(config: Section) -> None:
     """As the command itself begins. Raises RlhfRayError."""
     if isinstance(config, RunConfig):
         from rlhf_ray.build import check_inputs as check_rl
+        from rlhf_ray.models.devices import choose_hardware
 
-        check_rl(config, None)
+        # A cluster's workers may have what this machine has not.
+        here = config.executor == "local" and config.device == "auto"
+        check_rl(config, None, choose_hardware().device if here else config.device)
     elif isinstance(config, SupervisedConfig):
         from rlhf_ray.build_supervised import check_inputs as check_supervised
 

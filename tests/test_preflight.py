@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Qwen2Config
 
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
@@ -17,6 +18,7 @@ from rlhf_ray.config.shipped import shipped_config
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError
+from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.pipeline import describe_pipeline
 from rlhf_ray.preflight import MOST_ROWS, limited, preflight
 
@@ -116,6 +118,26 @@ def test_eval_pairs_and_the_reward_server():
                       unmade=Path("gone"))  # fmt: skip
     with pytest.raises(ModelError, match="gone"):
         preflight(parse_config({"reward_model": {"path": "./gone"}}, RewardServerConfig, source="here"))
+
+
+@pytest.mark.parametrize("command", ["rl", "eval", "pairs"])
+def test_a_model_that_vllm_would_refuse_when_it_has_started(command, here, monkeypatch):
+    """Nobody has installed vLLM here, and the folder's weights are not even there."""
+    monkeypatch.setattr("rlhf_ray.config.extras.find_spec", lambda name: object())
+    build_tokenizer("char", ["say now 0123456789"], max_length=64).save_pretrained(here / "narrow")
+    Qwen2Config(vocab_size=64, hidden_size=48, num_attention_heads=3, num_key_value_heads=3).save_pretrained(
+        here / "narrow"
+    )
+    settings = {"data": {"path": "prompts.jsonl", "max_prompt_tokens": 16}, "rewards": [{"function": "exact_answer"}],
+                "generator": {"engine": "vllm"}, "device": "cpu"}  # fmt: skip
+    if command == "rl":
+        config = config_of("rl", "model={path: ./narrow}", "generator.engine=vllm", "device=cpu")
+    elif command == "eval":
+        config = parse_config({**settings, "models": {"one": "./narrow"}}, EvalRunConfig, source="the test")
+    else:
+        config = parse_config({**settings, "model": "./narrow"}, PairsConfig, source="the test")
+    with pytest.raises(ModelError, match=r"vLLM on CPU cannot serve ./narrow: its attention heads have size 16"):
+        preflight(config)
 
 
 def test_nothing_is_downloaded():

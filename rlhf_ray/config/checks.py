@@ -13,6 +13,7 @@ from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
 from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, RunConfig
 from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
 from rlhf_ray.config.sources import source_problems
+from rlhf_ray.config.vllm_limits import generator_problems
 
 # Names under reward/ that every run logs.
 _TAKEN_REWARD_NAMES = ("mean", "std", "min", "max")
@@ -39,6 +40,7 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
         *tokenizer_problems(config.model),
         *_training(config, device),
         *_generation(config, device),
+        *generator_problems(config, device),
         *transport_problems(config, device),
         *placement_problems(config, device),
     ]

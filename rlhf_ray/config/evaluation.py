@@ -24,6 +24,7 @@ from rlhf_ray.config.sections import (
     TopP,
     TrustRemoteCode,
 )  # fmt: skip
+from rlhf_ray.config.vllm_limits import engine_args_problems
 
 SamplesPerPrompt = Annotated[int, Field(gt=0, description="answers to each prompt")]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # also of a file
@@ -198,6 +199,12 @@ def _generator_problems(config: SampledRunConfig) -> list[str]:
         )
     if generator.engine == "vllm" and (sys.platform == "darwin" or config.device == "mps"):
         problems.append("generator.engine=vllm does not run on a Mac; set generator.engine=hf")
+    if generator.engine == "vllm":
+        problems += engine_args_problems(generator)
+        if generator.tensor_parallel > 1:
+            problems.append(
+                f"generator.tensor_parallel={generator.tensor_parallel}: here one process answers; set it to 1"
+            )
     return problems
 
 

@@ -24,6 +24,7 @@ from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.devices import choose_hardware
 from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
+from rlhf_ray.models.served import require_served
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.rewards.reading import Answered
@@ -218,6 +219,19 @@ def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[
         yield opened
     finally:
         opened.close()
+
+
+def check_served(model: SampledModelConfig, config: SampledRunConfig) -> None:
+    """Raises ModelError for what vLLM would refuse when it has started."""
+    device = model.device or config.device
+    require_served(
+        model.path,
+        config.generator,
+        choose_hardware().device if device == "auto" else device,
+        longest=config.longest_prompt + config.sampling.max_new_tokens,
+        bfloat16=(model.dtype or config.dtype) == "bfloat16",
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
 def check_rewards(config: SampledRunConfig) -> list[str]:

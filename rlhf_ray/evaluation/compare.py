@@ -17,6 +17,7 @@ from rlhf_ray.evaluation.answers import (
     AnsweringModel,
     Answers,
     check_rewards,
+    check_served,
     common_prompts,
     open_model,
     read_prompts,
@@ -98,6 +99,8 @@ def check_inputs(config: EvalRunConfig) -> Inputs:
     require(needs_of(config))
     _check_names(config, check_rewards(config))
     tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
+    for model in config.models.values():
+        check_served(model, config)
 
     def read(data: PromptsConfig) -> dict[str, PromptSet]:
         return common_prompts({name: read_prompts(data, t, config.clock) for name, t in tokenizers.items()})

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_ray.batch import Batch
+from rlhf_ray.config.vllm_limits import OWN_ENGINE_ARGS
 from rlhf_ray.errors import ConfigError, DataError, ModelError, SyncError
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.pretrained import plain_state
@@ -324,6 +325,15 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch):
         VLLMGenerator(str(tmp_path), transport="in_process", tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="generator.engine_args: dtype, seed is set by the run itself"):
         VLLMGenerator(str(tmp_path), engine_args={"seed": 1, "dtype": "float16", "max_num_seqs": 8})
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generator_vllm, "_start", lambda settings, transport: made.append(settings))
+        patch.setattr(generator_vllm, "_check_head_size", lambda llm, model: None)
+        VLLMGenerator(str(tmp_path))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        VLLMGenerator(str(tmp_path))
+    # vllm_limits.py names them before there is an engine.
+    assert made[0].keys() | made[1].keys() | {"weight_transfer_config"} == OWN_ENGINE_ARGS | {"max_num_seqs"}
     monkeypatch.setattr(generator_vllm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed; install rlhf-ray\[vllm\].*generator.engine=hf"):
         VLLMGenerator(str(tmp_path))
