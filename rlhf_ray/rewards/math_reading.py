@@ -16,17 +16,20 @@ from rlhf_ray.rewards.math_latex import plain_latex, without_delimiters
 _FINAL_MARK = "####"  # how GSM8K marks its final answer
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
-    r"\banswers?(?:\s+(?:to|for|of)\b[^.:=\n]{0,60})?\s*(?:\*\*)?\s*(?:is|are|:|=)"
-    r"|答案\s*(?:\*\*)?\s*(?:应该?|應該?)?(?:是|为|為|[:：]|(?=不是|并非|並非))"
-    r"|(?<![不能])[选選][择擇]?\s*[:：]?\s*(?=[(（]?[A-J][)）]?(?![A-Za-z的项項]))",
+    r"\banswers?(?:\s+(?:to|for|of)\b[^.:=\n]{0,60})?\s*(?:\*\*)?\s*(?:is|are|[:：=])"
+    r"|答案\s*(?:\*\*)?\s*(?:应该?|應該?)?(?:[是为為爲]|[:：=＝]|(?=不是|并非|並非))\s*[:：]?(?:\s*[选選][项項])?"
+    r"|(?:(?<![不能])[选選][择擇]?\s*[:：]?|正[确確][选選][项項]\s*[是为為爲:：])\s*(?=[(（]?[A-J][)）]?(?![A-Za-z的项項]))",
     re.IGNORECASE,
 )
-# Where the answer that follows such a phrase ends: a line, a sentence (a dot inside 3.5 or p.m. is none), a reason.
+# Where the answer that follows such a phrase ends: a line, a sentence (a dot inside 3.5 or p.m. is none), a reason,
+# what follows from it, what it is not.
 _END = re.compile(
-    r"\n|(?<!\b[ap]\.m)[.!?](?=\s|$)|[。！；]"
-    r"|,?\s+(?:because|since|so that|which)\b|[,，]?\s*(?:因为|因為|由于|由於)",
+    r"\n|(?<!\b[ap]\.m)[.!?](?=\s|$)|[。！？；]"
+    r"|,?\s+(?:because|since|so that|which)\b|,\s+(?:so|not|hence|thus|therefore)\b"
+    r"|[,，]?\s*(?:因为|因為|由于|由於)|[,，]\s*(?:所以|因此|故|即|也就是|其余|其他|[而并]?不是|而非|並不是)",
     re.IGNORECASE,
 )
+_QUOTES = "“”「」『』【】"  # around an answer in a sentence; no mathematics is written with them
 _MATHS = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _HAN = "[\\u3040-\\u30ff\\u3400-\\u9fff]"
 # Units are written behind a number without a blank in Chinese and Japanese; 1.2万 is 12000.
@@ -135,11 +138,11 @@ def _argument(text: str, start: int) -> str:
 
 
 def _first_sentence(rest: str) -> str:
-    rest = rest.lstrip(" \t\n*_:").removeprefix("that ")
+    rest = rest.lstrip(" \t\n*_:：").removeprefix("that ")
     if display := re.match(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", rest, re.DOTALL):
         return (display.group(1) or display.group(2)).strip()
     end = _END.search(rest)
-    return (rest[: end.start()] if end else rest).strip()
+    return (rest[: end.start()] if end else rest).strip().strip(_QUOTES)
 
 
 def _alone(text: str) -> str:

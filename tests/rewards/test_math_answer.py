@@ -128,6 +128,8 @@ RIGHT = {  # kind -> (the data's answer, completion)
         ("24", "**Answer:** 24"),
         ("24", "The final answer is:\n\n$$\n24\n$$"),
         ("24", "The answer is 24 because she keeps 3."),
+        ("24", "The answer is 24, so she keeps 3."),
+        ("24", "The answer is $24$, not 23."),
         ("24", "She has 24 eggs."),
         ("24", "24"),
         ("24", r"So \(x=24\)"),
