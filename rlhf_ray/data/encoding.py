@@ -126,6 +126,18 @@ class Encoder:
         behind = self._behind_texts
         return TokenizedExample((*ids[: ends[-1]], *behind), (*learned[: ends[-1]], *(False for _ in behind)))
 
+    def with_own_end(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """A finished conversation, ended as the chat template ends it.
+
+        A policy may stop at another special token (EOS, where the template writes <end_of_turn>); no reward model has
+        learned from a text that ends so, and each would have a score of its own that says nothing of the answer.
+        """
+        ends = [self._tokenizer.convert_tokens_to_ids(end) for end in (self._end.answer, self._end.call) if end]
+        added = self._tokenizer.added_tokens_decoder.get(ids[-1])
+        if not self._end.answer or ids[-1] in ends or added is None or not added.special:
+            return ids
+        return (*ids[:-1], ends[0])
+
     @functools.cached_property
     def _behind_texts(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer puts behind every text."""

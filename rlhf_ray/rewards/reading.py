@@ -40,7 +40,7 @@ class Reader:
 
     `scores_pairs`: the judge has one label, as `rlhf-ray rm` teaches it: a prompt and its answer are tokenized apart.
     Any other classifier reads both as one text. `policy`: the tokenizer of whoever wrote the answers; where the judge's
-    is the same, it reads the policy's own tokens, with the special ones that no text keeps.
+    is the same, it reads the policy's own tokens, with the special ones that no text keeps, up to its own end of turn.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Reader:
             return answered
         if answered.chat is not None and self._templated:
             if self._same and answered.ids:
-                return answered.ids
+                return self._encoder.with_own_end(answered.ids) if answered.finished else answered.ids
             try:
                 judged = self._encoder.judged(answered.chat, answered.said, finished=answered.finished)
             except DataError as error:

@@ -69,10 +69,11 @@ class Judge:
         return TextScores([0.0] * len(answers), 0)
 
 
-def read_in_rl(judge, policy, chat, answer, *, finished=True):
-    """What `judge` reads of the answer, if the policy writes it."""
+def read_in_rl(judge, policy, chat, answer, *, finished=True, end=()):
+    """What `judge` reads of the answer, if the policy writes it; `end` in place of what the template ends it with."""
     encoder = Encoder(policy)
-    completion = encoder.completion(chat, answer)[: None if finished else -1]
+    completion = encoder.completion(chat, answer)
+    completion = (*completion[:-1], *(end or completion[-1:] if finished else ()))
     request = Request(0, 0, encoder.prompt(chat)[1], 0, {"prompt": encoder.prompt(chat)[0]}, chat=encoder.chat_of(chat))
     batch = build_batch([request], [completion], [[0.0] * len(completion)], truncated=[not finished], weight_version=0)
     Reward(RewardSet([]), policy, model=judge).score(batch)
@@ -94,6 +95,8 @@ def test_a_reward_model_reads_in_reinforcement_learning_what_it_learned_from(nam
     assert tokenizer.convert_ids_to_tokens(learned[-1]) == RIGHT[name]["stops"][0], "nothing behind what ends the turn"
     assert read_in_rl(Judge(tokenizer, policy), policy, chat, answer) == learned
     assert read_in_rl(Judge(tokenizer, policy), policy, chat, answer, finished=False) == learned[:-1]
+    stopped = read_in_rl(Judge(tokenizer, policy), policy, chat, answer, end=(policy.eos_token_id,))
+    assert stopped == learned, "a policy that stops at EOS gains or loses nothing by it"
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.startswith(READ_PARTS_ONLY)])
