@@ -65,6 +65,8 @@ def allowed(item: pytest.Item) -> float:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(GROUPS)
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: an address is another in each process; give the parameters ids")
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(GROUPS[group_of(item)][1]))
         # Side by side (`-n 2 --dist loadgroup`), a file's tests of one group stay together and share their engine.
