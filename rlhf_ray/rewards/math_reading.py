@@ -17,8 +17,9 @@ _FINAL_MARK = "####"  # how GSM8K marks its final answer
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
     r"\banswers?(?:\s+(?:to|for|of)\b[^.:=\n]{0,60})?\s*(?:\*\*)?\s*(?:is|are|[:：=])"
-    r"|答案\s*(?:\*\*)?\s*(?:应该?|應該?)?(?:[是为為爲]|[:：=＝]|(?=不是|并非|並非))\s*[:：]?(?:\s*[选選][项項])?"
-    r"|(?:(?<![不能])[选選][择擇]?\s*[:：]?|正[确確][选選][项項]\s*[是为為爲:：])\s*(?=[(（]?[A-J][)）]?(?![A-Za-z的项項]))",
+    r"|答案\s*(?:\*\*)?\s*(?:应该?|應該?)?(?:[是为為爲]|[:：=＝】]|(?=不是|并非|並非))\s*[:：]?(?:\s*[选選][项項])?"
+    r"|(?:(?<![不能])[选選][择擇]?\s*[:：]?|正[确確][选選][项項]\s*[是为為爲:：])\s*"
+    r"(?=[(（]?(?:[A-J]|(?-i:[A-J]{2,7}))[)）]?(?![A-Za-z的项項]))",
     re.IGNORECASE,
 )
 # Where the answer that follows such a phrase ends: a line, a sentence (a dot inside 3.5 or p.m. is none), a reason,
@@ -40,7 +41,10 @@ _CHINESE_UNIT = (
     r"|人民币|块钱?|美元|欧元|日元|元|円|千克|公斤|克|吨|毫升|升"
     r"|个?小时|分钟|秒钟?|天|年|岁|度|[个個人])?"
 )
+# 2024年5月1日, 3小时20分钟, 5元8角: one quantity, which is read as words.
+_COMPOUND = r"(?:\d+(?:\.\d+)?(?:个?月|个?小时|分钟|秒钟|厘米|分米|千米|千克|[年日号天周时点秒元角分米克])){2,}"
 _NUMBER = re.compile(
+    rf"(?<![\d.]){_COMPOUND}|"
     r"(?<![A-Za-z\d_.:^])(?:百分之)?[-+]?(?:\\?[$€£¥₹]\s?)?[-+]?(?:"
     r"\d+\s\d+/\d+|\d+/\d+|\d{1,2}:\d\d|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![\d^_])"
     rf"(?:\s?\\?%|{_CHINESE_UNIT})?"
@@ -166,7 +170,7 @@ def _is_nothing_but_an_answer(text: str) -> bool:
         return len(text.split()) <= 5  # a name, "no solution"
     if not scripts and all(len(word) == 2 for word in words) and re.search(r"[=+*/^\\]", text):
         return True  # ab + 3: products of variables
-    if re.fullmatch(r"[^\W\d_]+ [^\s:=]+", text):
+    if not scripts and re.fullmatch(r"[^\W\d_]+ [^\s:=]+", text):
         return True  # Route 66
     if _NUMBER.fullmatch(text) or re.fullmatch(rf"[-+]?[\d.,]*\d\s?{_HAN}{{1,3}}", text):
         return True
@@ -185,9 +189,11 @@ def _is_date(text: str) -> bool:
 def _understood(text: str) -> Answer:
     latex = plain_latex(without_delimiters(text))
     latex = re.sub(r"^(?:\\text\{[^{}]*\}|[A-Za-z][A-Za-z ]{2,}[A-Za-z])\s*=\s*", "", latex)  # Area = 5
+    latex = re.sub(r"^\\text\{\s*([-+]?\d[\d.,/]*\s*[^\W\d_][^{}\d]*)\}$", r"\1", latex)  # the number with its unit
     latex, unit = _without_unit(_without_ten_thousands(latex))
     if not latex:
         return Answer("")
+    latex = re.sub(r"^([A-J])\s*[选選]?[项項]$", r"\1", latex)
     if choice := _CHOICE.fullmatch(latex):
         return Answer((choice[1] or choice[2]).lower(), words=True)
     latex = _REPEATING.sub(_as_fraction, latex)
