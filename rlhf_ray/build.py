@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,7 @@ def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool
         assets = Assets(policy, tokenizer_path, hardware)
         named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
         stop = with_turn_ends(named, tokenizer)
-        with open_roles(config, assets, sft.rows if sft else None) as roles:
+        with open_roles(config, assets, sft.rows if sft else None, run.progress.note) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
@@ -108,7 +109,7 @@ def hardware_of(config: RunConfig) -> Hardware:
                 "`pip install 'rlhf-ray[ray]'`, or set executor=local"
             ) from error
 
-        gpus = gpus_of_cluster(config.ray.address)
+        gpus = gpus_of_cluster(config.ray.address, config.ray.start_deadline_s)
         if gpus is not None:
             return choose_hardware(config.device, config.dtype, cuda=gpus > 0, mps=False)
     return choose_hardware(config.device, config.dtype)
@@ -245,16 +246,23 @@ def left_out(train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
 
 
 @contextmanager
-def open_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = None) -> Iterator[Roles]:
-    """The roles as this config places them; closed at the end, also after an error."""
+def open_roles(
+    config: RunConfig, assets: Assets, sft: SFTRows | None, note: Callable[[str], None]
+) -> Iterator[Roles]:
+    """The roles as this config places them; closed at the end, also after an error. `note` hears what it waits for."""
     if config.executor == "ray":
         from rlhf_ray.remote.roles import open_remote_roles
 
-        with open_remote_roles(config, assets, sft) as roles:
+        with open_remote_roles(config, assets, sft, note) as roles:
             yield roles
         return
     transport = "in_process" if config.sync.transport == "auto" else config.sync.transport
+    began = time.monotonic()
+    if config.generator.engine == "vllm":
+        note("loading the generator (vllm)")
     generator = make_generator(config, assets, transport)
+    if config.generator.engine == "vllm":
+        note(f"the generator (vllm) is ready in {time.monotonic() - began:.0f} s")
     try:
         learner = make_learner(config, assets, transport, sft)
         learner.connect(generator)

@@ -61,7 +61,7 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
     try:
         say_what_is_read(config, reports, splits, batches, run)
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
-        with open_trainer(config, assets, splits) as trainer:
+        with open_trainer(config, assets, splits, run.progress.note) as trainer:
             run.workload = Workload(devices=trainer.devices)
             if isinstance(config, DPOConfig) and config.dpo.needs_reference:
                 set_reference(config, trainer, batches, run)
@@ -184,12 +184,14 @@ def doubt_judge(result: dict[str, Any], run: SupervisedRecorder) -> None:
 
 
 @contextmanager
-def open_trainer(config: SupervisedConfig, assets: Assets, splits: Splits) -> Iterator[Trainer]:
-    """The trainer as this config places it; closed at the end, also after an error."""
+def open_trainer(
+    config: SupervisedConfig, assets: Assets, splits: Splits, note: Callable[[str], None]
+) -> Iterator[Trainer]:
+    """The trainer as this config places it; closed at the end, also after an error. `note` hears what it waits for."""
     if config.executor == "ray":
         from rlhf_ray.remote.supervised import open_remote_trainer
 
-        with open_remote_trainer(config, assets, splits) as trainer:
+        with open_remote_trainer(config, assets, splits, note) as trainer:
             yield trainer
         return
     trainer = make_trainer(config, assets, splits)

@@ -31,6 +31,7 @@ from rlhf_ray.commands import (
 )
 from rlhf_ray.commands.hints import HintingGroup
 from rlhf_ray.errors import RlhfRayError, Terminated
+from rlhf_ray.library_logs import quiet
 from rlhf_ray.threads import wait_briefly
 
 app = typer.Typer(
@@ -80,6 +81,7 @@ def _plain_warnings() -> None:
 def main() -> None:
     """Entry point: this package's errors are one readable paragraph, not a traceback."""
     wait_briefly()
+    quiet()
     _plain_warnings()
     signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.config.shipped import PREFIX, shipped_config
+from rlhf_ray.library_logs import wanted
 
 
 def _shipped_or_given(path: Path) -> Path:
@@ -52,9 +53,10 @@ def quiet_libraries(device: str) -> None:
     # accelerator and announces what it found, unless it has been told.
     found = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     os.environ.setdefault("DS_ACCELERATOR", found)
-    from transformers.utils.logging import disable_progress_bar
+    if not wanted():
+        from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
+        disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.library_logs import wanted
 from rlhf_ray.words import EMOJI, WIDE, WORD
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -149,6 +150,16 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "tokenizer"
                 "set eos_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    return without_advice(tokenizer)
+
+
+def without_advice(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, which will not say that a text is longer than `model_max_length`.
+
+    Texts are encoded whole here, to be counted, cut or refused: "will result in indexing errors" is not so.
+    """
+    if not wanted():
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
@@ -157,7 +168,7 @@ def _numbered(tokens: list[str]) -> dict[str, int]:
 
 
 def _wrap(tokenizer: Tokenizer, *, unk: bool, max_length: int) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+    return without_advice(PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
@@ -166,4 +177,4 @@ def _wrap(tokenizer: Tokenizer, *, unk: bool, max_length: int) -> PreTrainedToke
         model_max_length=max_length,
         # The clean-up would turn "do not" into "don't": text must come back as it went in.
         clean_up_tokenization_spaces=False,
-    )
+    ))  # fmt: skip

@@ -105,13 +105,21 @@ def value_of(call: Call) -> Any:
         raise WorkerError(f"{call}: the result is lost ({one_line(error)}); resume with --resume auto") from None
 
 
-def results(calls: Sequence[Call], check: Callable[[Sequence[Call]], None] = lambda calls: None) -> list[Any]:
-    """The results of all calls, in order. The first failure raises, whatever the others do."""
+def results(
+    calls: Sequence[Call],
+    check: Callable[[Sequence[Call]], None] = lambda calls: None,
+    done: Callable[[Call], None] = lambda call: None,
+) -> list[Any]:
+    """The results of all calls, in order. The first failure raises, whatever the others do.
+
+    `done` hears of each call that has returned, at once.
+    """
     waiting, values = list(calls), {}
     while waiting:
         call = next_done(waiting, check)
         values[call.ref] = value_of(call)
         waiting.remove(call)
+        done(call)
     return [values[call.ref] for call in calls]
 
 

@@ -84,10 +84,10 @@ class Crew:
 
     # ------------------------------------------------------------ waiting
 
-    def results(self, calls: Sequence[Call]) -> list[Any]:
-        """The results of all calls, in order. The first failure raises."""
+    def results(self, calls: Sequence[Call], done: Callable[[Call], None] = lambda call: None) -> list[Any]:
+        """The results of all calls, in order; `done` hears of each at once. The first failure raises."""
         try:
-            return results(calls, self.check)
+            return results(calls, self.check, done)
         except WorkerError as error:
             raise self._cause_of(error, calls) from None
 

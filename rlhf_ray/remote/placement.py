@@ -18,12 +18,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.remote.loading import Note, silent
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 # Ray refuses a bundle that asks for nothing.
 LEAST_CPUS = 0.001
+AT_ONCE_S = 2  # an idle cluster has made room by then
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def check_fit(plan: Plan, nodes: Sequence[Mapping[str, float]], colocated: bool)
 
 
 @contextmanager
-def placed(plan: Plan, seconds: float, colocated: bool) -> Iterator[PlacementGroup]:
-    """The plan's placement group, removed at the end.
+def placed(plan: Plan, seconds: float, colocated: bool, note: Note = silent) -> Iterator[PlacementGroup]:
+    """The plan's placement group, removed at the end. `note` hears if others have to end first.
 
     Raises:
         PlacementError: it can never fit, or what it needs did not become free in time.
@@ -161,16 +163,30 @@ def placed(plan: Plan, seconds: float, colocated: bool) -> Iterator[PlacementGro
     check_fit(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]], colocated)
     group = placement_group(plan.bundles, strategy="PACK")
     try:
-        if not group.wait(math.ceil(seconds)):
-            free = {name: round(ray.available_resources().get(name, 0.0), 3) for name in ("CPU", "GPU")}
+        if not _ready(group, plan, seconds, note):
             raise PlacementError(
-                f"ray: the cluster did not make room within {seconds:.0f} s (ray.start_deadline_s): the run needs "
-                f"{plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, of which {free['CPU']:g} and "
-                f"{free['GPU']:g} are free; wait for other jobs to end, or make the run smaller"
+                f"ray: the cluster did not make room within {seconds:.0f} s (ray.start_deadline_s): {_needed(plan)}; "
+                "wait for other jobs to end, or make the run smaller"
             )
         yield group
     finally:
         remove_placement_group(group)
+
+
+def _ready(group: PlacementGroup, plan: Plan, seconds: float, note: Note) -> bool:
+    first = min(math.ceil(seconds), AT_ONCE_S)
+    if group.wait(first):
+        return True
+    note(f"waiting for room in the cluster: {_needed(plan)}")
+    return group.wait(math.ceil(seconds) - first)
+
+
+def _needed(plan: Plan) -> str:
+    free = {name: round(ray.available_resources().get(name, 0.0), 3) for name in ("CPU", "GPU")}
+    return (
+        f"the run needs {plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, of which {free['CPU']:g} and "
+        f"{free['GPU']:g} are free"
+    )
 
 
 def options_of(seat: Seat, group: PlacementGroup, environment: Mapping[str, str]) -> dict[str, Any]:

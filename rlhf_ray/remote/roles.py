@@ -31,6 +31,7 @@ from rlhf_ray.remote.handles import (
 )
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost
+from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.split import even_pieces, fixed_pieces
 from rlhf_ray.roles.factory import Assets, Rank
@@ -49,8 +50,12 @@ HOSTS: dict[str, type[Host]] = {
 
 
 @contextmanager
-def open_remote_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = None) -> Iterator[Roles]:
+def open_remote_roles(
+    config: RunConfig, assets: Assets, sft: SFTRows | None = None, note: Note = silent
+) -> Iterator[Roles]:
     """Start the workers this config asks for, and yield their handles; everything started here ends here.
+
+    `note` hears what is being started, and who is waited for.
 
     Raises:
         PlacementError: no cluster, or one that is too small.
@@ -61,8 +66,8 @@ def open_remote_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = N
     device = assets.hardware.device
     transport = choose_transport(config, device)
     plan = plan_seats(config, device, transport)
-    with connected(config.ray.address, plan.total("CPU")), placed(
-        plan, config.ray.start_deadline_s, config.ray.colocate
+    with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
+        plan, config.ray.start_deadline_s, config.ray.colocate, note
     ) as group:
         crew, farewell = Crew(), []
         try:
@@ -70,7 +75,7 @@ def open_remote_roles(config: RunConfig, assets: Assets, sft: SFTRows | None = N
             for seat in plan.seats:
                 host = HOSTS[seat.name.split()[0]]
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
-            _build(crew, plan, config, everywhere(assets), transport, sft)
+            _build(crew, plan, config, everywhere(assets), transport, sft, note)
             crew.built()
             yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
@@ -87,7 +92,7 @@ def everywhere(assets: Assets) -> Assets:
 
 
 def _build(
-    crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None
+    crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None, note: Note
 ) -> None:
     """Load every model, all at the same time; on shared GPUs the generators first."""
     until = time.monotonic() + config.ray.start_deadline_s
@@ -95,14 +100,17 @@ def _build(
     def left() -> Deadline:
         return Deadline(max(1.0, until - time.monotonic()), "ray.start_deadline_s")
 
+    note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
     _lend_gpus(crew, plan, places, left())
+    engines = {"generator": config.generator.engine, "learner": config.learner.engine, "critic": config.critic.engine}
+    loading = Loading(note, [w for w in crew.workers if w.name.split()[0] != "batches"], engines)
     calls = []
     for worker in crew.named("generator"):
         calls.append(worker.start(GeneratorHost.build, config, assets, transport, deadline=left()))
     if plan.shared:
         # vLLM measures what is free and takes its share of it, so it must be alone; then it lies down until the sync.
-        crew.results(calls)
+        crew.results(calls, loading.done)
         calls = [worker.start(GeneratorHost.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
     rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
@@ -114,7 +122,7 @@ def _build(
             calls.append(worker.start(host.build, config, assets, *extra, rank, deadline=left()))
     for role, host in (("reference", ReferenceHost), ("reward", RewardHost)):
         calls += [worker.start(host.build, config, assets, deadline=left()) for worker in crew.named(role)]
-    crew.results(calls)
+    crew.results(calls, loading.done)
     client = GeneratorsClient(
         crew.named("generator"), workers_each=config.generator.tensor_parallel, deadline=_sync_deadline(config)
     )

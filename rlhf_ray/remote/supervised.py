@@ -19,6 +19,7 @@ from rlhf_ray.remote.failures import reported
 from rlhf_ray.remote.handles import RemoteTrainer
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import TrainerHost
+from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import LEAST_CPUS, Plan, Seat, options_of, placed
 from rlhf_ray.remote.roles import everywhere
 from rlhf_ray.roles.factory import Assets, Rank
@@ -98,8 +99,12 @@ class RemoteSupervisedTrainer(RemoteTrainer):
 
 
 @contextmanager
-def open_remote_trainer(config: SupervisedConfig, assets: Assets, splits: Splits) -> Iterator[RemoteSupervisedTrainer]:
+def open_remote_trainer(
+    config: SupervisedConfig, assets: Assets, splits: Splits, note: Note = silent
+) -> Iterator[RemoteSupervisedTrainer]:
     """Start `learner.world_size` ranks, and yield their handle; everything started here ends here.
+
+    `note` hears what is being started, and who is waited for.
 
     Raises:
         PlacementError: no cluster, or one that is too small.
@@ -108,15 +113,15 @@ def open_remote_trainer(config: SupervisedConfig, assets: Assets, splits: Splits
     """
     device = assets.hardware.device
     plan = plan_ranks(config, device)
-    with connected(config.ray.address, plan.total("CPU")), placed(
-        plan, config.ray.start_deadline_s, colocated=False
+    with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
+        plan, config.ray.start_deadline_s, colocated=False, note=note
     ) as group:
         crew, farewell = Crew(), []
         try:
             environment = worker_environment(config, device)
             for seat in plan.seats:
                 crew.hire(SupervisedHost, seat.name, options_of(seat, group, environment), os.getcwd())
-            _build(crew, config, everywhere(assets), splits)
+            _build(crew, config, everywhere(assets), splits, note)
             crew.built()
             nodes = len({worker.node for worker in crew.workers})
             deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
@@ -135,21 +140,24 @@ def plan_ranks(config: SupervisedConfig, device: str) -> Plan:
     return Plan([Seat(f"{ROLE} rank {i}", i, cpus, gpus) for i in range(config.learner.world_size)])
 
 
-def _build(crew: Crew, config: SupervisedConfig, assets: Assets, splits: Splits) -> None:
+def _build(crew: Crew, config: SupervisedConfig, assets: Assets, splits: Splits, note: Note) -> None:
     """Every rank loads the model and gets the rows, all at the same time."""
     until = time.monotonic() + config.ray.start_deadline_s
 
     def left() -> Deadline:
         return Deadline(max(1.0, until - time.monotonic()), "ray.start_deadline_s")
 
+    note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
     ranks = crew.named(ROLE)
+    loading = Loading(note, ranks, {ROLE: config.learner.engine})
     first = places[ranks[0].name]
     rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
-    crew.results([
+    calls = [
         worker.start(
             SupervisedHost.build, config, assets, Rank(number, len(ranks), first.node, first.port), rows,
             deadline=left(),
         )
         for number, worker in enumerate(ranks)
-    ])  # fmt: skip
+    ]  # fmt: skip
+    crew.results(calls, loading.done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from rlhf_ray.batch import Batch, build_batch
 from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, SyncError
+from rlhf_ray.library_logs import quiet, wanted
 from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sync.session import SyncSession
@@ -267,7 +269,6 @@ def prepare_environment(*, eager: bool = True) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor parallel workers: CUDA does not survive a fork
-        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what is chosen here on purpose
     }
     if importlib.util.find_spec("flashinfer") is None:
         settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # the CUDA build insists on it otherwise
@@ -279,8 +280,12 @@ def prepare_environment(*, eager: bool = True) -> None:
             # It would still compile a few lines of its sampler in each process: ten seconds before the first token,
             # and a C++ compiler. Uncompiled, they take as long as two or three softmaxes over the vocabulary.
             settings["TORCHDYNAMO_DISABLE"] = "1"
+    quiet(settings)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    if not wanted() and not torch.cuda.is_available():
+        # Imported before vLLM has set up its logging: that Triton has no CPU backend, and so is not used on one.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     if not torch.cuda.is_available() and os.environ["OMP_NUM_THREADS"].isdigit():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable is only read at torch's import
 

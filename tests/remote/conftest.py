@@ -35,7 +35,7 @@ def tiny_config() -> MakeConfig:
             "model": {
                 "path": "scratch:qwen2",
                 "tokenizer": {"path": "scratch:char"},
-                "scratch": {"hidden_size": 32, "layers": 2, "heads": 4, "max_length": 32},
+                "scratch": {"hidden_size": 64, "layers": 2, "heads": 2, "max_length": 32},
             },
             "data": {"path": "task:arithmetic", "max_prompt_tokens": 8, "eval_size": 16},
             "rollout": {"prompts_per_step": 6, "group_size": 4, "max_new_tokens": 8},

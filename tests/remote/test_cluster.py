@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,10 +16,11 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from rlhf_ray import library_logs
 from rlhf_ray.build import hardware_of, own_hardware, run_rl
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.models.devices import Hardware, choose_hardware
-from rlhf_ray.remote import cluster
+from rlhf_ray.remote import cluster, placement
 from rlhf_ray.remote import roles as remote_roles
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
@@ -70,6 +72,45 @@ def test_nobody_answers_at_the_address(no_ray):
         enter(connected(address, cpus=1))
 
 
+def test_an_address_that_a_finished_cluster_has_left_in_the_environment(no_ray, monkeypatch):
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(PlacementError, match=rf"nothing answers at \$RAY_ADDRESS={address} "):
+        enter(connected(None, cpus=1))
+
+
+def test_a_ray_that_hangs_is_given_up(monkeypatch):
+    """As it does for minutes when the head's GCS is dead and `auto` finds what is left of it."""
+    let_go = threading.Event()
+    monkeypatch.setattr(ray, "init", lambda **settings: let_go.wait())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    lines = []
+    try:
+        with pytest.raises(PlacementError, match="did not start .*no answer within 0 s.*/dev/shm.*doctor"):
+            enter(connected(None, 1, 0.2, lines.append))
+        with pytest.raises(PlacementError, match="no cluster at ray.address=auto .no answer within 0 s.*GCS"):
+            enter(connected("auto", 1, 0.2, lines.append))
+    finally:
+        let_go.set()
+    assert lines == ["starting Ray on this machine", "joining the Ray cluster at auto"]
+
+
+@pytest.mark.parametrize("failure", [
+    Exception("The current node timed out\nduring startup"), OSError("No space left on device"), SystemExit(1),
+], ids=["timeout", "disk", "exit"])  # fmt: skip
+def test_a_ray_that_does_not_start_ends_in_one_paragraph(monkeypatch, failure):
+    def init(**settings):
+        raise failure
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(PlacementError) as error:
+        enter(connected(None, cpus=1))
+    said = str(error.value)
+    assert "\n" not in said and f"{type(failure).__name__}: {' '.join(str(failure).split())}" in said
+    assert "raylet.out" in said and "GiB are free" in said
+
+
 @pytest.mark.parametrize(("address", "says"), [
     ("ray://head:10001", "submit it"),
     ("head", "is not host:port"),
@@ -84,10 +125,11 @@ def test_environment_of_workers_holds_no_secret(tiny_config, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.delenv("OMP_NUM_THREADS")
     config = tiny_config("executor=ray", "ray.cpus_per_worker=3.5")
-    for name in WAITING:
+    for name in (*WAITING, *library_logs.SETTINGS):
         monkeypatch.delenv(name, raising=False)
     assert worker_environment(config, "cuda") == {
         "OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR",
     }  # fmt: skip
     assert worker_environment(config, "cpu")["DS_ACCELERATOR"] == "cpu"
 
@@ -108,8 +150,12 @@ def test_a_cluster_of_our_own_ends_with_the_run_and_is_large_enough(monkeypatch)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = signal.signal(signal.SIGTERM, terminated)
     try:
-        with connected(None, cpus=33.5):
+        lines = []
+        with connected(None, cpus=33.5, note=lines.append):
             assert ray.cluster_resources()["CPU"] == 34
+            starting, ready = lines
+            assert starting == "starting Ray on this machine"
+            assert re.fullmatch(r"Ray is ready in \d+ s: 1 machine, 34 CPUs, \d+ GPUs", ready)
             assert signal.getsignal(signal.SIGTERM) is terminated, "Ray's would end the process after 3 seconds"
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -183,12 +229,16 @@ def test_too_few_cpus_are_refused(two_gpu_machines, tiny_config):
 
 
 @pytest.mark.engine
-def test_a_busy_cluster_is_waited_for_until_the_deadline(two_gpu_machines):
+def test_a_busy_cluster_is_waited_for_until_the_deadline(two_gpu_machines, monkeypatch):
+    lines = []
+    monkeypatch.setattr(placement, "AT_ONCE_S", 1)
     everything = Plan([Seat("learner rank 0", 0, 1, 1.0), Seat("generator 0", 1, 1, 1.0)])
     with placed(everything, 30, colocated=False):
         started = time.monotonic()
         with pytest.raises(PlacementError, match=r"within 2 s \(ray.start_deadline_s\).* of which 6 and 0 are free"):
-            enter(placed(everything, 2, colocated=False))
+            enter(placed(everything, 2, colocated=False, note=lines.append))
+        need = "the run needs 2 CPUs and 2 GPUs, of which 6 and 0 are free"
+        assert lines == [f"waiting for room in the cluster: {need}"]
         assert time.monotonic() - started < 60, "30 times its limit"
 
 

@@ -12,6 +12,7 @@ import torch
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.host import Place
+from rlhf_ray.remote.loading import silent
 from rlhf_ray.remote.placement import Plan, plan_seats
 from rlhf_ray.remote.roles import _build, _handles
 from rlhf_ray.roles import generator_vllm
@@ -43,7 +44,7 @@ class FakeCrew:
     def locate(self, deadline: Any) -> dict[str, Place]:
         return {worker.name: Place("here", 1, 2, ("0",)) for worker in self.workers}
 
-    def results(self, calls: list[str]) -> list[None]:
+    def results(self, calls: list[str], done: Callable[[Any], None] = lambda call: None) -> list[None]:
         if calls:
             self.log.append("--")
         return [None] * len(calls)
@@ -61,7 +62,7 @@ def crew_of(tiny_config) -> Callable[..., tuple[FakeCrew, Plan, Any]]:
 
 def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
     crew, plan, config = crew_of("ray.colocate=true")
-    _build(crew, plan, config, ON_GPU, "cuda_ipc")
+    _build(crew, plan, config, ON_GPU, "cuda_ipc", None, silent)
     start = crew.log.index("generator 0: build")
     assert crew.log[start : start + 4] == ["generator 0: build", "--", "generator 0: sleep", "--"]
     rest = crew.log[start + 4 :]
@@ -70,7 +71,7 @@ def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
 
 def test_on_gpus_of_their_own_all_load_together(crew_of):
     crew, plan, config = crew_of()
-    _build(crew, plan, config, ON_GPU, "nccl")
+    _build(crew, plan, config, ON_GPU, "nccl", None, silent)
     assert [line.endswith(": build") for line in crew.log[:6]] == [True] * 5 + [False]
     assert "generator 0: sleep" not in crew.log
 

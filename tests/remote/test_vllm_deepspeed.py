@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,25 @@ def environments_of_workers(monkeypatch, variable: str) -> dict[str, str | None]
     return found
 
 
+def require_lines_of_the_start(output: str) -> None:
+    """While everything starts: what begins, who is ready, who is waited for."""
+    began = output.index("starting Ray on this machine\n")
+    lines = output[began:].splitlines()
+    assert re.fullmatch(r"Ray is ready in \d+ s: 1 machine, .*", lines[1])
+    assert lines[2:4] == [
+        "starting 7 workers",
+        "loading learner rank 0-1 (deepspeed), generator 0-1 (vllm), reference, reward",
+    ]
+    ready = [re.fullmatch(r"(.+) ready in \d+ s(?:; waiting for (.*))?", line) for line in lines[4:8]]
+    assert {line[1] for line in ready} == {
+        "learner rank 0-1 (deepspeed)", "generator 0-1 (vllm)", "reference", "reward"
+    }  # fmt: skip
+    assert [line[2] is None for line in ready] == [False, False, False, True], "at last nobody is waited for"
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
-def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
+def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch, capsys):
     """The run starts its own Ray, learns something, and the generator follows each update to 1e-4."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
@@ -60,6 +77,7 @@ def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch):
     )  # fmt: skip
     waiting = environments_of_workers(monkeypatch, "GOMP_SPINCOUNT")
     summary = run_rl(config, tmp_path / "run")
+    require_lines_of_the_start(capsys.readouterr().out)
     assert len(waiting) >= 5, "two generators, two ranks, the reference, the reward"
     assert set(waiting.values()) == {"1000"}, f"a busy neighbour would cost more than its share: {waiting}"
     steps = metrics_of(tmp_path / "run")
