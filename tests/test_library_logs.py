@@ -54,6 +54,7 @@ def test_ray_shows_what_its_workers_print_when_it_is_asked_for(monkeypatch):
         raise ConnectionError("enough")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # by another test of this process
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for value in ("", "1"):
         monkeypatch.setenv("RLHF_RAY_LIBRARY_LOGS", value)

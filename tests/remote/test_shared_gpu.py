@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from rlhf_ray.models.devices import Hardware
@@ -51,7 +52,9 @@ class FakeCrew:
 
 
 @pytest.fixture
-def crew_of(tiny_config) -> Callable[..., tuple[FakeCrew, Plan, Any]]:
+def crew_of(tiny_config, monkeypatch) -> Callable[..., tuple[FakeCrew, Plan, Any]]:
+    monkeypatch.setattr(ray, "put", lambda value: value)  # the real one would start a Ray, and leave it there
+
     def make(*overrides: str) -> tuple[FakeCrew, Plan, Any]:
         config = tiny_config(*PPO, *overrides)
         plan = plan_seats(config, "cuda", "cuda_ipc" if config.ray.colocate else "nccl")
