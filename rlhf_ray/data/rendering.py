@@ -45,17 +45,18 @@ class Renderer:
         self._tokenizer = tokenizer
         self._variables = {**tokenizer.special_tokens_map, **args}
 
-    def __call__(self, chat: Chat, *, ask: bool = False) -> tuple[str, Sequence[Span]]:
+    def __call__(self, chat: Chat, *, ask: bool = False, finished: bool = False) -> tuple[str, Sequence[Span]]:
         """(text, the spans that the template marks with `{% generation %}`); `ask`: with the generation prompt.
 
         A chat to be asked about whose last message is the assistant's is not finished: its text ends where that
-        message's content ends, as `continue_final_message` has it.
+        message's content ends, as `continue_final_message` has it. `finished`: it is, and the assistant speaks again.
         """
         chat = self._adapted(chat)
         last = chat.messages[-1]
-        if ask and last["role"] == "assistant" and str(last.get("content")).lstrip().startswith(THINK):
+        goes_on = ask and not finished and last["role"] == "assistant"
+        if goes_on and str(last.get("content")).lstrip().startswith(THINK):
             return self._with_begun_thought(chat), ()
-        return self._render(chat, ask=ask)
+        return self._render(chat, ask=ask, goes_on=goes_on)
 
     def has_marks(self, chat: Chat) -> bool:
         return bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template(chat)))
@@ -64,8 +65,7 @@ class Renderer:
         """A tokenizer may have one template of several for conversations with tools."""
         return self._tokenizer.get_chat_template(tools=chat.tools or None)
 
-    def _render(self, chat: Chat, *, ask: bool = False) -> tuple[str, Sequence[Span]]:
-        goes_on = ask and chat.messages[-1]["role"] == "assistant"
+    def _render(self, chat: Chat, *, ask: bool = False, goes_on: bool = False) -> tuple[str, Sequence[Span]]:
         marked = self.has_marks(chat) and not goes_on
         try:
             texts, marks = render_jinja_template(
@@ -96,7 +96,7 @@ class Renderer:
         """
         content = chat.messages[-1]["content"]
         try:
-            text, _ = self._render(chat, ask=True)
+            text, _ = self._render(chat, ask=True, goes_on=True)
             if not text[: text.rfind(THINK)].rstrip().endswith(_CLOSED):
                 return text
         except DataError:

@@ -146,7 +146,8 @@ class ChatTemplate:
         in a prompt and in training has the same place.
         """
         end = self.end.of(chat.messages[i]) or self._eos
-        prompt, _ = self._render(chat.with_messages((*chat.messages[:i], *([begun] if begun else []))), ask=True)
+        before = chat.with_messages((*chat.messages[:i], *([begun] if begun else [])))
+        prompt, _ = self._render(before, ask=True, finished=begun is None)
         placed = self._behind(prompt, chat.with_messages(chat.messages[: i + 1]), end, begun)
         if placed is None:
             return None
@@ -192,7 +193,7 @@ class ChatTemplate:
             before = chat.with_messages(bare)
             if self.text(before.with_messages((*bare, chat.messages[-1]))) != text:
                 continue
-            shorter, _ = self._render(before, ask=True)
+            shorter, _ = self._render(before, ask=True, finished=True)
             if text.startswith(shorter):
                 shift = len(prompt) - len(shorter)
                 return prompt + text[len(shorter) :], [(b + shift, e + shift) for b, e in marks if e > len(shorter)]
@@ -267,6 +268,8 @@ def _behind_opened_thought(prompt: str, text: str, marks: Sequence[Span]) -> _Ma
     opened = prompt.rfind(THINK)
     if opened < 0 or not text.startswith(prompt[:opened]):
         return None
+    if prompt[opened + len(THINK) :].replace("</think>", "").strip():
+        return None  # the thought of an earlier answer, not of this one
     # Not in the middle of a token: `<think>` and `<|im_end|>` begin alike.
     common = common_length(prompt, text) if text.startswith(THINK, opened) else opened
     shift, own = len(prompt) - common, [mark for mark in marks if mark[1] > common]

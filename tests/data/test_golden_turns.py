@@ -6,9 +6,11 @@ The right values stand in golden_turns.json, which `apply_chat_template` alone h
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
+from jinja2 import TemplateError
 
 from rlhf_ray.batch import build_batch
 from rlhf_ray.config.rewards import RewardModelConfig
@@ -109,3 +111,26 @@ def test_a_reward_model_of_another_family_reads_its_own_template(name):
     assert read_in_rl(Judge(tokenizer, policy), policy, chat, text) == learned
     assert read_in_rl(Judge(tokenizer, policy), policy, chat, text, finished=False) == learned[:-1]
     assert policy.decode(learned).count("<|assistant|>\nTwenty") == (name == "zephyr" or name.startswith("phi3"))
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.startswith(READ_PARTS_ONLY)])
+def test_an_assistant_that_speaks_twice_ends_its_first_message(name):
+    """What was said first is finished: the text is the template's own, and nothing of it stands there twice."""
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    said = ({"role": "assistant", "content": text} for text in ("Nine fathoms.", "Ten at the buoy."))
+    chat = Chat(({"role": "user", "content": "Is it deep?"}, *said))
+    try:
+        right = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
+        last = Encoder(tokenizer).conversation(chat)[-1]
+    except (DataError, TemplateError) as error:  # roles must alternate; or what was said first is written otherwise
+        assert re.search("alternate|not the beginning", str(error))
+        return
+    text = tokenizer.decode(last.token_ids)
+    assert _without_opened_thoughts(right).startswith(_without_opened_thoughts(text[: text.rfind("buoy.") + 5]))
+    learned = tokenizer.decode([t for t, known in zip(last.token_ids, last.learned, strict=True) if known])
+    assert learned.count("Ten at the buoy.") == 1 and learned.count("Nine fathoms.") <= 1
+    assert learned.count(RIGHT[name]["stops"][0]) == 1 + ("Nine fathoms." in learned)
+
+
+def _without_opened_thoughts(text):
+    return re.sub(r"<think>\s*(?:</think>\s*)?", "", text)
