@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
 from rlhf_ray.config.sections import section_in
 
-# The last part of the foreign name -> what it is here: the first that the command has is named.
+# The end of the foreign name, one part or several -> what it is here: the first that the command has is named.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "beta": ("dpo.beta", "algorithm.kl_coef"),
     "pref_beta": ("dpo.beta",),
     "kl_loss_coef": ("algorithm.kl_coef",),
     "init_kl_coef": ("algorithm.kl_coef",),
     "kl_ctrl": ("algorithm.kl_controller",),
+    "kl_ctrl.type": ("algorithm.kl_controller",),
+    "kl_ctrl.target_kl": ("algorithm.kl_target",),
+    "kl_ctrl.horizon": ("algorithm.kl_horizon",),
     "use_kl_loss": ("algorithm.kl_in",),
     "use_kl_in_reward": ("algorithm.kl_in",),
     "adv_estimator": ("algorithm.advantage",),
     "advantage_estimator": ("algorithm.advantage",),
+    "pref_loss": ("dpo.kind",),
     "loss_type": ("dpo.kind", "algorithm.policy_loss"),
     "loss_agg_mode": ("algorithm.aggregation",),
     "epsilon": ("algorithm.clip_low",),
@@ -62,14 +67,19 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "ppo_epochs": ("learner.epochs",),
     "num_ppo_epochs": ("learner.epochs",),
     "num_iterations": ("learner.epochs",),
-    "num_train_epochs": ("epochs",),
-    "total_epochs": ("epochs",),
-    "max_epochs": ("epochs",),
+    "num_train_epochs": ("epochs", "steps"),
+    "total_epochs": ("epochs", "steps"),
+    "max_epochs": ("epochs", "steps"),
     "max_steps": ("steps",),
     "total_training_steps": ("steps",),
     "num_generations": ("rollout.group_size",),
     "n_samples_per_prompt": ("rollout.group_size",),
     "rollout_n": ("rollout.group_size",),
+    "rollout.n": ("rollout.group_size",),
+    "rollout.name": ("generator.engine",),
+    "actor.optim.lr": ("learner.lr",),
+    "critic.optim.lr": ("critic.lr",),
+    "optim.lr": ("learner.lr",),
     "max_completion_length": ("rollout.max_new_tokens",),
     "max_response_length": ("rollout.max_new_tokens",),
     "response_length": ("rollout.max_new_tokens",),
@@ -107,6 +117,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "prompt_key": ("data.field", "data.columns"),
     "label_key": ("data.columns",),
     "use_peft": ("model.lora",),
+    "finetuning_type": ("model.lora",),
     "lora_r": ("model.lora.r",),
     "lora_rank": ("model.lora.r",),
     "lora_alpha": ("model.lora.alpha",),
@@ -148,12 +159,51 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 }
 
 
+_MOST = 3  # settings of one name, or of one section, that a hint lists
+
+
 def hint_for(key: str, schema: type[BaseModel]) -> str | None:
-    """What `key` of another tool is called in a config of `schema`; None if it is nothing that others have."""
-    for name in FOREIGN.get(key.lower().replace("-", "_"), ()):
-        if name.startswith("--") or has_setting(schema, name.split(".")):
-            return name
-    return None
+    """What `key` of another tool, or of another section, is in a config of `schema`; None if it is nothing known.
+
+    `key` may be dotted: the longest end of it that is known decides (verl's `actor_rollout_ref.rollout.n`).
+    """
+    parts = key.lower().replace("-", "_").split(".")
+    for start in range(len(parts)):
+        end = parts[start:]
+        for name in FOREIGN.get(".".join(end), ()):
+            if name.startswith("--") or has_setting(schema, name.split(".")):
+                return name
+        if start > 0 and len(end) > 1 and has_setting(schema, end):
+            return ".".join(end)
+    places = list(_places(schema, parts[-1]))
+    return " or ".join(places) if 0 < len(places) <= _MOST else None
+
+
+def hints_in(key: str, value: Any, schema: type[BaseModel]) -> str | None:
+    """`hint_for` of each setting of an unknown section, with its name; None if none is known."""
+    known = [(name, hint) for name in _names(key, value) if (hint := hint_for(name, schema)) is not None]
+    if not known:
+        return None
+    listed = "; ".join(f"{name} is {hint}" for name, hint in known[:_MOST])
+    return f"here {listed}{'; ...' if known[_MOST:] else ''}"
+
+
+def _names(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for part, inner in value.items():
+            yield from _names(f"{key}.{part}", inner)
+    else:
+        yield key
+
+
+def _places(schema: type[BaseModel], name: str, before: str = "") -> Iterator[str]:
+    """Dotted names of the settings called `name` in the sections of `schema`."""
+    for key, field in schema.model_fields.items():
+        if key == name and before:
+            yield before + key
+        section = section_in(field.annotation)
+        if section is not None and get_origin(field.annotation) not in (list, dict):
+            yield from _places(section, name, f"{before}{key}.")
 
 
 def has_setting(schema: type[BaseModel], parts: Iterable[str]) -> bool:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf_ray.config import dialect
 from rlhf_ray.config.algorithm import AlgorithmConfig, passes_of
 from rlhf_ray.config.checks import contradictions
-from rlhf_ray.config.hints import hint_for
+from rlhf_ray.config.hints import hint_for, hints_in
 from rlhf_ray.config.schema import RolloutConfig, RunConfig
 from rlhf_ray.config.sections import Section, section_in
 from rlhf_ray.config.sources import long_form
@@ -260,10 +260,13 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         if item["loc"][-1] == "sources":
             return f"{dotted}: the rows are of one source here; set {dotted.removesuffix('sources')}path, once for each"
-        known = hint_for(str(item["loc"][-1]), schema)
-        if known is not None:
-            return f"{dotted}: unknown key; here it is {known}"
         valid = _valid_keys(schema, item["loc"][:-1])
+        is_typo = bool(difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.8))
+        if isinstance(item["input"], dict) and not is_typo:
+            if (known := hints_in(dotted, item["input"], schema)) is not None:
+                return f"{dotted}: unknown key; {known}"
+        elif (known := hint_for(str(item["loc"][-1]), schema)) is not None:
+            return f"{dotted}: unknown key; here it is {known}"
         near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
         prefix = dotted.rpartition(".")[0]
         hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"valid keys: {', '.join(valid)}"

@@ -41,7 +41,7 @@ def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
     kind = path.removeprefix("scratch:")
     texts = [settings.alphabet] if settings.alphabet is not None else corpus(config.data)
     if not any(texts):
-        raise DataError(f"{config.data.paths}: it has no text to make a tokenizer from; check the file and data.*")
+        raise DataError(f"{config.data.paths}: no rows with text for a tokenizer; check the file and data.*")
     tokenizer = build_tokenizer(
         kind,
         texts,

@@ -84,7 +84,7 @@ def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
         texts = training_texts(config)
         texts += [] if config.sft_data is None else corpus(config.sft_data)
         if not any(texts):
-            raise DataError(f"{config.data.paths}: it has no text to make a tokenizer from; check the file and data.*")
+            raise DataError(f"{config.data.paths}: no rows with text for a tokenizer; check the file and data.*")
     return build_tokenizer(
         kind,
         texts,

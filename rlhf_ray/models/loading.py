@@ -129,6 +129,8 @@ def local_folder(path: str | Path) -> Path | None:
     if is_folder(folder):
         if not any(folder.iterdir()):
             raise ModelError(f"{path}: the folder is empty; was the export cut short? Run it again")
+        if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+            raise ModelError(f"{path}: the folder of a run, not of a model; name its model: {Path(path) / 'model'}")
         return folder
     # A Hub name is `name` or `owner/name`; anything else can only have meant a folder.
     if text.startswith((".", "/", "~")) or text.count("/") > 1:

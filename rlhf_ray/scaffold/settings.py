@@ -171,7 +171,8 @@ def _supervised(page: _Page, wishes: Wishes) -> None:
     page.set("overlong", "truncate", "what happens to a longer one; or drop, error")
     if wishes.command == "dpo":
         page.section("dpo")
-        page.set("beta", 0.1, "larger: it stays nearer to the model that it began as")
+        # No beta: a number here would be that of simpo too, whose own is twenty times as large.
+        page.set("kind", "sigmoid", "DPO; or ipo, simpo, orpo, and kto for single answers (docs/supervised.md)")
         page.set("nll_weight", 0.0, "above 0, say 0.2, the better answers are learned by heart too")
     page.section("learner")
     left = wishes.data.rows - held_out if wishes.data.kind else 16

@@ -67,7 +67,7 @@ def test_a_cut_off_start_is_not_mistaken_for_a_finished_one(tiny_config, tmp_pat
 def test_no_text_to_make_a_tokenizer_from(tiny_config, tmp_path, kind):
     (tmp_path / "none.jsonl").write_text("")
     config = tiny_config(f"data.path={tmp_path}/none.jsonl", f"model.tokenizer.path=scratch:{kind}")
-    with pytest.raises(DataError, match=r"none\.jsonl: it has no text to make a tokenizer from"):
+    with pytest.raises(DataError, match=r"none\.jsonl: no rows with text for a tokenizer"):
         make_tokenizer(config)
 
 

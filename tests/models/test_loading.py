@@ -152,3 +152,11 @@ def test_what_ends_an_answer(policy_folder, monkeypatch):
     shape.eos_token_id = turn
     shape.save_pretrained(policy_folder)
     assert stop_token_ids(policy_folder, tokenizer) == (eos, turn)
+
+
+def test_a_runs_folder_in_the_place_of_its_model(tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("{}")
+    for load in (load_tokenizer, load_shape, load_policy):
+        with pytest.raises(ModelError, match=r"run: the folder of a run, not of a model; name its model: .*run/model$"):
+            load(tmp_path / "run")
