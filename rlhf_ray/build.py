@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def hardware_of(config: RunConfig) -> Hardware:
                 "`pip install 'rlhf-ray[ray]'`, or set executor=local"
             ) from error
 
-        gpus = gpus_of_cluster(config.ray.address, config.ray.start_deadline_s)
+        # There is no run yet that could print it.
+        gpus = gpus_of_cluster(config.ray.address, config.ray.start_deadline_s, partial(print, flush=True))
         if gpus is not None:
             return choose_hardware(config.device, config.dtype, cuda=gpus > 0, mps=False)
     return choose_hardware(config.device, config.dtype)

@@ -119,14 +119,18 @@ def _not_joined(where: str, why: str) -> str:
     )
 
 
-def gpus_of_cluster(address: str | None, seconds: float = CONNECT_S) -> int | None:
+def gpus_of_cluster(address: str | None, seconds: float = CONNECT_S, note: Note = silent) -> int | None:
     """GPUs of the cluster that the run will join; None if it will start one here, with this machine's own.
+
+    `note` hears that the cluster is asked.
 
     A driver often sits on a head node without any: its own devices say nothing of the workers'.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized() and address in (None, "local"):
         return None
+    if not ray.is_initialized():
+        note(f"asking the Ray cluster at {address} for its GPUs")
     with connected(address, 0, seconds):
         return int(ray.cluster_resources().get("GPU", 0))
 

@@ -95,6 +95,13 @@ def test_a_ray_that_hangs_is_given_up(monkeypatch):
     assert lines == ["starting Ray on this machine", "joining the Ray cluster at auto"]
 
 
+def test_a_run_says_which_cluster_it_asks_before_there_is_a_run(no_ray, tiny_config, capsys):
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(PlacementError, match="nothing answers"):
+        hardware_of(tiny_config("executor=ray", f"ray.address={address}"))
+    assert capsys.readouterr().out == f"asking the Ray cluster at {address} for its GPUs\n"
+
+
 @pytest.mark.parametrize("failure", [
     Exception("The current node timed out\nduring startup"), OSError("No space left on device"), SystemExit(1),
 ], ids=["timeout", "disk", "exit"])  # fmt: skip
