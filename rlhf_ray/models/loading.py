@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants as hub
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,7 +77,9 @@ def stop_token_ids(
     numbers that are ordinary tokens of a small vocabulary.
     """
     try:
-        named = GenerationConfig.from_pretrained(str(local_folder(path) or path)).eos_token_id
+        folder = local_folder(path)
+        here = folder is not None or not hub_is_known()
+        named = GenerationConfig.from_pretrained(str(folder or path), local_files_only=here).eos_token_id
     except OSError:
         named = load_shape(path, trust_remote_code=trust_remote_code).get_text_config().eos_token_id
     return with_named_ends(named, tokenizer)
@@ -148,6 +154,8 @@ def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code
                 "model/), or merge it into its base with PEFT"
             )
         raise ModelError(f"{path}: the folder has no config.json, so it holds no Hugging Face model; check the path")
+    if folder is None and not hub_is_known():
+        options["local_files_only"] = True  # each file that a model may have would be asked for, six times, for 25 s
     try:
         return factory.from_pretrained(str(folder or path), trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub and safetensors errors
@@ -155,13 +163,26 @@ def load_pretrained(factory: Any, path: str | Path, what: str, trust_remote_code
             "is the folder complete, and of this kind?"
             if folder is not None
             else "no local folder has this name either; check the name and the network, log in for a gated model, "
-            "or give a local folder (HF_HUB_OFFLINE=1 allows cached models only)"
+            f"or give a local folder (the Hub here is {hub.ENDPOINT}; HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 "
+            "allows cached models only)"
         )
         if not trust_remote_code and "contains custom code" in str(error):
             advice = "read it, and if it may run here set model.trust_remote_code (generate: --trust-remote-code)"
         raise ModelError(
             f"{path}: cannot load {what} ({type(error).__name__}: {_first_line(error)}); {advice}"
         ) from error
+
+
+def hub_is_known() -> bool:
+    """Whether the Hub's address has a number, without which nothing of it can be loaded. Behind a proxy that knows it
+    the machine itself need not."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def load_model(factory: Any, path: str | Path, what: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:

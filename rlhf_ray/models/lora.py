@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -37,6 +38,8 @@ def apply_lora(
     did before. The result is a PeftModel around `model`. A depends on `seed`; the global random state does not
     change. Raises ConfigError where PEFT is missing or no layer fits.
     """
+    # bitsandbytes, which PEFT imports where it is there, warns of a kernel that only QLoRA on some CPUs could use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,6 +68,18 @@ def columns_of(source: str) -> tuple[str, ...]:
     raise DataError(f"{source}: the file has no rows; name another, or fill it")
 
 
+def _without_role(source: str) -> str:
+    """The first column whose name says nothing about what is in it."""
+    known = {"id", *ColumnsConfig.model_fields}
+    with contextlib.suppress(DataError):  # the report says what is wrong with the first row
+        return next((name for name in columns_of(source) if name.lower() not in known), "question")
+    return "question"
+
+
+def _first_role(command: Command) -> str:
+    return next(role for role, is_needed in ROLES[command].items() if is_needed)
+
+
 def look(source: str, command: Command, names: Mapping[str, str]) -> Look:
     """Reads the first rows as `command` would. `names`: roles whose columns have names of their own.
 
@@ -86,7 +99,7 @@ def look(source: str, command: Command, names: Mapping[str, str]) -> Look:
         raise DataError("\n".join([
             f"{source}: {what}", *notes, *more,
             f"`rlhf-ray validate-data {source} --for {command}` has them all; a column with another name: "
-            "--column prompt=question",
+            f"--column {_first_role(command)}={shlex.quote(_without_role(source))}",
         ]))  # fmt: skip
     form = "prompt" if command == "rl" else "ranked" if command in ("rm", "dpo") else "messages"
     rows = list(itertools.islice(read_rows(source, trees_as=form), MOST_ROWS))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
 from transformers import (
     GenerationConfig,
@@ -13,7 +14,15 @@ from transformers import (
 
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer, stop_token_ids
+from rlhf_ray.models.loading import (
+    hub_is_known,
+    load_policy,
+    load_pretrained,
+    load_reward_model,
+    load_shape,
+    load_tokenizer,
+    stop_token_ids,
+)
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import char_tokenizer, word_tokenizer
 
@@ -160,3 +169,28 @@ def test_a_runs_folder_in_the_place_of_its_model(tmp_path):
     for load in (load_tokenizer, load_shape, load_policy):
         with pytest.raises(ModelError, match=r"run: the folder of a run, not of a model; name its model: .*run/model$"):
             load(tmp_path / "run")
+
+
+def test_a_hub_whose_name_means_nothing_is_not_asked_again_and_again(monkeypatch):
+    asked = []
+
+    class Factory:
+        @staticmethod
+        def from_pretrained(path, **options):
+            asked.append(options)
+            raise OSError("not in the cache")
+
+    monkeypatch.setattr(hub, "ENDPOINT", "https://hub.invalid")  # .invalid never has an address (RFC 2606)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not hub_is_known()
+    with pytest.raises(ModelError, match=r"the Hub here is https://hub\.invalid; HF_ENDPOINT names a mirror"):
+        load_pretrained(Factory, "owner/name", "a model", False)
+    monkeypatch.setattr(hub, "ENDPOINT", "https://localhost")
+    with pytest.raises(ModelError):
+        load_pretrained(Factory, "owner/name", "a model", False)
+    monkeypatch.setattr(hub, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:1")  # it may know what this machine does not
+    with pytest.raises(ModelError):
+        load_pretrained(Factory, "owner/name", "a model", False)
+    assert [options.get("local_files_only", False) for options in asked] == [True, False, False]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 import stat
 import warnings
@@ -254,3 +255,8 @@ def test_packing_without_its_package(monkeypatch):
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package bitsandbytes; install it with: .*\[qlora\]"):
         quantization("nf4", torch.float32)
+
+
+def test_a_kernel_that_only_qlora_could_use_is_not_missed_aloud():
+    apply_lora(small("qwen2"))
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

@@ -75,3 +75,11 @@ def test_a_missing_file_and_a_name_of_the_hub(tmp_path):
         look(str(tmp_path / "absent.jsonl"), "rl", {})
     seen = look("owner/name", "rl", {})
     assert seen.kind is None and "on the Hub" in str(seen), "nobody asks the network"
+
+
+def test_who_has_columns_with_names_of_their_own_is_told_how_to_name_them(rows):
+    file = rows({"id": 1, "我的 问题": "1+1=", "回答": "2"}, {"id": 2, "我的 问题": "1+2=", "回答": "3"})
+    for command, hint in (("rl", "--column prompt='我的 问题'"), ("dpo", "--column chosen='我的 问题'")):
+        with pytest.raises(DataError) as refused:
+            look(file, command, {})
+        assert str(refused.value).endswith(hint)
