@@ -51,6 +51,8 @@ def shared_messages(
             f"{where}: 'chosen' and 'rejected' differ from message {cut + 1} on, which is not the assistant's in both; "
             "they must share everything up to an answer"
         )
+    while cut > 1 and chosen[cut - 1]["role"] == "assistant":
+        cut -= 1  # else the answer that both begin with would be taken for one that is to be gone on with
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from rlhf_ray.data.columns import EmptyRowError
-from rlhf_ray.data.dialogues import dialogue_messages, is_dialogue, shared_text
+from rlhf_ray.data.dialogues import dialogue_messages, is_dialogue, shared_messages, shared_text
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.types import parse
 
@@ -52,3 +52,11 @@ def test_the_prompts_of_real_dialogues_are_recovered_exactly(shared_data):
                 apart += 1
                 assert len(last) == 2, f"{row.where}: both have the same last question, and it was not found"
     assert (rows, apart, empty) == (1800, 4, 4)
+
+
+def test_an_answer_that_both_begin_with_is_part_of_both():
+    """The rows of a conversation in which the assistant speaks twice: the first message is no unfinished answer."""
+    user, same = {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Let me look."}
+    good, bad = ({"role": "assistant", "content": text} for text in ("At nine.", "No idea."))
+    prompt, chosen, rejected = shared_messages((user, same, good), (user, same, bad), where="here")
+    assert (prompt, chosen, rejected) == ((user,), (same, good), (same, bad))
