@@ -6,6 +6,7 @@ import math
 import os
 import queue
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -72,11 +73,9 @@ def connected(address: str | None, cpus: float, seconds: float = CONNECT_S, note
 def _init(settings: dict[str, Any], seconds: float, refusal: Callable[[str], str]) -> threading.Event:
     """`ray.init` in a thread of its own: what hangs in there cannot be interrupted, and with a dead head it hangs.
 
-    Returns what to set after `ray.shutdown`.
-
-    (In the main thread Ray would also replace the handler of SIGTERM by one that aborts the process after 3 s, though
-    the run may be writing its last words.)
+    Returns what to set after `ray.shutdown`. The handler of SIGTERM stays as it is.
     """
+    handler = signal.getsignal(signal.SIGTERM)
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     over = threading.Event()
 
@@ -95,6 +94,10 @@ def _init(settings: dict[str, Any], seconds: float, refusal: Callable[[str], str
         error = ended.get(timeout=seconds)
     except queue.Empty:
         raise PlacementError(refusal(f"no answer within {seconds:.0f} s")) from None
+    finally:
+        # Ray's C++ has set one of its own, unseen by Python, that aborts the process: the run may have last words.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     if error is not None:
         raise PlacementError(refusal(" ".join(f"{type(error).__name__}: {error}".split())[:300])) from error
     return over

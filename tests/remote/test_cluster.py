@@ -151,8 +151,10 @@ def test_workers_wait_for_their_threads_as_the_user_has_said(tiny_config, monkey
 
 @pytest.mark.engine
 def test_a_cluster_of_our_own_ends_with_the_run_and_is_large_enough(monkeypatch):
+    heard = threading.Event()
+
     def terminated(number, frame):
-        raise AssertionError("nobody sends it here")
+        heard.set()
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = signal.signal(signal.SIGTERM, terminated)
@@ -163,7 +165,8 @@ def test_a_cluster_of_our_own_ends_with_the_run_and_is_large_enough(monkeypatch)
             starting, ready = lines
             assert starting == "starting Ray on this machine"
             assert re.fullmatch(r"Ray is ready in \d+ s: 1 machine, 34 CPUs, \d+ GPUs", ready)
-            assert signal.getsignal(signal.SIGTERM) is terminated, "Ray's would end the process after 3 seconds"
+            os.kill(os.getpid(), signal.SIGTERM)  # Ray's handler, which Python does not see, would abort this process
+            assert heard.wait(10)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not ray.is_initialized()
