@@ -27,7 +27,7 @@ def over(value):
 
 
 @pytest.mark.parametrize("value", [
-    None, True, 1 << 80, 2.5, "a", b"\x00", 1 + 2j, (1, (2,)), [1, [2]], {1, 2}, frozenset("ab"),
+    None, True, 1 << 80, 2.5, "a", b"\x00", 1 + 2j, (1, (2,)), [1, [2]], {1, 2}, frozenset({3, 4}),
     {(1, 2): [3], None: 4},
     range(1, 9, 2), Fraction(1, 3), Decimal("0.10"), date(2020, 2, 29), time(1, 2, 3, 4), timedelta(days=-1, seconds=5),
     datetime(2020, 1, 2, 3), deque([1, 2], maxlen=2), Counter("aab"), OrderedDict(b=1, a=[2]), bytearray(b"x"),
