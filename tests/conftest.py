@@ -10,10 +10,14 @@ No test asserts a time, for on a busy machine everything takes longer: what cost
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 import signal
+import sys
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Before anything imports torch: with a thread pool per process, several processes on few cores run ten times
@@ -169,3 +173,35 @@ def tiny_tree() -> dict[str, Any]:
         "eval": {"size": 2},
         "logging": {"loggers": []},
     }
+
+
+@pytest.fixture
+def rlhf_ray(monkeypatch, capsys):
+    """Run a command in this process, with a text on its stdin: (exit status, stdout, stderr). tests/system has its own,
+    in a process of its own."""
+    from rlhf_ray import cli
+
+    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="session")
+def docs_script():
+    """A script of docs/ as a module, by its name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -26,22 +26,6 @@ def tiny(tmp_path, tiny_tree):
     return path
 
 
-@pytest.fixture
-def rlhf_ray(monkeypatch, capsys):
-    """Run the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
 # ---- what an import costs -------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import yaml
 
-from rlhf_ray import cli
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.supervised import SCHEMAS
 
@@ -34,20 +32,6 @@ def file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-@pytest.fixture
-def rlhf_ray(monkeypatch, capsys):
-    """Run the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    return run
 
 
 @pytest.mark.parametrize("command", list(SCHEMAS))

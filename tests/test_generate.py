@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import signal
-import sys
 
 import pytest
 import torch
 import yaml
 
-from rlhf_ray import cli
 from rlhf_ray.batch import build_batch
 from rlhf_ray.chat import chat
 from rlhf_ray.config.generate import GenerateConfig
@@ -323,23 +319,6 @@ def test_a_conversation_that_grows_too_long_is_said_and_can_be_reset(tmp_path):
 
 
 # ---- the command ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def rlhf_ray(monkeypatch, capsys):
-    """Run the command in this process, with a text on its stdin: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_the_command_answers_one_prompt_and_nothing_else_is_on_stdout(rlhf_ray, plain):

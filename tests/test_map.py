@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 
 @pytest.fixture(scope="module")
-def make_map(repo_root):
-    spec = importlib.util.spec_from_file_location("make_map", repo_root / "docs" / "make_map.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_map(docs_script):
+    return docs_script("make_map")
 
 
 def test_the_map_is_true(repo_root, make_map):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from typing import Annotated
 
@@ -17,11 +16,8 @@ from rlhf_ray.config.supervised import SCHEMAS
 
 
 @pytest.fixture(scope="module")
-def make_settings(repo_root):
-    spec = importlib.util.spec_from_file_location("make_settings", repo_root / "docs" / "make_settings.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_settings(docs_script):
+    return docs_script("make_settings")
 
 
 def test_the_page_is_what_the_schema_says(repo_root, make_settings):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, RunDir, quiet_libraries
+from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, RunDir, print_dry_run, quiet_libraries
 
 
 def evaluate(
@@ -22,14 +22,11 @@ def evaluate(
 ) -> None:
     """Compare models on the same prompts: rewards, perplexity, diversity, pass@k, win rate, red team, ratings."""
     from rlhf_ray.config.evaluation import EvalRunConfig
-    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.load import load_config
 
     settings = load_config(config, overrides or [], EvalRunConfig)
     if dry_run:
-        from rlhf_ray.preflight import preflight
-
-        opened = preflight(settings)  # first, for it may refuse
-        print("\n".join([dump_config(settings), *opened]))
+        print_dry_run(settings)
         return
     quiet_libraries(settings.device)
     from rlhf_ray.evaluation.command import add_ratings, run_eval

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +57,20 @@ def quiet_libraries(device: str) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
+
+
+def print_dry_run(settings: Any, describe: Callable[[Any], str] | None = None) -> None:
+    """Opens what the command would read, then prints the resolved settings, what `describe` says of them, and what was
+    opened. Raises RlhfRayError for what cannot be used, before anything is printed.
+    """
+    from rlhf_ray.config.load import dump_config
+    from rlhf_ray.preflight import preflight
+
+    quiet_libraries(settings.device)
+    plan = [] if describe is None else [describe(settings)]
+    opened = preflight(settings)
+    print(dump_config(settings))
+    print("\n".join([*plan, *opened]))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, RunDir, quiet_libraries
+from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, RunDir, print_dry_run, quiet_libraries
 
 
 def pairs(
@@ -13,14 +13,11 @@ def pairs(
 ) -> None:
     """Preference pairs from a model's own answers, labelled by an AI judge, reward functions or a reward model."""
     from rlhf_ray.config.feedback import PairsConfig
-    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.load import load_config
 
     settings = load_config(config, overrides or [], PairsConfig)
     if dry_run:
-        from rlhf_ray.preflight import preflight
-
-        opened = preflight(settings)  # first, for it may refuse
-        print("\n".join([dump_config(settings), *opened]))
+        print_dry_run(settings)
         return
     quiet_libraries(settings.device)
     from rlhf_ray.feedback.pairs import describe, run_pairs

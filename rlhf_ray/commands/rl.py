@@ -12,6 +12,7 @@ from rlhf_ray.commands.options import (
     ResumeMode,
     RunDir,
     interruptible,
+    print_dry_run,
     quiet_libraries,
 )
 
@@ -25,17 +26,13 @@ def rl(
 
 
 def run(config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool) -> None:
-    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.load import load_config
 
     settings = load_config(config, overrides)
     if dry_run:
         from rlhf_ray.plan import describe_plan
-        from rlhf_ray.preflight import preflight
 
-        quiet_libraries(settings.device)
-        plan, opened = describe_plan(settings), preflight(settings)  # first, for they may refuse
-        print(dump_config(settings))
-        print("\n".join([plan, *opened]))
+        print_dry_run(settings, describe_plan)
         return
     quiet_libraries(settings.device)
     from rlhf_ray.build import run_rl

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.commands.options import ConfigFile, DryRun, quiet_libraries
+from rlhf_ray.commands.options import ConfigFile, DryRun, print_dry_run, quiet_libraries
 
 
 def serve_reward(
@@ -16,15 +16,12 @@ def serve_reward(
     dry_run: DryRun = False,
 ) -> None:
     """Serve reward functions over HTTP, for runs that name this machine's URL as their reward."""
-    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.load import load_config
     from rlhf_ray.config.reward_server import RewardServerConfig
 
     settings = load_config(config, overrides or [], RewardServerConfig)
     if dry_run:
-        from rlhf_ray.preflight import preflight
-
-        opened = preflight(settings)  # first, for it may refuse
-        print("\n".join([dump_config(settings), *opened]))
+        print_dry_run(settings)
         return
     if settings.reward_model is not None:
         quiet_libraries(settings.device)

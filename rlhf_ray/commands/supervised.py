@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.commands.options import ResumeMode, interruptible, quiet_libraries
+from rlhf_ray.commands.options import ResumeMode, interruptible, print_dry_run, quiet_libraries
 
 
 def run(
     command: str, config: Path, overrides: list[str] | None, run_dir: Path | None, resume: ResumeMode, dry_run: bool
 ) -> None:
-    from rlhf_ray.config.load import dump_config, load_config
+    from rlhf_ray.config.load import load_config
     from rlhf_ray.config.supervised import SCHEMAS
 
     settings = load_config(config, overrides or [], SCHEMAS[command])
     if dry_run:
         from rlhf_ray.plan import describe_supervised_plan
-        from rlhf_ray.preflight import preflight
 
-        quiet_libraries(settings.device)
-        plan, opened = describe_supervised_plan(settings), preflight(settings)  # first, for they may refuse
-        print(dump_config(settings))
-        print("\n".join([plan, *opened]))
+        print_dry_run(settings, describe_supervised_plan)
         return
     quiet_libraries(settings.device)
     from rlhf_ray.build_supervised import run_supervised
