@@ -10,6 +10,7 @@ No test asserts a time, for on a busy machine everything takes longer: what cost
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -32,6 +33,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import pytest  # noqa: E402
+
+# When logging is configured anew, as vLLM and uvicorn do, absl (it comes with tensorboard) closes the stream it writes
+# to unless that is standard error: under pytest it would be the file into which all output of a test goes.
+with contextlib.suppress(ImportError):
+    from absl.logging import get_absl_handler
+
+    get_absl_handler().python_handler.stream = sys.__stderr__
 
 ROOT = Path(__file__).resolve().parent.parent
 
