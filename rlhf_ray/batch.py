@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from rlhf_ray.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,37 @@ def pad_columns(value: Tensor, width: int, name: str = "") -> Tensor:
     return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=_PAD_VALUE.get(name, 0))
 
 
+def batch_of(
+    samples: Sequence[Sample], columns: Sequence[Mapping[str, Any]], chats: Sequence[Any], *, pad_token_id: int = 0
+) -> Batch:
+    """The samples as rows, in order, with the columns and the conversation of each one's prompt."""
+    B, T = len(samples), max(map(len, samples))
+    tokens = np.full((B, T), pad_token_id, np.int64)
+    attention, response = np.zeros((B, T), np.bool_), np.zeros((B, T), np.bool_)
+    logp_gen, version = np.zeros((B, T), np.float32), np.full((B, T), _PAD_VALUE["weight_version"], np.int32)
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample)] = sample.tokens
+        attention[row, : len(sample)] = True
+        written = 0
+        for start, end in sample.spans:
+            part = slice(written, written + end - start)
+            response[row, start:end] = True
+            logp_gen[row, start:end], version[row, start:end] = sample.logprobs[part], sample.versions[part]
+            written = part.stop
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        attention_mask=torch.from_numpy(attention),
+        response_mask=torch.from_numpy(response),
+        logp_gen=torch.from_numpy(logp_gen),
+        weight_version=torch.from_numpy(version),
+        prompt_id=torch.tensor([sample.prompt_id for sample in samples], dtype=torch.long),
+        sample_id=torch.tensor([sample.sample_id for sample in samples], dtype=torch.long),
+        truncated=torch.tensor([sample.truncated for sample in samples], dtype=torch.bool),
+        columns=tuple(columns),
+        chats=tuple(chats),
+    )
+
+
 def build_batch(
     requests: Sequence[Any],
     completions: Sequence[Sequence[int]],
@@ -158,37 +192,16 @@ def build_batch(
     weight_version: int,
     pad_token_id: int = 0,
 ) -> Batch:
-    """A Batch from what a generator returned for its requests (see `roles.protocols.Request`).
+    """A Batch of single answers to requests (see `roles.protocols.Request`), all written by the same weights.
 
     Args:
         completions: [B] sampled token ids, EOS included where it was sampled.
         logprobs: [B] log-probability of each of those tokens, under the sampling distribution.
     """
-    for request, completion, logps in zip(requests, completions, logprobs, strict=True):
-        if len(completion) != len(logps):
-            raise ValueError(
-                f"sample {request.sample_id} has {len(completion)} tokens and {len(logps)} log-probabilities"
-            )
-    prompts_B1 = torch.tensor([len(r.token_ids) for r in requests])[:, None]
-    lengths_B1 = prompts_B1 + torch.tensor([len(c) for c in completions])[:, None]
-    t_1T = torch.arange(int(lengths_B1.max()))[None]
-    attention_mask = t_1T < lengths_B1
-    response_mask = attention_mask & (t_1T >= prompts_B1)
-    # Row by row, as a mask takes them; a tensor for each row would take ten times as long.
-    written = [token for r, c in zip(requests, completions, strict=True) for part in (r.token_ids, c) for token in part]
-    tokens = torch.full(attention_mask.shape, pad_token_id, dtype=torch.long)
-    tokens[attention_mask] = torch.tensor(written, dtype=torch.long)
-    logp_gen = torch.zeros(attention_mask.shape)
-    logp_gen[response_mask] = torch.tensor([logp for logps in logprobs for logp in logps], dtype=torch.float32)
-    return Batch(
-        tokens=tokens,
-        attention_mask=attention_mask,
-        response_mask=response_mask,
-        logp_gen=logp_gen,
-        weight_version=torch.where(response_mask, weight_version, -1).to(torch.int32),
-        prompt_id=torch.tensor([r.prompt_id for r in requests], dtype=torch.long),
-        sample_id=torch.tensor([r.sample_id for r in requests], dtype=torch.long),
-        truncated=torch.tensor(list(truncated), dtype=torch.bool),
-        columns=tuple(r.columns for r in requests),
-        chats=tuple(r.chat for r in requests),
-    )
+    samples = [
+        Sample.answer(
+            r.prompt_id, r.sample_id, r.token_ids, completion, logps, weight_version, "length" if cut else "stop"
+        )
+        for r, completion, logps, cut in zip(requests, completions, logprobs, truncated, strict=True)
+    ]
+    return batch_of(samples, [r.columns for r in requests], [r.chat for r in requests], pad_token_id=pad_token_id)

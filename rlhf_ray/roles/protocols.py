@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlhf_ray.batch import Batch, gather
 from rlhf_ray.data.chat import Chat
+from rlhf_ray.sample import Sample
 from rlhf_ray.sync.canary import CanaryTarget
 
 
@@ -108,6 +109,30 @@ class WeightReceiver(Protocol):
     def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class Engine(WeightReceiver, Protocol):
+    """Writes answers step by step: requests join at any time, and weights may change between two steps.
+
+    A request's tokens depend on its seed, its prompt and the weights alone: not on its neighbours, nor on when it
+    joined. Where weights change while it is being written, each token's version says which wrote it.
+    """
+
+    @property
+    def open(self) -> int:
+        """Requests that were submitted and have neither ended nor been cancelled."""
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Take requests on; nothing is computed yet. Their sample_ids differ from each other and from all open ones.
+
+        Raises DataError for a prompt that is empty or too long.
+        """
+
+    def collect(self) -> list[Sample]:
+        """Run the engine until a request ends; all that ended with that step. Empty only if nothing is open."""
+
+    def cancel(self, sample_ids: Sequence[int]) -> None:
+        """Drop these requests and what has been written of them; those that are not open are passed over."""
 
 
 class Generator(WeightReceiver, Protocol):
