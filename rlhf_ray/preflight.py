@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from rlhf_ray.config.rewards import RewardConfig
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RowsConfig, Section
 from rlhf_ray.config.supervised import DPOConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.data.paths import HUB_PREFIX, looks_local
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
@@ -55,8 +57,9 @@ def preflight(config: Section, unmade: Path | None = None) -> list[str]:
     _open_rewards(functions)
     later = {path: "made by an earlier stage" for path in (*models_of(config), *(r.path for r in rows_of(config)))
              if unmade is not None and Path(path).is_relative_to(unmade)}  # fmt: skip
-    later |= {path: _ON_HUB for path in models_of(config) if path not in later and _only_on_hub(path)}
-    later |= {rows.path: _ON_HUB for rows in rows_of(config) if rows.path not in later and not _is_here(rows.path)}
+    later |= {path: _on_hub(path) for path in models_of(config) if path not in later and _only_on_hub(path)}
+    later |= {rows.path: _on_hub(rows.path) for rows in rows_of(config)
+              if rows.path not in later and not _is_here(rows.path)}  # fmt: skip
     if later:  # tokens cannot be counted without a tokenizer; what is here is opened by itself
         _open_models([path for path in models_of(config) if path not in later])
         _open_rows([rows for rows in rows_of(config) if rows.path not in later])
@@ -68,7 +71,14 @@ def preflight(config: Section, unmade: Path | None = None) -> list[str]:
     return lines + [f"# not opened: {path} ({why})" for path, why in later.items()]
 
 
-_ON_HUB = "on the Hub, and a dry run downloads nothing"
+def _on_hub(path: str) -> str:
+    """Why it is not opened. A mistyped folder looks like `owner/name` too, so what is beside it is named."""
+    folder = typed_path(path).parent
+    if "/" not in path or not is_folder(folder):
+        return "on the Hub, and a dry run downloads nothing"
+    near = get_close_matches(Path(path).name, [entry.name for entry in folder.iterdir()], n=1)
+    meant = f" (did you mean {folder / near[0]}?)" if near else ""
+    return f"not in the folder {folder}{meant}; on the Hub, if anywhere, and a dry run downloads nothing"
 
 
 def rewards_of(config: Section) -> list[RewardConfig]:

@@ -150,6 +150,14 @@ def test_nothing_is_downloaded():
         preflight(config_of("rl", "model={path: nobody/nothing}", "data.eval_size=10"))
 
 
+def test_a_mistyped_folder_is_not_taken_for_the_hub_in_silence(here):
+    (here / "runs" / "first").mkdir(parents=True)
+    assert preflight(config_of("rl", "model={path: runs/frist}"))[1] == (
+        "# not opened: runs/frist (not in the folder runs (did you mean runs/first?); on the Hub, if anywhere, and a "
+        "dry run downloads nothing)"
+    )
+
+
 def test_of_a_large_dataset_only_the_first_rows_are_read(here, monkeypatch):
     (here / "many.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(MOST_ROWS + 500)))
     read = []
