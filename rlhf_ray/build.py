@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.clock import Clock
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.rewards import right_by
@@ -41,43 +42,51 @@ from rlhf_ray.roles.reference import AdapterFreeReference, Reference
 from rlhf_ray.roles.sft_term import SFTRows
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.observer import find_observer
 from rlhf_ray.run.resume import frozen_clock
+from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.sync.canary import DEFAULT_BOUND, Canary, canary_tokens
 
 
-def run_rl(config: RunConfig, run_dir: str | Path | None = None, *, resume: bool = False) -> dict[str, Any]:
+def run_rl(
+    config: RunConfig, run_dir: str | Path | None = None, *, resume: bool = False, observers: Iterable[Any] = (),
+    clock: Clock = time.monotonic,
+) -> dict[str, Any]:  # fmt: skip
     """A whole run: warm start, training, evaluation, export. Returns what summary.json holds.
 
+    Args:
+        observers: who is told of each step beside those of `config.logging`: functions f(StepRecord), or Observers.
+        clock: what the run's time is measured with.
     Raises:
         RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
     """
     hardware = hardware_of(config)
     config = on_device(config, hardware.device)
+    told = [find_observer(given) for given in (*config.logging.observers, *observers)]
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     with kept_only_if_used(directory):
         config = frozen_clock(config, directory)
         tokenizer, train_prompts, held_out, sft = check_inputs(config, directory.start, hardware.device)
     read = sources_of(config, train_prompts, held_out, tokenizer) | (sft.fingerprints if sft else {})
-    run = Recorder(config, directory, read)
+    run = TrainingRun(config, directory, read, observers=[make() for make in told], clock=clock)
     try:
-        run.progress.note(
+        run.note(
             f"device: {hardware}; generator: {config.generator.engine}; learner: {config.learner.engine}"
         )
         if len(train_prompts.parts) > 1:
-            run.progress.note(described(train_prompts.parts))
+            run.note(described(train_prompts.parts))
         for line in [*left_out(train_prompts, held_out), *(sft.notes if sft else [])]:
-            run.progress.note(line)
+            run.note(line)
         if len(held_out) < config.eval.size:
-            run.progress.note(f"held out: {len(held_out)} prompts; there are no more, and eval.size={config.eval.size}")
+            run.note(f"held out: {len(held_out)} prompts; there are no more, and eval.size={config.eval.size}")
         policy, tokenizer_path = starting_policy(
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress(),
-            note=lambda line: run.progress.note(line),  # the progress is another one by then
+            note=run.note,
         )
         assets = Assets(policy, tokenizer_path, hardware)
         named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
         stop = with_turn_ends(named, tokenizer)
-        with open_roles(config, assets, sft.rows if sft else None, run.progress.note) as roles:
+        with open_roles(config, assets, sft.rows if sft else None, run.note) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
@@ -317,7 +326,7 @@ def _sampling(config: RunConfig, stop: tuple[int, ...], temperature: float | Non
     )
 
 
-def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sampling, run: Recorder) -> Rollouts:
+def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sampling, run: TrainingRun) -> Rollouts:
     make: Callable[..., Rollouts] = Rollouts
     options: dict[str, Any] = {
         "algorithm": config.algorithm,

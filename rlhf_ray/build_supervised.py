@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray.build import hardware_of, kept_only_if_used
+from rlhf_ray.clock import Clock
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
@@ -32,8 +34,9 @@ from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.supervised_factory import make_trainer
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.observer import find_observer
 from rlhf_ray.run.resume import frozen_clock
-from rlhf_ray.run.supervised_recorder import SupervisedRecorder
+from rlhf_ray.run.supervised_run import SupervisedRun
 
 Config = TypeVar("Config", bound=SupervisedConfig)
 
@@ -42,14 +45,21 @@ LEAST_ACCURACY = 0.6
 MOST_LENGTH_CORRELATION = 0.6
 
 
-def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume: bool = False) -> dict[str, Any]:
+def run_supervised(
+    config: Config, run_dir: str | Path | None = None, *, resume: bool = False, observers: Iterable[Any] = (),
+    clock: Clock = time.monotonic,
+) -> dict[str, Any]:  # fmt: skip
     """A whole run: data, training, validation, export. Returns what summary.json holds.
 
+    Args:
+        observers: who is told of each step beside those of `config.logging`: functions f(StepRecord), or Observers.
+        clock: what the run's time is measured with.
     Raises:
         RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
     """
     hardware = hardware_of(config)
     on_device(config, hardware.device)
+    told = [find_observer(given) for given in (*config.logging.observers, *observers)]
     directory = RunDirectory.open(config.name, run_dir, resume=resume)
     reports: list[CleaningReport] = []
     with kept_only_if_used(directory):
@@ -57,11 +67,13 @@ def run_supervised(config: Config, run_dir: str | Path | None = None, *, resume:
         tokenizer, splits, plain = check_inputs(config, directory.start, reports.append)
     batches = batches_of(config, splits["train"], plain)
     config = with_steps(config, batches)
-    run = SupervisedRecorder(config, directory, sources_of(reports, tokenizer))
+    run = SupervisedRun(
+        config, directory, sources_of(reports, tokenizer), observers=[make() for make in told], clock=clock
+    )
     try:
         say_what_is_read(config, reports, splits, batches, run)
         assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
-        with open_trainer(config, assets, splits, run.progress.note) as trainer:
+        with open_trainer(config, assets, splits, run.note) as trainer:
             run.workload = Workload(devices=trainer.devices)
             if isinstance(config, DPOConfig) and config.dpo.needs_reference:
                 set_reference(config, trainer, batches, run)
@@ -101,17 +113,17 @@ def check_inputs(
 
 def say_what_is_read(
     config: SupervisedConfig, reports: Sequence[CleaningReport], splits: Splits, batches: Batches,
-    run: SupervisedRecorder,
+    run: SupervisedRun,
 ) -> None:  # fmt: skip
     """What was left out of the rows and why, what is held out, and an alarm if length alone tells the better answer."""
     notes = [*notes_on_validation(config, splits, batches.per_epoch), *notes_on_labels(config, splits["train"])]
     for line in [*map(str, reports), *notes]:
-        run.progress.note(line)
+        run.note(line)
     if len(batches.parts) > 1:
-        run.progress.note(f"{described(batches.parts)}; an epoch is {batches.count} rows")
+        run.note(f"{described(batches.parts)}; an epoch is {batches.count} rows")
     balance = balance_of(splits["train"])
     if balance is not None:
-        run.progress.note(str(balance))
+        run.note(str(balance))
         if balance.is_strong:
             run.alarm("length_imbalance", balance.advice, run.steps_done)
 
@@ -147,7 +159,7 @@ def judged_by(config: SupervisedConfig, tokenizer: Any, splits: Splits) -> Judge
     return Judged(names, tuple(prompts), texts, config.samples.max_new_tokens)
 
 
-def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: SupervisedRecorder) -> None:
+def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: SupervisedRun) -> None:
     """Reference log-probabilities, computed once: a resumed run finds those of its beginning in reference.json.
 
     KTO also asks for what the batches of all steps mismatch. Where a run goes on for longer than that file knows of,
@@ -157,7 +169,7 @@ def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: Superv
     rows = [batches.rows(step) for step in range(config.steps)] if by_step else []
 
     def compute() -> dict[str, Any]:
-        run.progress.note("log-probabilities of the reference policy, once for the whole run")
+        run.note("log-probabilities of the reference policy, once for the whole run")
         return {**trainer.reference_logprobs(config.dpo.reference, rows, TRAIN_SAMPLE), "steps": config.steps}
 
     def fits(kept: Mapping[str, Any]) -> bool:
@@ -166,7 +178,7 @@ def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: Superv
     trainer.set_reference(run.remember("reference", compute, fits))
 
 
-def doubt_judge(result: dict[str, Any], run: SupervisedRecorder) -> None:
+def doubt_judge(result: dict[str, Any], run: SupervisedRun) -> None:
     """Alarms about a reward model that is no use as one, from its numbers on rows it has not seen."""
     after, step = result["after"], result["kept_step"]
     accuracy, correlation = after.get("val/accuracy"), after.get("val/length_correlation")

@@ -20,7 +20,7 @@ from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.config.rewards import RewardConfig
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import RowsConfig, Section
+from rlhf_ray.config.sections import RowsConfig, Section, TrainingRunConfig
 from rlhf_ray.config.supervised import DPOConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.data.paths import HUB_PREFIX, looks_local
@@ -45,7 +45,7 @@ class Rows:
 
 
 def preflight(config: Section, unmade: Path | None = None) -> list[str]:
-    """Opens packages, rewards, models' configs, tokenizers and data. Returns lines for people.
+    """Opens packages, what the user has written, models' configs, tokenizers and data. Returns lines for people.
 
     `unmade`: a folder that an earlier stage of a pipeline will fill; paths in it cannot be opened yet.
 
@@ -55,6 +55,7 @@ def preflight(config: Section, unmade: Path | None = None) -> list[str]:
     require(needs_of(config))
     functions = rewards_of(config)
     _open_rewards(functions)
+    own = _open_own_code(config)
     later = {path: "made by an earlier stage" for path in (*models_of(config), *(r.path for r in rows_of(config)))
              if unmade is not None and Path(path).is_relative_to(unmade)}  # fmt: skip
     later |= {path: _on_hub(path) for path in models_of(config) if path not in later and _only_on_hub(path)}
@@ -66,7 +67,7 @@ def preflight(config: Section, unmade: Path | None = None) -> list[str]:
     else:
         _open_all(limited(config))
     read = [path for path in (*models_of(config), *(rows.path for rows in rows_of(config))) if path not in later]
-    opened = dict.fromkeys([*read, *(reward.function for reward in functions)])
+    opened = dict.fromkeys([*read, *(reward.function for reward in functions), *own])
     lines = [f"# opened: {', '.join(opened)}"] if opened else []
     return lines + [f"# not opened: {path} ({why})" for path, why in later.items()]
 
@@ -190,6 +191,17 @@ def _open_rewards(rewards: Sequence[RewardConfig]) -> None:
 
     for reward in rewards:
         reward_of(reward).close()
+
+
+def _open_own_code(config: Section) -> list[str]:
+    """What else a config names that its user has written. Raises ConfigError."""
+    if not isinstance(config, TrainingRunConfig):
+        return []
+    from rlhf_ray.run.observer import find_observer
+
+    for observer in config.logging.observers:
+        find_observer(observer)
+    return list(config.logging.observers)
 
 
 def _open_models(paths: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import load_config, parse_config
 from rlhf_ray.config.reward_server import RewardServerConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.shipped import shipped_config
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.data.rows import read_rows
@@ -205,3 +206,12 @@ def test_a_package_that_a_later_stage_needs(here, monkeypatch):
 
 def test_the_quickstart_can_be_checked():
     assert preflight(load_config(shipped_config("grpo_arithmetic.yaml"))) == ["# opened: exact_answer"]
+
+
+def test_observers_are_found_before_the_run(tmp_path, tiny_tree):
+    (tmp_path / "watch.py").write_text("def told(record): ...\n")
+    tiny_tree["logging"] = {"loggers": [], "observers": [f"{tmp_path}/watch.py:told"]}
+    assert preflight(RunConfig.model_validate(tiny_tree)) == [f"# opened: repetition_penalty, {tmp_path}/watch.py:told"]
+    tiny_tree["logging"]["observers"] = [f"{tmp_path}/watch.py:tell"]
+    with pytest.raises(ConfigError, match="observer .*watch.py has no 'tell'; did you mean 'told'"):
+        preflight(RunConfig.model_validate(tiny_tree))

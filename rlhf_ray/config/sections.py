@@ -197,6 +197,10 @@ class LoggingConfig(Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         ["tensorboard"], description="who gets the metrics beside metrics.jsonl"
     )
+    observers: list[str] = Field(
+        [], description="your own code that is told of each step: `module:name` or `file.py:name` of a function, or of "
+        "an Observer (runs.md)"
+    )  # fmt: skip
     samples_every: int = Field(20, ge=0, description="steps between printed completions; 0: none")
     rollouts: int = Field(16, ge=0, description="completions of each step written to rollouts/")
 

@@ -24,12 +24,12 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
 from rlhf_ray.loops.rollouts import Rollouts
 from rlhf_ray.roles.protocols import Roles
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.sync.canary import Canary
 
 
 def train(
-    config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: Recorder
+    config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: TrainingRun
 ) -> dict[str, Any]:
     """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples."""
     start, kl = restore(config, roles, rollouts, run)
@@ -67,7 +67,7 @@ def train(
     return {"before": before, "after": evaluator.evaluate(max(start, config.steps))}
 
 
-def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: Recorder) -> Batch:
+def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: TrainingRun) -> Batch:
     """What the frozen policy, the critic and the learner say of each token; at the same time where they can."""
     calls: dict[str, tuple[str, Callable[[Batch], Any]]] = {}
     if roles.reference is not None:
@@ -89,7 +89,7 @@ def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: Recorder) ->
 
 
 def push_weights(
-    version: int, roles: Roles, rollouts: Rollouts, canary: Canary | None, run: Recorder
+    version: int, roles: Roles, rollouts: Rollouts, canary: Canary | None, run: TrainingRun
 ) -> dict[str, float]:
     """Weight sync, then the proof that it worked: the canary compares both sides' log-probabilities."""
     with rollouts.paused(), run.timer("weight_sync"):
@@ -117,7 +117,7 @@ def new_controller(config: RunConfig) -> KLController:
     return FixedKL(algorithm.kl_coef)
 
 
-def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: Recorder) -> None:
+def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> None:
     """A complete checkpoint: nothing else is needed to go on bit for bit."""
 
     def write(folder: Path) -> None:
@@ -130,7 +130,7 @@ def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: Rec
         run.checkpoints.save(step, write, {name: part.state_dict() for name, part in state.items()})
 
 
-def restore(config: RunConfig, roles: Roles, rollouts: Rollouts, run: Recorder) -> tuple[int, KLController]:
+def restore(config: RunConfig, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> tuple[int, KLController]:
     """The step to go on from, 0 for a new run. Everything random is a function of the seed, the step, and the place
     in the prompt stream."""
     found = run.resume_point

@@ -22,7 +22,7 @@ from rlhf_ray.config.supervised import SupervisedConfig, ValidationConfig
 from rlhf_ray.data.stream import Part, Stream, stream_over
 from rlhf_ray.roles.supervised import Report
 from rlhf_ray.roles.training import scheduled_rate
-from rlhf_ray.run.supervised_recorder import SupervisedRecorder
+from rlhf_ray.run.supervised_run import SupervisedRun
 
 # Rows of the training data that the final weights are judged on, beside the held-out ones.
 TRAIN_SAMPLE = 512
@@ -127,7 +127,7 @@ class Judged:
 
 
 def train(
-    config: SupervisedConfig, trainer: Trainer, batches: Batches, judged: Judged, run: SupervisedRecorder
+    config: SupervisedConfig, trainer: Trainer, batches: Batches, judged: Judged, run: SupervisedRun
 ) -> dict[str, Any]:
     """`config.steps` steps from where `run` stands; the evaluation before and after, and which weights were kept.
 
@@ -151,10 +151,11 @@ def train(
             seen = seen.after(report.metrics["loss"], step + 1, config.eval)
             run.show_validation(step + 1, report.metrics, best=seen.best_step == step + 1)
             metrics |= {f"val/{name}": value for name, value in report.metrics.items()}
+        samples: Sequence[dict[str, str]] = ()
         if judged.prompts and not last and run.shows_samples(step + 1):
             with run.timer("eval"):
-                run.show_samples(step + 1, judged.samples(trainer))
-        run.log_step(step + 1, metrics)
+                samples = judged.samples(trainer)
+        run.log_step(step + 1, metrics, samples)
         improved = config.eval.keep_best and seen.best_step != best_before
         if improved or last or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             save(step + 1, seen, trainer, run)
@@ -162,25 +163,25 @@ def train(
     if config.eval.keep_best and seen.best_step not in (None, kept):
         kept = seen.best_step
         trainer.load(folder_of(kept, run))
-        run.progress.note(f"back to the weights of step {kept}, whose validation loss {seen.best_loss:.4f} was lowest")
+        run.note(f"back to the weights of step {kept}, whose validation loss {seen.best_loss:.4f} was lowest")
     return {"before": before, "after": judged.evaluate(trainer), "kept_step": kept,
             "stopped_early": run.steps_done < config.steps}  # fmt: skip
 
 
-def folder_of(step: int, run: SupervisedRecorder) -> Path:
+def folder_of(step: int, run: SupervisedRun) -> Path:
     """The trainer's part of a checkpoint, verified. Raises CheckpointError."""
     _, folder, _ = run.checkpoints.load(run.directory.checkpoints / f"step_{step}")
     return folder / FOLDER
 
 
-def save(step: int, seen: Validated, trainer: Trainer, run: SupervisedRecorder) -> None:
+def save(step: int, seen: Validated, trainer: Trainer, run: SupervisedRun) -> None:
     """A complete checkpoint: nothing else is needed to go on bit for bit. The one with the best weights stays."""
     protect = () if seen.best_step is None else (seen.best_step,)
     with run.timer("ckpt"):
         run.checkpoints.save(step, lambda folder: trainer.save(folder / FOLDER), asdict(seen), protect)
 
 
-def restore(config: SupervisedConfig, trainer: Trainer, run: SupervisedRecorder) -> tuple[int, Validated]:
+def restore(config: SupervisedConfig, trainer: Trainer, run: SupervisedRun) -> tuple[int, Validated]:
     """The step to go on from, 0 for a new run."""
     found = run.resume_point
     if found is None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
-from rlhf_ray.config.user_paths import is_file, typed_path
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards.frames import frames_of_users
+from rlhf_ray.user_code import find, is_place
 
 # Name -> where it lives. Imported when a config asks for it: some need packages that nobody else needs.
 BUILTIN = {
@@ -37,7 +32,7 @@ def is_http(function: str) -> bool:
 
 
 def is_builtin(function: str) -> bool:
-    return ":" not in function
+    return not is_place(function)
 
 
 def find_function(function: str) -> Callable[..., Any]:
@@ -79,43 +74,4 @@ def _find(function: str) -> Any:
         check_builtin(function)
         module_name, _, attribute = BUILTIN[function].partition(":")
         return getattr(importlib.import_module(module_name), attribute)
-    place, _, attribute = function.rpartition(":")
-    module = _import_file(place) if place.endswith(".py") else _import_module(place)
-    try:
-        return getattr(module, attribute)
-    except AttributeError as error:
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; check the spelling"
-        raise ConfigError(f"reward {function!r}: {place} has no {attribute!r}{hint}") from error
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever the user's module does while it is imported
-        said = (
-            f"reward module {name!r} cannot be imported ({type(error).__name__}: {error}); "
-            "install it, or give a path that ends in .py"
-        )
-        raise ConfigError("\n  ".join([said, *frames_of_users(error)])) from error
-
-
-def _import_file(place: str) -> ModuleType:
-    path = typed_path(place)
-    if not is_file(path):
-        raise ConfigError(f"reward file {place} does not exist; give the path of a .py file")
-    path = path.resolve()
-    # A name of its own, so that two files called reward.py do not collide; the same file loads once.
-    name = f"rlhf_ray_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        said = f"reward file {place} cannot be run ({type(error).__name__}: {error}); mend it"
-        raise ConfigError("\n  ".join([said, *frames_of_users(error)])) from error
-    return module
+    return find(function, "reward")

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.observer import Observer, StepRecord
 
 Numbers = dict[str, float]
 
@@ -27,7 +28,7 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-class Metrics:
+class Metrics(Observer):
     """Sends each step's metrics to every logger named.
 
     Args:
@@ -55,6 +56,9 @@ class Metrics:
             made = self._attempt(name, lambda name=name: LOGGERS[name](run, dict(config or {}), resume_step))
             if made is not None:
                 self._loggers[name] = made
+
+    def step(self, record: StepRecord) -> None:
+        self.log(record.step, record.metrics)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`metrics`: numbers, or tensors and arrays of one element."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+
+from rlhf_ray.clock import Clock
 
 # (label, metric, format): what fits on one line
 SHOWN = (
@@ -40,7 +42,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, done: int = 0, *, console: Console | None = None,
-                 every_s: float = 5.0, clock: Callable[[], float] = time.perf_counter) -> None:  # fmt: skip
+                 every_s: float = 5.0, clock: Clock = time.perf_counter) -> None:  # fmt: skip
         self._title, self._total, self._every_s, self._clock = title, total, every_s, clock
         self._console = console or Console()
         self._recent: deque[tuple[float, int]] = deque([(clock(), done)], maxlen=20)

@@ -1,213 +1,36 @@
-"""Everything a run leaves behind and shows, behind the few calls that a loop makes."""
+"""What a run directory keeps of each step beside its numbers, as an observer: completions, failures and alarms."""
 
 from __future__ import annotations
 
-import json
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_ray.batch import Rows
-from rlhf_ray.config.load import dump_config
-from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.errors import StorageError
 from rlhf_ray.roles.protocols import Scores
-from rlhf_ray.run.checkpoint import Checkpoints
-from rlhf_ray.run.cost import Spent, Workload, spent_before
-from rlhf_ray.run.directory import RunDirectory, ended_by
-from rlhf_ray.run.metrics import Metrics
-from rlhf_ray.run.progress import Progress
-from rlhf_ray.run.resume import changes_to_say, refuse_other_beginnings
-from rlhf_ray.run.storage import to_json, write_atomically
-from rlhf_ray.run.timer import Timer
-
-# Stand in every row, also where nothing of the kind has happened.
-_COUNTS = ("dropped_stale", "fault/restarts", "fault/retries", "fault/dropped")
-_PARTS = (
-    "step", "generate", "reward", "ref_logp", "old_logp", "values", "update", "weight_sync", "wait", "ckpt", "eval",
-)  # fmt: skip
+from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.observer import Alarm, Observer, StepRecord
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    step: int
-    folder: Path
-    state: dict[str, Any]
+class Recorder(Observer):
+    """Failed rewards and alarms to events.jsonl, the first `rollouts` completions of a step to rollouts/."""
 
-
-class Recorder:
-    """The run directory, the loggers, the progress bar, the checkpoints and the clock of one run."""
-
-    def __init__(
-        self, config: RunConfig, directory: RunDirectory, data: Mapping[str, str] | None = None
-    ) -> None:
-        """`data`: fingerprints of the rows by source: what a resumed run must find unchanged."""
-        self.config = config
+    def __init__(self, directory: RunDirectory, rollouts: int) -> None:
         self.directory = directory
-        self.timer = Timer()
-        self.checkpoints = Checkpoints(
-            directory.checkpoints, config.checkpoint.keep, on_event=lambda kind, fields: directory.event(kind, **fields)
-        )
-        if directory.resumed:
-            refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
-        found = self.checkpoints.latest() if directory.resumed else None
-        self.resume_point = None if found is None else ResumePoint(*found)
-        said = changes_to_say(config, data, directory) if directory.resumed else {}
-        # A run that had finished keeps its results until a step is done that they know nothing of.
-        self._results = _summary_of(directory) if directory.resumed else {}
-        directory.write_config(dump_config(config))
-        if data is not None:
-            write_atomically(directory.data_file, to_json(data, indent=1) + "\n")
-        step = self.resume_point.step if self.resume_point else None
-        self.workload = Workload()
-        self._spent_before = spent_before(directory) if directory.resumed else Spent()
-        self.started = time.monotonic()
-        if directory.resumed:
-            directory.rewind(step or 0, **asdict(self._spent_before))
-            for kind, text in said.items():
-                directory.event(kind, reason=text)
-        else:
-            directory.event("started")
-        self.metrics = Metrics(
-            directory, ["jsonl", *config.logging.loggers], config=config.model_dump(mode="json"), resume_step=step
-        )
-        self.progress = Progress(config.name, config.steps, done=step or 0)
-        self.progress.note(f"run directory: {directory.path}" + (f", from step {step}" if step else ""))
-        for text in said.values():
-            self.progress.note(text)
-        self.steps_done = step or 0
+        self.rollouts = rollouts
 
-    def warm_start_progress(self) -> Callable[[int, float], None]:
-        """A bar of its own for the supervised steps before the run."""
-        self._show(Progress("warm start", self.config.warm_start.steps))
-        return lambda step, loss: self.progress.update(step, {"loss": loss})
+    def step(self, record: StepRecord) -> None:
+        for failure in record.failures:
+            self.directory.event("reward_failed", **failure)
+        judged = [row for row in record.samples if "reward" in row]  # a supervised run's are in its summary
+        if self.rollouts and judged:
+            self.directory.write_rollouts(record.step, judged[: self.rollouts])
 
-    @property
-    def spent(self) -> Spent:
-        """Time so far, over all parts of the run."""
-        return self._spent_before.plus(time.monotonic() - self.started, self.workload.devices)
-
-    def begin(self) -> None:
-        """The steps begin: the time left is reckoned from here."""
-        self._show(Progress(self.config.name, self.config.steps, done=self.steps_done))
-
-    def _show(self, progress: Progress) -> None:
-        self.progress.close()  # a terminal holds one live bar at a time
-        self.progress = progress
-
-    def log(
-        self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores, sources: Sequence[str] = ()
-    ) -> None:
-        """One finished step: numbers to the loggers, completions to rollouts/, a line to the screen.
-
-        `sources`: the name of each row's source, where there are several.
-        """
-        nothing = dict.fromkeys([*_COUNTS, *(f"time/{part}" for part in _PARTS)], 0.0)
-        metrics = {**nothing, **metrics, **self.timer.take()}
-        seconds = max(metrics["time/step"], 1e-9)
-        metrics["perf/tokens_per_s"] = sum(rows.lengths) / seconds
-        metrics["perf/samples_per_s"] = len(rows) / seconds
-        mfu = self.workload.mfu(self.config, rows, step - 1, seconds)
-        if mfu is not None:
-            metrics["perf/mfu"] = mfu
-        spent = self.spent
-        metrics["cost/hours"], metrics["cost/device_hours"] = spent.seconds / 3600, spent.device_hours
-        self.metrics.log(step, metrics)
-        self.steps_done = step
-        self.progress.update(step, metrics)
-        for event in scores.events:
-            self.directory.event("reward_failed", step=step, **event)
-        if self.config.logging.rollouts:
-            written = rollout_rows(rows, scores, self.config.logging.rollouts, sources)
-            self.directory.write_rollouts(step, written)
-        if self.shows_samples(step):
-            rewards = scores.score.tolist()
-            self.progress.show_samples(step, [(*text, rewards[i]) for i, text in enumerate(scores.texts[:3])])
-
-    def shows_samples(self, step: int) -> bool:
-        """Whether completions are printed after this step."""
-        every = self.config.logging.samples_every
-        return every > 0 and step % every == 0
-
-    def alarm(self, kind: str, reason: str, step: int) -> None:
-        """Something people should look at: on the screen and in events.jsonl. The run goes on."""
-        self.progress.alarm(f"step {step}: {kind}: {reason}")
-        self.directory.event("alarm", kind=kind, reason=reason, step=step)
-
-    def remember(
-        self, name: str, compute: Callable[[], Mapping[str, Any]],
-        fits: Callable[[Mapping[str, Any]], bool] = lambda kept: True,
-    ) -> Mapping[str, Any]:  # fmt: skip
-        """`compute()`, kept in a file: a resumed run gets what the first one measured, as long as it still `fits`."""
-        path = self.directory.path / f"{name}.json"
-        if self.directory.resumed and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if fits(kept):
-                return kept
-        value = compute()
-        write_atomically(path, to_json(value, indent=1))
-        return value
-
-    def finish(self, status: str, **details: Any) -> None:
-        """summary.json, and the loggers closed."""
-        summary = {
-            "name": self.config.name,
-            "run_dir": str(self.directory.path),
-            "status": status,
-            "steps": self.steps_done,
-            "seconds": round(self.spent.seconds, 3),
-            "device_hours": self.spent.device_hours,
-        }
-        try:
-            self.directory.write_summary({**summary, **details})
-        finally:
-            self.close()
-
-    def fail(self, error: BaseException) -> None:
-        """`finish` for a run that `error` (or Ctrl-C, or SIGTERM) has ended; never hides that behind one of its own."""
-        if isinstance(error, KeyboardInterrupt):
-            self.progress.close()
-            self.progress.note(self._after_interruption())
-        try:
-            if self._results.get("status") == "finished" and self.steps_done == self._results["steps"]:
-                self.directory.event("resume_failed", **ended_by(error))
-                self.directory.write_summary(self._results)
-                self.close()
-            else:
-                self.finish(**ended_by(error))
-        except StorageError as second:
-            warnings.warn(f"the end of the run could not be written down: {second}", stacklevel=2)
-
-    def _after_interruption(self) -> str:
-        """What --resume auto will do, for it may be less than people hope."""
-        done = f"interrupted after step {self.steps_done} of {self.config.steps}"
-        saved = max(self.checkpoints.steps(), default=0)
-        if saved:
-            return f"{done}; the same command with --resume auto goes on from the checkpoint of step {saved}"
-        every = self.config.checkpoint.every
-        first = f"the first is due after step {every}" if every else "checkpoint.every=0 makes one at the end only"
-        return (
-            f"{done}, before its first checkpoint ({first}): the same command with --resume auto begins again at step 0"
-            + (", from the policy that is already made" if self.directory.start.is_dir() else "")
-        )
-
-    def close(self) -> None:
-        self.progress.close()
-        self.metrics.close()
-
-
-def _summary_of(directory: RunDirectory) -> dict[str, Any]:
-    try:
-        return directory.read_summary()
-    except (OSError, ValueError):
-        return {}
+    def alarm(self, alarm: Alarm) -> None:
+        self.directory.event("alarm", kind=alarm.kind, reason=alarm.reason, step=alarm.step)
 
 
 def rollout_rows(rows: Rows, scores: Scores, count: int, sources: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The first `count` completions of a step, for rollouts/step_N.jsonl; with their sources, where there are any."""
+    """The first `count` completions of a step, as in rollouts/step_N.jsonl; with their sources, where there are any."""
     return [
         {
             "prompt_id": rows.prompt_id[i],

@@ -16,7 +16,7 @@ from rlhf_ray.errors import ConfigError, ModelError, RewardError
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.training_run import TrainingRun
 
 pytestmark = pytest.mark.slow
 
@@ -153,17 +153,17 @@ def stop_at(monkeypatch):
     """Raise KeyboardInterrupt once: `before` a step's row is logged, or `after` it and before its checkpoint."""
 
     def arm(step: int, when: str) -> None:
-        log = Recorder.log
+        log = TrainingRun.log
 
         def interrupted(self, number, *args):
             if number != step:
                 return log(self, number, *args)
-            monkeypatch.setattr(Recorder, "log", log)
+            monkeypatch.setattr(TrainingRun, "log", log)
             if when == "after":
                 log(self, number, *args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Recorder, "log", interrupted)
+        monkeypatch.setattr(TrainingRun, "log", interrupted)
 
     return arm
 

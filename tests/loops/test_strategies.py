@@ -13,7 +13,7 @@ from rlhf_ray.algo.kl import ScheduledKL
 from rlhf_ray.build import run_rl
 from rlhf_ray.loops.rl import new_controller
 from rlhf_ray.roles.advantages import AdvantageEstimator
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.training_run import TrainingRun
 
 # Two letters are enough to be right or wrong about: the reward says whether the answer begins with an even digit.
 PARITY = "rewards.0={function: regex, args: {pattern: '[02468].*'}}"
@@ -117,15 +117,15 @@ def test_dynamic_sampling_resumes_bit_for_bit(tiny_config, tmp_path, read_rows, 
         "algorithm.name=dapo", PARITY, "steps=4", "checkpoint.every=1", "eval.size=2", "logging.rollouts=64"
     )
     run_rl(config, tmp_path / "whole")
-    log = Recorder.log
+    log = TrainingRun.log
 
     def interrupted(self, number, *args):
         if number == 3:
-            monkeypatch.setattr(Recorder, "log", log)
+            monkeypatch.setattr(TrainingRun, "log", log)
             raise KeyboardInterrupt
         return log(self, number, *args)
 
-    monkeypatch.setattr(Recorder, "log", interrupted)
+    monkeypatch.setattr(TrainingRun, "log", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_rl(config, tmp_path / "parts")
     run_rl(config, tmp_path / "parts", resume=True)

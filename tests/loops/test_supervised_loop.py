@@ -14,7 +14,7 @@ from rlhf_ray.data.stream import Part
 from rlhf_ray.loops.supervised import Batches, Judged, Validated, train
 from rlhf_ray.roles.supervised import Report
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.supervised_recorder import SupervisedRecorder
+from rlhf_ray.run.supervised_run import SupervisedRun
 
 
 class Trainer:
@@ -62,7 +62,7 @@ def config(steps: int, **sections: dict) -> SFTConfig:
 
 
 def run(settings: SFTConfig, trainer: Trainer, folder: Path, *, rows: int = 4, resume: bool = False) -> dict:
-    recorder = SupervisedRecorder(settings, RunDirectory(folder, resume=resume))
+    recorder = SupervisedRun(settings, RunDirectory(folder, resume=resume))
     judged = Judged(("train", "val"), ((1, 2),), ("prompt",), 7)
     try:
         return train(settings, trainer, Batches(rows, settings.learner.batch_size, settings.seed), judged, recorder)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.build import run_rl
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.training_run import TrainingRun
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.usefixtures("own_ray")]
 
@@ -112,14 +112,14 @@ def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config
 
 def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp_path, monkeypatch):
     references = ray._private.worker.global_worker.core_worker.get_all_reference_counts
-    log, counts = Recorder.log, []
+    log, counts = TrainingRun.log, []
 
-    def counted(run: Recorder, *args) -> None:
+    def counted(run: TrainingRun, *args) -> None:
         log(run, *args)
         gc.collect()
         counts.append(len(references()))
 
-    monkeypatch.setattr(Recorder, "log", counted)
+    monkeypatch.setattr(TrainingRun, "log", counted)
     overlap = ("rollout.max_staleness=1", "algorithm.correction=truncate", "algorithm.kl_coef=0.01")
     run_rl(tiny_config("executor=ray", "steps=12", *overlap), tmp_path / "run")
     steps = metrics_of(tmp_path / "run")

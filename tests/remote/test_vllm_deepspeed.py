@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.build import run_rl
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.training_run import TrainingRun
 
 STEPS = 3
 
@@ -27,7 +27,7 @@ def completions_of(folder: Path) -> list[list[str]]:
 def environments_of_workers(monkeypatch, variable: str) -> dict[str, str | None]:
     """Filled at the first logged step: the title of each Ray worker's process -> the variable it was started with."""
     found: dict[str, str | None] = {}
-    log = Recorder.log
+    log = TrainingRun.log
 
     def look_and_log(*args, **kwargs):
         for process in Path("/proc").glob("[0-9]*"):
@@ -39,7 +39,7 @@ def environments_of_workers(monkeypatch, variable: str) -> dict[str, str | None]
                     found[f"{title} {process.name}"] = values.get(variable)
         return log(*args, **kwargs)
 
-    monkeypatch.setattr(Recorder, "log", look_and_log)
+    monkeypatch.setattr(TrainingRun, "log", look_and_log)
     return found
 
 

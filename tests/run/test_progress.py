@@ -6,20 +6,12 @@ from rich.console import Console
 from rlhf_ray.run.progress import Progress, _duration
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 def plain_console():
     return Console(file=io.StringIO(), force_terminal=False, width=40)
 
 
-def test_plain_lines_carry_reward_kl_speed_and_time_left():
-    clock, console = Clock(), plain_console()
+def test_plain_lines_carry_reward_kl_speed_and_time_left(clock):
+    console = plain_console()
     progress = Progress("grpo", 100, console=console, clock=clock)
     clock.now += 2.0
     progress.update(1, {"reward/mean": 0.25, "kl_ref": 0.0125, "perf/tokens_per_s": 12345.6, "loss/policy": 1})
@@ -27,8 +19,8 @@ def test_plain_lines_carry_reward_kl_speed_and_time_left():
     assert console.file.getvalue() == "grpo 1/100  reward 0.250  KL 0.0125  tok/s 12,346  3:18 left\n"
 
 
-def test_a_log_file_gets_a_line_every_few_seconds_and_the_last_step():
-    clock, console = Clock(), plain_console()
+def test_a_log_file_gets_a_line_every_few_seconds_and_the_last_step(clock):
+    console = plain_console()
     progress = Progress("sft", 30, console=console, every_s=5.0, clock=clock)
     for step in range(1, 31):
         clock.now += 1.0
@@ -37,8 +29,8 @@ def test_a_log_file_gets_a_line_every_few_seconds_and_the_last_step():
     assert steps == ["1/30", "6/30", "11/30", "16/30", "21/30", "26/30", "30/30"]
 
 
-def test_time_left_of_a_resumed_run_counts_only_its_own_steps():
-    clock, console = Clock(), plain_console()
+def test_time_left_of_a_resumed_run_counts_only_its_own_steps(clock):
+    console = plain_console()
     progress = Progress("grpo", 100, done=90, console=console, clock=clock)
     clock.now += 3.0
     progress.update(91, {})

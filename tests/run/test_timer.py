@@ -5,16 +5,7 @@ import pytest
 from rlhf_ray.run.timer import Timer
 
 
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_seconds_add_up_by_name_and_start_again_when_taken():
-    clock = Clock()
+def test_seconds_add_up_by_name_and_start_again_when_taken(clock):
     timer = Timer(clock)
     with timer("step"):
         with timer("generate"):
@@ -26,8 +17,7 @@ def test_seconds_add_up_by_name_and_start_again_when_taken():
     assert timer.take() == {}
 
 
-def test_a_part_that_fails_counts_too():
-    clock = Clock()
+def test_a_part_that_fails_counts_too(clock):
     timer = Timer(clock)
     with pytest.raises(RuntimeError), timer("reward"):
         clock.now += 4

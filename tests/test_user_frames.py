@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.compose import RewardSet, load_reward
-from rlhf_ray.rewards.frames import frames_of_users
 from rlhf_ray.rewards.server import RewardServer
+from rlhf_ray.user_frames import frames_of_users
 
 FILE = """
 import json

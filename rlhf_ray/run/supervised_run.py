@@ -1,4 +1,4 @@
-"""The recorder of a supervised run: the same run directory, checkpoints and clock, with a row of its own."""
+"""A supervised run: the same run directory, checkpoints and observers, with a row of its own."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.run.recorder import Recorder
+from rlhf_ray.run.training_run import TrainingRun
 
 _PARTS = ("step", "update", "ckpt", "eval")
 
 
-class SupervisedRecorder(Recorder):
+class SupervisedRun(TrainingRun):
     config: SupervisedConfig
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One finished step: numbers to the loggers, a line to the screen."""
+    def log_step(
+        self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """One finished step, for all observers; `samples`: prompts and completions, where some are due."""
         metrics = {**dict.fromkeys((f"time/{part}" for part in _PARTS), 0.0), **metrics, **self.timer.take()}
         seconds = max(metrics["time/step"], 1e-9)
         metrics["perf/tokens_per_s"] = metrics["tokens"] / seconds
         metrics["perf/samples_per_s"] = self.config.learner.batch_size / seconds
-        spent = self.spent
-        metrics["cost/hours"], metrics["cost/device_hours"] = spent.seconds / 3600, spent.device_hours
-        self.metrics.log(step, metrics)
-        self.steps_done = step
-        self.progress.update(step, metrics)
+        self.tell(step, metrics, samples)
+
+    def shows_samples(self, step: int) -> bool:
+        """Whether completions are due after this step."""
+        return self.screen.shows_samples(step)
 
     def show_validation(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         # Of a source only the loss: the other numbers are in metrics.jsonl.
@@ -32,8 +34,4 @@ class SupervisedRecorder(Recorder):
             f"{name} {value:.4f}" for name, value in metrics.items()
             if not name.startswith("source/") or name.endswith("/loss")
         )  # fmt: skip
-        self.progress.note(f"step {step}: {shown}" + ("  (best so far)" if best else ""))
-
-    def show_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        rows = [(sample["prompt"], sample["completion"], None) for sample in samples]
-        self.progress.show_samples(step, rows, judged=False)
+        self.note(f"step {step}: {shown}" + ("  (best so far)" if best else ""))

@@ -17,8 +17,9 @@ from rlhf_ray.models.size import Size
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.recorder import Recorder, rollout_rows
+from rlhf_ray.run.recorder import rollout_rows
 from rlhf_ray.run.resume import frozen_clock
+from rlhf_ray.run.training_run import TrainingRun
 
 ROWS = Rows(prompt_id=(3, 3), lengths=(5, 3), response_lengths=(4, 2), truncated=(True, False), weight_version=(0, 0))
 SCORES = Scores(torch.tensor([1.0, 0.5]), {"exact": torch.tensor([1.0, 0.0])}, (("p", "one"), ("p", "two")))
@@ -30,20 +31,23 @@ def settings(**changes) -> RunConfig:
 
 
 @pytest.fixture
-def recorder(tmp_path):
-    def make(resume: bool = False, **changes) -> Recorder:
-        return Recorder(settings(**changes), RunDirectory(tmp_path / "run", resume=resume))
+def recorder(tmp_path, clock):
+    def make(resume: bool = False, observers=(), **changes) -> TrainingRun:
+        directory = RunDirectory(tmp_path / "run", resume=resume)
+        return TrainingRun(settings(**changes), directory, observers=observers, clock=clock)
 
     return make
 
 
-def test_a_step(recorder, tmp_path):
+def test_a_step(recorder, clock, tmp_path):
     run = recorder()
-    run.timer.add("step", 2.0)
-    run.timer.add("generate", 0.5)
+    with run.timer("step"):
+        clock.now += 1.5
+        with run.timer("generate"):
+            clock.now += 0.5
     run.log(1, {"reward/mean": 0.75}, ROWS, SCORES)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert 0 < row["cost/device_hours"] < 1e-2 and row.pop("cost/hours") == pytest.approx(row["cost/device_hours"])
+    assert row.pop("cost/hours") == row["cost/device_hours"] == pytest.approx(2 / 3600)
     nothing = {name: 0 for name in row if name.startswith(("fault/", "dropped_", "time/"))}
     assert nothing.keys() >= {"fault/restarts", "fault/retries", "fault/dropped", "dropped_stale", "time/wait"}
     assert row == {
@@ -62,10 +66,9 @@ def test_what_a_role_counts_is_not_covered_up(recorder, tmp_path):
     assert (row["fault/retries"], row["fault/restarts"], row["time/reward"]) == (2, 0, 0.5)
 
 
-def test_device_hours_and_utilisation(recorder, monkeypatch):
-    clock = iter([100.0, 136.0])
-    monkeypatch.setattr("rlhf_ray.run.recorder.time.monotonic", lambda: next(clock))
+def test_device_hours_and_utilisation(recorder, clock):
     run = recorder()
+    clock.now += 36
     # 10 parameters: 2 x 10 to generate, 6 x 10 to train, 8 tokens, in 2 s, on 4 devices of 20 FLOP/s
     run.workload = Workload(Size(10, 10), devices=4, peak_flops=20.0)
     run.timer.add("step", 2.0)
@@ -114,12 +117,13 @@ def test_what_is_remembered_is_measured_once(recorder):
     assert resumed.remember("other", lambda: {"x": 1}) == {"x": 1}
 
 
-def test_the_end(recorder, tmp_path):
+def test_the_end(recorder, clock, tmp_path):
     run = recorder()
+    clock.now += 36
     run.log(1, {}, ROWS, SCORES)
     run.finish("finished", before={"accuracy": 0.1}, after={"accuracy": 0.9})
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary.pop("seconds") >= 0 and summary.pop("device_hours") > 0
+    assert summary.pop("seconds") == 36 and summary.pop("device_hours") == pytest.approx(0.01)
     assert summary == {
         "name": "run", "run_dir": str(tmp_path / "run"), "status": "finished", "steps": 1,
         "before": {"accuracy": 0.1}, "after": {"accuracy": 0.9},
@@ -169,7 +173,7 @@ def test_the_batches_of_a_supervised_run_cannot_change(tmp_path):
     def start(batch_size: int, resume: bool) -> None:
         tree = {"model": {"path": "m"}, "data": {"path": "d"}, "learner": {"batch_size": batch_size},
                 "logging": {"loggers": []}}  # fmt: skip
-        Recorder(SFTConfig.model_validate(tree), RunDirectory(tmp_path / "run", resume=resume))
+        TrainingRun(SFTConfig.model_validate(tree), RunDirectory(tmp_path / "run", resume=resume))
 
     start(8, resume=False)
     start(8, resume=True)
@@ -178,10 +182,10 @@ def test_the_batches_of_a_supervised_run_cannot_change(tmp_path):
 
 
 def test_the_reference_of_a_dpo_run_cannot_change_once_it_was_asked(tmp_path):
-    def start(reference: str | None, resume: bool) -> Recorder:
+    def start(reference: str | None, resume: bool) -> TrainingRun:
         tree = {"model": {"path": "m"}, "data": {"path": "d"}, "dpo": {"reference": reference},
                 "logging": {"loggers": []}}  # fmt: skip
-        return Recorder(DPOConfig.model_validate(tree), RunDirectory(tmp_path / "run", resume=resume))
+        return TrainingRun(DPOConfig.model_validate(tree), RunDirectory(tmp_path / "run", resume=resume))
 
     start(None, resume=False)
     start("other", resume=True).remember("reference", dict)
@@ -232,17 +236,15 @@ def test_an_interrupted_run_says_what_will_happen(recorder, capsys, saved, every
     assert (summary["status"], summary["steps"]) == ("interrupted", 3) and "error" not in summary
 
 
-def test_seconds_are_those_of_all_parts(recorder, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr("rlhf_ray.run.recorder.time.monotonic", lambda: clock[0])
+def test_seconds_are_those_of_all_parts(recorder, clock):
     first = recorder()
-    clock[0] = 160.0
+    clock.now += 60
     first.fail(KeyboardInterrupt())
     second = recorder(resume=True)
-    clock[0] = 165.0
+    clock.now += 5
     second.log(1, {}, ROWS, SCORES)  # then killed: the row is all it left
     third = recorder(resume=True)
-    clock[0] = 195.0
+    clock.now += 30
     third.finish("finished")
     assert third.directory.read_summary()["seconds"] == 60 + 5 + 30
 
@@ -258,11 +260,11 @@ def test_other_settings_may_change_and_are_noted(recorder):
 # ---- what a resumed run must find as it was ---------------------------------------------------------------------
 
 
-def with_rows(tmp_path, resume: bool = False, config: RunConfig | None = None, **rows: str) -> Recorder:
-    return Recorder(config or settings(), RunDirectory(tmp_path / "run", resume=resume), rows)
+def with_rows(tmp_path, resume: bool = False, config: RunConfig | None = None, **rows: str) -> TrainingRun:
+    return TrainingRun(config or settings(), RunDirectory(tmp_path / "run", resume=resume), rows)
 
 
-def events_of(run: Recorder, kind: str) -> list[str]:
+def events_of(run: TrainingRun, kind: str) -> list[str]:
     return [event["reason"] for event in run.directory.read_events() if event["event"] == kind]
 
 
@@ -293,9 +295,9 @@ def test_a_source_that_is_new_and_a_run_that_kept_no_fingerprints_are_told(tmp_p
 
 
 def test_another_length_is_told(tmp_path, capsys):
-    def start(resume: bool, **changes) -> Recorder:
+    def start(resume: bool, **changes) -> TrainingRun:
         tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": []}, "steps": 20, "epochs": 2}
-        return Recorder(SFTConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
+        return TrainingRun(SFTConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
 
     start(False)
     assert not events_of(start(True), "length_changed")
@@ -306,10 +308,10 @@ def test_another_length_is_told(tmp_path, capsys):
 
 
 def test_another_length_tells_of_every_setting_that_moves_over_the_run(tmp_path):
-    def start(resume: bool, **changes) -> Recorder:
+    def start(resume: bool, **changes) -> TrainingRun:
         tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": []},
                 "learner": {"lr_warmup_steps": 3}}  # fmt: skip
-        return Recorder(RunConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
+        return TrainingRun(RunConfig.model_validate(tree | changes), RunDirectory(tmp_path / "run", resume=resume))
 
     start(False, steps=20)
     (said,) = events_of(start(True, steps=30), "length_changed")
@@ -324,11 +326,11 @@ def test_another_length_tells_of_every_setting_that_moves_over_the_run(tmp_path)
 def test_a_resumed_run_keeps_the_moment_of_its_start(tmp_path):
     first = RunDirectory(tmp_path / "run")
     moment = datetime(2020, 2, 3, 4, 5, 6)
-    Recorder(frozen_clock(settings(clock=moment), first), first)
+    TrainingRun(frozen_clock(settings(clock=moment), first), first)
     again = RunDirectory(tmp_path / "run", resume=True)
     assert frozen_clock(settings(), again).clock == moment
     with pytest.raises(ConfigError, match="the date that they had at its start, and clock has changed since"):
-        Recorder(frozen_clock(settings(clock=datetime(2021, 1, 1)), again), again)
+        TrainingRun(frozen_clock(settings(clock=datetime(2021, 1, 1)), again), again)
     tree = yaml.safe_load(first.config_file.read_text())
     del tree["clock"]  # an older version
     first.config_file.write_text(yaml.safe_dump(tree))

@@ -18,7 +18,7 @@ _OTHER_PROCESS = ("_RemoteTraceback", "RemoteTraceback")
 
 Whose = Literal["ours", "installed", "standard", "user"]
 
-_OURS = Path(__file__).resolve().parent.parent
+_OURS = Path(__file__).resolve().parent
 
 
 def frames_of_users(error: BaseException) -> tuple[str, ...]:

@@ -1,0 +1,212 @@
+"""One run of a training command from its start to its summary, behind the few calls that a loop makes."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.batch import Rows
+from rlhf_ray.clock import Clock
+from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import StorageError
+from rlhf_ray.roles.protocols import Scores
+from rlhf_ray.run.checkpoint import Checkpoints
+from rlhf_ray.run.cost import Spent, Workload, spent_before
+from rlhf_ray.run.directory import RunDirectory, ended_by
+from rlhf_ray.run.metrics import Metrics
+from rlhf_ray.run.observer import Alarm, Observer, Observers, StepRecord
+from rlhf_ray.run.recorder import Recorder, rollout_rows
+from rlhf_ray.run.resume import changes_to_say, refuse_other_beginnings
+from rlhf_ray.run.screen import Screen
+from rlhf_ray.run.storage import to_json, write_atomically
+from rlhf_ray.run.timer import Timer
+
+# Stand in every row, also where nothing of the kind has happened.
+_COUNTS = ("dropped_stale", "fault/restarts", "fault/retries", "fault/dropped")
+_PARTS = (
+    "step", "generate", "reward", "ref_logp", "old_logp", "values", "update", "weight_sync", "wait", "ckpt", "eval",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    step: int
+    folder: Path
+    state: dict[str, Any]
+
+
+class TrainingRun:
+    """The run directory, the checkpoints and the clock of one run, and all who are told of its steps."""
+
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, data: Mapping[str, str] | None = None, *,
+        observers: Iterable[Observer] = (), clock: Clock = time.monotonic,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            data: fingerprints of the rows by source: what a resumed run must find unchanged.
+            observers: who is told of each step beside the screen, the loggers and the run directory.
+        """
+        self.config = config
+        self.directory = directory
+        self.clock = clock
+        self.timer = Timer(clock)
+        self.checkpoints = Checkpoints(
+            directory.checkpoints, config.checkpoint.keep, on_event=lambda kind, fields: directory.event(kind, **fields)
+        )
+        if directory.resumed:
+            refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
+        found = self.checkpoints.latest() if directory.resumed else None
+        self.resume_point = None if found is None else ResumePoint(*found)
+        said = changes_to_say(config, data, directory) if directory.resumed else {}
+        # A run that had finished keeps its results until a step is done that they know nothing of.
+        self._results = _summary_of(directory) if directory.resumed else {}
+        directory.write_config(dump_config(config))
+        if data is not None:
+            write_atomically(directory.data_file, to_json(data, indent=1) + "\n")
+        step = self.resume_point.step if self.resume_point else None
+        self.workload = Workload()
+        self._spent_before = spent_before(directory) if directory.resumed else Spent()
+        self.started = clock()
+        if directory.resumed:
+            directory.rewind(step or 0, **asdict(self._spent_before))
+            for kind, text in said.items():
+                directory.event(kind, reason=text)
+        else:
+            directory.event("started")
+        self.steps_done = step or 0
+        self.screen = Screen(
+            config.name, config.steps, self.steps_done, samples_every=config.logging.samples_every, clock=clock
+        )
+        loggers = ["jsonl", *config.logging.loggers]
+        self.observers = Observers([
+            Metrics(directory, loggers, config=config.model_dump(mode="json"), resume_step=step),
+            self.screen, Recorder(directory, config.logging.rollouts), *observers,
+        ], self.steps_done)  # fmt: skip
+        self.note(f"run directory: {directory.path}" + (f", from step {step}" if step else ""))
+        for text in said.values():
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+        self.observers.note(text)
+
+    def warm_start_progress(self) -> Callable[[int, float], None]:
+        """A bar of its own for the supervised steps before the run."""
+        total = self.config.warm_start.steps
+        self.screen.begin("warm start", total)
+        return lambda step, loss: self.screen.step(StepRecord(step, total, {"loss": loss}))
+
+    @property
+    def spent(self) -> Spent:
+        """Time so far, over all parts of the run."""
+        return self._spent_before.plus(self.clock() - self.started, self.workload.devices)
+
+    def begin(self) -> None:
+        """The steps begin: the time left is reckoned from here."""
+        self.screen.begin(self.config.name, self.config.steps, self.steps_done)
+
+    def log(
+        self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores, sources: Sequence[str] = ()
+    ) -> None:
+        """One finished step, for all observers.
+
+        `sources`: the name of each row's source, where there are several.
+        """
+        nothing = dict.fromkeys([*_COUNTS, *(f"time/{part}" for part in _PARTS)], 0.0)
+        metrics = {**nothing, **metrics, **self.timer.take()}
+        seconds = max(metrics["time/step"], 1e-9)
+        metrics["perf/tokens_per_s"] = sum(rows.lengths) / seconds
+        metrics["perf/samples_per_s"] = len(rows) / seconds
+        mfu = self.workload.mfu(self.config, rows, step - 1, seconds)
+        if mfu is not None:
+            metrics["perf/mfu"] = mfu
+        samples = rollout_rows(rows, scores, len(scores.texts), sources)
+        self.tell(step, metrics, samples, [{"step": step, **event} for event in scores.events])
+
+    def tell(
+        self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]],
+        failures: Sequence[Mapping[str, Any]] = (),
+    ) -> None:  # fmt: skip
+        """Give the observers a step, with what the run has cost up to there."""
+        spent = self.spent
+        cost = {"cost/hours": spent.seconds / 3600, "cost/device_hours": spent.device_hours}
+        self.steps_done = step
+        self.observers.step(StepRecord(step, self.config.steps, {**metrics, **cost}, tuple(samples), tuple(failures)))
+
+    def alarm(self, kind: str, reason: str, step: int) -> None:
+        """Something people should look at. The run goes on."""
+        self.observers.alarm(Alarm(kind, reason, step))
+
+    def remember(
+        self, name: str, compute: Callable[[], Mapping[str, Any]],
+        fits: Callable[[Mapping[str, Any]], bool] = lambda kept: True,
+    ) -> Mapping[str, Any]:  # fmt: skip
+        """`compute()`, kept in a file: a resumed run gets what the first one measured, as long as it still `fits`."""
+        path = self.directory.path / f"{name}.json"
+        if self.directory.resumed and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if fits(kept):
+                return kept
+        value = compute()
+        write_atomically(path, to_json(value, indent=1))
+        return value
+
+    def finish(self, status: str, **details: Any) -> None:
+        """summary.json, and the loggers closed."""
+        summary = {
+            "name": self.config.name,
+            "run_dir": str(self.directory.path),
+            "status": status,
+            "steps": self.steps_done,
+            "seconds": round(self.spent.seconds, 3),
+            "device_hours": self.spent.device_hours,
+        }
+        try:
+            self.directory.write_summary({**summary, **details})
+        finally:
+            self.close()
+
+    def fail(self, error: BaseException) -> None:
+        """`finish` for a run that `error` (or Ctrl-C, or SIGTERM) has ended; never hides that behind one of its own."""
+        if isinstance(error, KeyboardInterrupt):
+            self.screen.close()
+            self.note(self._after_interruption())
+        try:
+            if self._results.get("status") == "finished" and self.steps_done == self._results["steps"]:
+                self.directory.event("resume_failed", **ended_by(error))
+                self.directory.write_summary(self._results)
+                self.close()
+            else:
+                self.finish(**ended_by(error))
+        except StorageError as second:
+            warnings.warn(f"the end of the run could not be written down: {second}", stacklevel=2)
+
+    def _after_interruption(self) -> str:
+        """What --resume auto will do, for it may be less than people hope."""
+        done = f"interrupted after step {self.steps_done} of {self.config.steps}"
+        saved = max(self.checkpoints.steps(), default=0)
+        if saved:
+            return f"{done}; the same command with --resume auto goes on from the checkpoint of step {saved}"
+        every = self.config.checkpoint.every
+        first = f"the first is due after step {every}" if every else "checkpoint.every=0 makes one at the end only"
+        return (
+            f"{done}, before its first checkpoint ({first}): the same command with --resume auto begins again at step 0"
+            + (", from the policy that is already made" if self.directory.start.is_dir() else "")
+        )
+
+    def close(self) -> None:
+        self.observers.close()
+
+
+def _summary_of(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        return directory.read_summary()
+    except (OSError, ValueError):
+        return {}

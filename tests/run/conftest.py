@@ -1,0 +1,18 @@
+"""A clock that stands still until a test moves it."""
+
+from __future__ import annotations
+
+import pytest
+
+
+class SimulatedClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> SimulatedClock:
+    return SimulatedClock()
