@@ -212,6 +212,6 @@ def test_observers_are_found_before_the_run(tmp_path, tiny_tree):
     (tmp_path / "watch.py").write_text("def told(record): ...\n")
     tiny_tree["logging"] = {"loggers": [], "observers": [f"{tmp_path}/watch.py:told"]}
     assert preflight(RunConfig.model_validate(tiny_tree)) == [f"# opened: repetition_penalty, {tmp_path}/watch.py:told"]
-    tiny_tree["logging"]["observers"] = [f"{tmp_path}/watch.py:tell"]
-    with pytest.raises(ConfigError, match="observer .*watch.py has no 'tell'; did you mean 'told'"):
+    tiny_tree["logging"]["observers"] = [f"{tmp_path}/watch.py:tolld"]
+    with pytest.raises(ConfigError, match="observer .*watch.py has no 'tolld'; did you mean 'told'"):
         preflight(RunConfig.model_validate(tiny_tree))
