@@ -152,6 +152,7 @@ def run_cell(checkout: Path, arguments: list[str], folder: Path, answers: Path |
 def start(command: list[str], checkout: Path, samples: Path, answers: Path | None, folder: Path, until: int = 0) -> int:
     """The status that the command ends with; with `until`, it is killed after that step."""
     env = {**os.environ, "PYTHONPATH": f"{LISTENER}:{checkout}", "SAME_NUMBERS_OUT": str(samples)}
+    env["SAME_NUMBERS_CHECKOUT"] = f"{checkout}/"
     # With several threads, sums end differently from run to run.
     env |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
     env.pop("SAME_NUMBERS_ANSWERS", None)

@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any
 
 OUT, ANSWERS = os.environ.get("SAME_NUMBERS_OUT"), os.environ.get("SAME_NUMBERS_ANSWERS")
+CHECKOUT = os.environ.get("SAME_NUMBERS_CHECKOUT", "")
 CLOSE = 1e-5
 
 margins_of_last: list[list[float]] = []  # of the rows that were sampled last, for the batch that is made of them next
@@ -214,6 +215,8 @@ class Hooks(importlib.abc.MetaPathFinder):
         run = spec.loader.exec_module
 
         def run_and_hook(module: Any) -> None:
+            if name.startswith("rlhf_ray") and not module.__file__.startswith(CHECKOUT):
+                raise ImportError(f"{module.__file__} is not of {CHECKOUT}: this would compare a checkout with itself")
             run(module)
             hook(module)
 
