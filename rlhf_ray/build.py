@@ -26,7 +26,6 @@ from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.loops.evaluate import Evaluator
 from rlhf_ray.loops.export import export
 from rlhf_ray.loops.rl import train
-from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.loops.sft_rows import SFTData, load_sft_data
 from rlhf_ray.loops.warm_start import make_tokenizer, starting_policy
 from rlhf_ray.models.devices import Hardware, choose_hardware
@@ -40,6 +39,7 @@ from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_lea
 from rlhf_ray.roles.protocols import Learner, Roles, Sampling
 from rlhf_ray.roles.reference import AdapterFreeReference, Reference
 from rlhf_ray.roles.sft_term import SFTRows
+from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.observer import find_observer
@@ -327,19 +327,11 @@ def _sampling(config: RunConfig, stop: tuple[int, ...], temperature: float | Non
 
 
 def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sampling, run: TrainingRun) -> Rollouts:
-    make: Callable[..., Rollouts] = Rollouts
-    options: dict[str, Any] = {
-        "algorithm": config.algorithm,
-        "steps": config.steps,
-        "seed": config.seed,
-        "timer": run.timer,
-        "texts": max(3, config.logging.rollouts),
-        "gather": roles.gather,
-    }
-    if config.rollout.max_staleness > 0:
-        make = OverlappedRollouts
-        options["start"] = run.resume_point.step if run.resume_point else 0
-    return make(roles.generator, roles.reward, prompts, config.rollout, sampling, **options)
+    return Rollouts(
+        roles.generator, roles.reward, prompts, config.rollout, sampling, algorithm=config.algorithm,
+        steps=config.steps, seed=config.seed, timer=run.timer, texts=max(3, config.logging.rollouts),
+        gather=roles.gather,
+    )  # fmt: skip
 
 
 def _canary(config: RunConfig, tokenizer: Any, longest_prompt: int, hardware: Hardware) -> Canary | None:

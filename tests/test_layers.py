@@ -28,6 +28,7 @@ LEVEL = {
     "sync": 3,
     "roles": 4,
     "run": 4.5,
+    "rollout": 4.6,
     "evaluation": 4.7,
     "loops": 5, "remote": 5, "feedback": 5, "scale": 5,
     "build": 6, "serve": 6, "generate": 6, "chat": 6.5, "build_supervised": 6.5,
@@ -36,8 +37,8 @@ LEVEL = {
 }  # fmt: skip
 # What a run writes down is for those who run it; a role or a worker returns numbers and knows no files.
 USES_RUN = {
-    "run", "evaluation", "feedback", "loops", "build", "build_supervised", "generate", "plan", "preflight", "pipeline",
-    "doctor", "commands", "cli",
+    "run", "rollout", "evaluation", "feedback", "loops", "build", "build_supervised", "generate", "plan", "preflight",
+    "pipeline", "doctor", "commands", "cli",
 }  # fmt: skip
 
 # Heavy libraries and the only places that may name them.

@@ -87,7 +87,7 @@ class RolloutConfig(Section):
     reference_field: str = Field("answer", description="column with a good answer, or with a list of them")
     top_p: TopP = 1.0
     top_k: TopK = 0
-    max_staleness: int = Field(0, ge=0, description="weight versions that generation may run behind learning")
+    max_staleness: int = Field(0, ge=0, description="weight versions that generation runs behind learning")
 
 
 VLLM_MAX_TEMPERATURE = 2.0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf_ray.batch import Rows
 from rlhf_ray.evaluation.text import distinct_n, distinct_ngrams
+from rlhf_ray.rollout.measures import function_means
 from rlhf_ray.words import Chinese
 
 
@@ -25,15 +26,6 @@ def reward_metrics(
         scored_B = by_function[right][~by_function[right].isnan()]
         result["accuracy"] = float((scored_B >= right_at).to(scored_B.dtype).mean())
     return result
-
-
-def function_means(by_function: Mapping[str, Tensor]) -> dict[str, float]:
-    """`reward/<name>`: each function's mean over the rows that it judged; absent where it judged none."""
-    return {
-        f"reward/{name}": float(value_B.nanmean())
-        for name, value_B in by_function.items()
-        if not value_B.isnan().all()
-    }
 
 
 def text_metrics(

@@ -22,8 +22,8 @@ from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
-from rlhf_ray.loops.rollouts import Rollouts
 from rlhf_ray.roles.protocols import Roles
+from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.sync.canary import Canary
 
@@ -92,7 +92,8 @@ def push_weights(
     version: int, roles: Roles, rollouts: Rollouts, canary: Canary | None, run: TrainingRun
 ) -> dict[str, float]:
     """Weight sync, then the proof that it worked: the canary compares both sides' log-probabilities."""
-    with rollouts.paused(), run.timer("weight_sync"):
+    rollouts.finish_writing()
+    with run.timer("weight_sync"):
         roles.generator.wake()  # a colocated one sleeps between its turns
         metrics = roles.learner.push_weights(version)
         if canary is not None:
@@ -102,8 +103,7 @@ def push_weights(
                 if not verdict.ok:
                     run.alarm("mismatch", verdict.reason, step=version)
         roles.generator.sleep()
-    rollouts.weights_changed(version)
-    return metrics
+    return metrics | rollouts.weights_changed(version)
 
 
 def new_controller(config: RunConfig) -> KLController:

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.evaluation.metrics import function_means, reward_metrics
+from rlhf_ray.evaluation.metrics import reward_metrics
+from rlhf_ray.rollout.measures import function_means
 
 NAN = math.nan
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from fnmatch import fnmatchcase
 
 import pytest
@@ -16,6 +17,7 @@ from rlhf_ray.errors import ConfigError, ModelError, RewardError
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.rollout.ledger import TERMS
 from rlhf_ray.run.training_run import TrainingRun
 
 pytestmark = pytest.mark.slow
@@ -261,16 +263,31 @@ def test_while_the_critic_warms_up_the_policy_rests(tiny_config, tmp_path, read_
     assert [row["kl_coef"] for row in rows] == [0.05] * 3
 
 
-def test_overlap_stays_within_its_bound_on_real_roles(tiny_config, tmp_path, read_rows, monkeypatch):
+def test_an_overlapped_run_repeats_itself(tiny_config, tmp_path, read_rows, monkeypatch):
     """One process is refused this in a config (it gains nothing), but the machinery is the same as on Ray."""
     config = tiny_config("steps=5", "eval.size=2", "algorithm.correction=truncate")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 2})})
     monkeypatch.setattr(build, "on_device", lambda config, _: config)
     run_rl(config, tmp_path / "a")
+    generate = HFGenerator.generate
+
+    def slowly(self, *args):
+        time.sleep(0.05)
+        return generate(self, *args)
+
+    monkeypatch.setattr(HFGenerator, "generate", slowly)
+    run_rl(config, tmp_path / "b")
     rows = read_rows(tmp_path / "a")
-    assert len(rows) == 5 and max(row["staleness/max"] for row in rows) <= 2
-    assert rows[1]["staleness/max"] >= 1, "step 2 was written before the first update"
+    assert read_rows(tmp_path / "b") == rows and rollout_files(tmp_path / "b") == rollout_files(tmp_path / "a")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert [row["staleness/max"] for row in rows] == [row["staleness/mean"] for row in rows] == [0, 1, 2, 2, 2]
     assert rows[1]["mismatch/absdiff_max"] > 1e-4 and rows[0]["mismatch/absdiff_max"] < 1e-5
+    # After step k: its 16 answers, and those of two steps more, as far as there are any.
+    assert [row["ledger/learned"] for row in rows] == [16, 32, 48, 64, 80]
+    assert [row["ledger/open"] for row in rows] == [32, 32, 32, 16, 0]
+    for row in rows:
+        for unit in ("", "_tokens"):
+            assert row[f"ledger/sampled{unit}"] == sum(row[f"ledger/{term}{unit}"] for term in TERMS) > 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "lstm"])

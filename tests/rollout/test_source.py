@@ -7,9 +7,10 @@ import torch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompt_sources import joined, named
-from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts, rollout_metrics, staleness
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
+from rlhf_ray.rollout.measures import rollout_metrics, staleness
+from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.timer import Timer
 
 SAMPLING = Sampling(4)
@@ -63,19 +64,19 @@ def test_a_step_that_fails_has_not_moved_on(rollouts, generator):
 
 
 def test_every_epoch_visits_every_prompt_once(rollouts):
-    requests = rollouts().requests(range(10))
+    requests = rollouts().asking.requests(range(10))
     for epoch in (requests[:10], requests[10:]):
         assert sorted(r.columns["prompt"] for r in epoch) == sorted(f"p{i}" for i in range(5) for _ in range(2))
 
 
 def test_requests_carry_their_prompt(rollouts):
-    for request in rollouts().requests(range(5)):
+    for request in rollouts().asking.requests(range(5)):
         index = int(request.columns["answer"])
         assert request.token_ids == (10 + index,) * (index + 1) and request.columns["prompt"] == f"p{index}"
 
 
 def test_seeds_are_keyed_by_run_position_and_member(rollouts):
-    seeds = {(r.prompt_id, r.sample_id % 2): r.seed for r in rollouts().requests(range(50))}
+    seeds = {(r.prompt_id, r.sample_id % 2): r.seed for r in rollouts().asking.requests(range(50))}
     assert seeds[(3, 1)] == sample_seed(7, 3, 1) and len(set(seeds.values())) == 100
     assert sample_seed(8, 3, 1) != sample_seed(7, 3, 1)
     assert all(0 <= seed < 2**63 for seed in seeds.values())
@@ -83,7 +84,7 @@ def test_seeds_are_keyed_by_run_position_and_member(rollouts):
 
 
 def test_members_of_a_group_lie_side_by_side_with_their_own_seeds(rollouts):
-    requests = rollouts().requests([4])
+    requests = rollouts().asking.requests([4])
     assert [r.prompt_id for r in requests] == [4, 4] and requests[0].seed != requests[1].seed
     assert requests[0].token_ids == requests[1].token_ids
 
@@ -129,11 +130,11 @@ def test_staleness_counts_from_the_oldest_token(rollouts):
 def overlapped(generator, reward, prompts):
     made = []
 
-    def make(bound: int, start: int = 0, steps: int = 20) -> OverlappedRollouts:
+    def make(bound: int, steps: int = 20) -> Rollouts:
         config = RolloutConfig(prompts_per_step=3, group_size=2, max_staleness=bound)
-        ahead = OverlappedRollouts(
+        ahead = Rollouts(
             generator, reward, prompts, config, SAMPLING,
-            algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3, start=start, steps=steps,
+            algorithm=AlgorithmConfig(), seed=7, timer=Timer(), texts=3, steps=steps,
         )  # fmt: skip
         made.append(ahead)
         return ahead
@@ -141,7 +142,7 @@ def overlapped(generator, reward, prompts):
     yield make
     for ahead in made:
         ahead.close()
-        assert not ahead._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]
 
 
 def settle(condition) -> None:
@@ -150,11 +151,11 @@ def settle(condition) -> None:
     time.sleep(0.02)  # would it go on too far?
 
 
-def push(ahead: OverlappedRollouts, generator, version: int) -> None:
-    with ahead.paused():
-        assert not generator.generating
-        generator.version = version
-    ahead.weights_changed(version)
+def push(ahead: Rollouts, generator, version: int) -> dict[str, float]:
+    ahead.finish_writing()
+    assert not generator.generating
+    generator.version = version
+    return ahead.weights_changed(version)
 
 
 @pytest.mark.parametrize("bound", [1, 2, 3])
@@ -187,7 +188,7 @@ def test_the_same_prompts_as_without_overlap(overlapped, rollouts, generator):
 
 def test_nothing_is_generated_before_the_first_sync(overlapped, generator):
     """A resumed run's generator holds the weights of its folder until then."""
-    ahead = overlapped(1, start=5)
+    ahead = overlapped(1)
     ahead.load_state_dict({"position": 15})
     time.sleep(0.1)
     assert generator.asked == []
@@ -199,20 +200,41 @@ def test_nothing_is_generated_before_the_first_sync(overlapped, generator):
 
 def test_new_weights_wait_for_the_sequences_but_not_for_their_rewards(overlapped, generator, reward):
     ahead = overlapped(1)
-    generator.gate = threading.Event()
     push(ahead, generator, 0)
+    ahead.finish_writing()  # steps 0 and 1
+    generator.gate = threading.Event()
+    push(ahead, generator, 1)
     settle(lambda: generator.generating)
-    pushed = threading.Thread(target=push, args=(ahead, generator, 1))
+    ahead.timer.take()
+    pushed = threading.Thread(target=push, args=(ahead, generator, 2))
     pushed.start()
     pushed.join(0.05)
     assert pushed.is_alive(), "it waits"
     reward.gate = threading.Event()  # now the reward hangs
     generator.gate.set()
-    pushed.join(5)
+    pushed.join(20)
     assert not pushed.is_alive()
     assert ahead.timer.take()["time/wait"] > 0.04, "and it is measured"
     reward.gate.set()
-    assert ahead.next(0).batch.rows.weight_version == (0,) * 6
+    assert [ahead.next(step).batch.rows.weight_version[0] for step in range(3)] == [0, 0, 1]
+
+
+def test_new_weights_wait_for_what_is_due_to_the_old_ones(overlapped, generator):
+    """By the clock alone, a slow generator would write step 2 with newer weights in one run and not in the next."""
+    ahead = overlapped(1)
+    push(ahead, generator, 0)
+    ahead.finish_writing()
+    write = generator.generate
+
+    def slowly(*args):
+        time.sleep(0.03)
+        return write(*args)
+
+    generator.generate = slowly
+    for version in range(1, 5):
+        push(ahead, generator, version)  # the learner is much faster
+    versions = [set(ahead.next(step).batch.rows.weight_version) for step in range(6)]
+    assert versions == [{0}, {0}, {1}, {2}, {3}, {4}], "step k by version k - 1 exactly"
 
 
 def test_an_error_of_the_thread_reaches_the_loop(overlapped, generator):

@@ -11,9 +11,9 @@ from rlhf_ray.batch import build_batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.errors import RewardError
-from rlhf_ray.loops.rollouts import OverlappedRollouts, Rollouts
 from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Sampling, Scores
+from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.timer import Timer
 
 SAMPLING = Sampling(4, temperature=0.5, stop_token_ids=(1,))
@@ -55,6 +55,12 @@ def rollouts(generator, prompts):
     return make
 
 
+def books(rollouts: Rollouts) -> dict[str, tuple[int, int]]:
+    """What the ledger says that is not 0, as (samples, tokens); every answer of the fake generator is one token."""
+    counts = {name: (count.samples, count.tokens) for name, count in rollouts.ledger.counts().items()}
+    return {name: pair for name, pair in counts.items() if any(pair)}
+
+
 # ---- dynamic sampling -----------------------------------------------------------------------------------------
 
 SAME, MIXED = [1.0, 1.0], [0.0, 1.0]
@@ -71,6 +77,7 @@ def test_groups_without_signal_make_room_for_the_next_prompts(rollouts):
     assert scored.metrics["groups/asked"] == 4 and scored.metrics["groups/informative"] == 1
     assert scored.metrics["reward/mean"] == 6 / 8, "of all that the policy wrote: 1 1, 0 1, 1 1, 0 1"
     assert scored.metrics["groups/mixed"] == 0.5
+    assert books(here) == {"sampled": (8, 8), "learned": (4, 4), "filtered": (4, 4)}
 
 
 def test_out_of_rounds_the_step_keeps_its_size(rollouts):
@@ -106,19 +113,16 @@ def test_running_ahead_asks_the_same_prompts(rollouts, generator):
     script = {i: SAME if i % 3 else MIXED for i in range(60)}
     here = rollouts(script, {"resample_rounds": 2})
     expected = [here.next(step).batch.prompt_id.tolist() for step in range(5)]
-    again = rollouts(script, {"resample_rounds": 2})
-    again.next(0)  # a run that stopped after its first step
-    late = again.config.model_copy(update={"max_staleness": 1})
-    ahead = OverlappedRollouts(
-        generator, ScriptedReward(script), again.prompts, late, SAMPLING,
-        algorithm=again.algorithm, seed=7, timer=Timer(), texts=9, start=1, steps=5,
-    )  # fmt: skip
-    ahead.load_state_dict(again.state_dict())
+    first = rollouts(script, {"resample_rounds": 2})
+    first.next(0)  # a run that stopped after its first step
+    ahead = rollouts(script, {"resample_rounds": 2}, max_staleness=1)
+    ahead.load_state_dict(first.state_dict())
     try:
         for step in range(1, 5):
+            ahead.finish_writing()
             ahead.weights_changed(step)
             assert ahead.next(step).batch.prompt_id.tolist() == expected[step]
-        assert ahead.state_dict() == here.state_dict()
+        assert ahead.ledger.state_dict() == here.ledger.state_dict()
     finally:
         ahead.close()
 
@@ -127,10 +131,12 @@ def test_running_ahead_asks_the_same_prompts(rollouts, generator):
 
 
 def test_a_group_with_a_failed_row_leaves_the_batch(rollouts):
-    scored = rollouts({0: [1.0, None], 1: MIXED}).next(0)
+    here = rollouts({0: [1.0, None], 1: MIXED})
+    scored = here.next(0)
     assert scored.batch.prompt_id.tolist() == [1, 1] and scored.scores.score.tolist() == [0, 1]
     assert scored.metrics["reward/mean"] == 0.5 and scored.metrics["fault/dropped"] == 1
     assert scored.scores.events == ({"reason": "prompt 0"},)
+    assert books(here) == {"sampled": (4, 4), "learned": (2, 2), "failed": (2, 2)}
 
 
 def test_dynamic_sampling_replaces_it_too(rollouts):
@@ -181,6 +187,7 @@ def test_the_greedy_answer_is_the_baseline_and_is_not_learned_from(rollouts, gen
     assert scored.batch.sample_id.tolist() == [0, 1, 3, 4]
     assert scored.batch.score.tolist() == [0, 1, 1, 1] and scored.batch.baseline.tolist() == [0.25, 0.25, 0.75, 0.75]
     assert scored.metrics["reward/mean"] == 0.75, "of the sampled ones"
+    assert books(here) == {"sampled": (6, 6), "learned": (4, 4), "baseline": (2, 2)}
 
 
 def test_a_prompt_whose_greedy_answer_cannot_be_judged_is_dropped(rollouts):
@@ -209,6 +216,8 @@ def test_the_last_members_come_from_the_pool(rollouts, generator):
     assert [r.answer is None for r in first] == [True, False, True, False]
     index = int(first[1].columns["answer"])
     assert first[1].answer == (10 + index, 1)
+    # The fake writes one token in the place of every answer.
+    assert books(here) == {"sampled": (2, 2), "learned": (2, 2), "given": (2, 2)}
     here.load_state_dict({"position": 5})  # the second epoch
     here.next(0)
     again = generator.asked[1][1]
@@ -216,7 +225,7 @@ def test_the_last_members_come_from_the_pool(rollouts, generator):
 
 
 def test_given_answers_become_rows_in_their_places(generator, rollouts):
-    requests = rollouts({}, answers=POOLS, reference_answers=1).requests([0, 1])
+    requests = rollouts({}, answers=POOLS, reference_answers=1).asking.requests([0, 1])
     generator.awake = 1
     batch = with_given_answers(generator.generate, requests, dataclasses.replace(SAMPLING, max_new_tokens=1), 0)
     assert [r.sample_id for r in generator.asked[0]] == [0, 2], "only those without an answer"

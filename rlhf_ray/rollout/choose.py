@@ -1,0 +1,171 @@
+"""Which prompts are asked, what is asked of each member of a group, and which answers the learner sees.
+
+Prompts come from the stream in order, each once. Groups that nobody could judge are left out, and with dynamic sampling
+groups whose answers all earn the same make room for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlhf_ray.algo.schedules import linear
+from rlhf_ray.algo.shaping import overlong_penalty
+from rlhf_ray.batch import Batch, Rows, gather
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.stream import stream_over
+from rlhf_ray.roles.protocols import Gather, Request, Sampling, Scores
+from rlhf_ray.roles.seeds import sample_seed
+from rlhf_ray.rollout.groups import Answers, gathered
+from rlhf_ray.rollout.ledger import Outcome
+
+
+class Asking:
+    """Requests for the prompts of the stream: functions of the position in it, of the seed and of the step alone."""
+
+    def __init__(
+        self, prompts: PromptSet, config: RolloutConfig, algorithm: AlgorithmConfig, *, seed: int, steps: int
+    ) -> None:
+        self.prompts = prompts
+        self.config = config
+        self.stream = stream_over(prompts.parts, seed)
+        self.greedy = algorithm.advantage == "remax"
+        self.seed = seed
+        self.steps = steps
+
+    @property
+    def members(self) -> int:
+        """Answers to each prompt: the group, and for ReMax the greedy one."""
+        return self.config.group_size + self.greedy
+
+    @property
+    def sampled(self) -> int:
+        """Those of them that the policy writes and the learner sees."""
+        return self.config.group_size - self.given
+
+    @property
+    def given(self) -> int:
+        """Those of them that come from the data."""
+        return self.config.reference_answers
+
+    def requests(self, positions: Sequence[int], step: int = 0) -> list[Request]:
+        """`members` requests for each position of the prompt stream."""
+        config = self.config
+        moved = config.temperature_end and linear(config.temperature, config.temperature_end, step, self.steps)
+        return [self._request(position, member, moved) for position in positions for member in range(self.members)]
+
+    def _request(self, position: int, member: int, temperature: float | None) -> Request:
+        config = self.config
+        epoch, index = self.stream[position]
+        example = self.prompts.examples[index]
+        answer = None
+        if member == config.group_size:
+            temperature = 0.0
+        elif member >= self.sampled:
+            # Every epoch goes on where the last one stopped in the pool.
+            pool = self.prompts.answers[index]
+            answer = pool[(epoch * self.given + member - self.sampled) % len(pool)]
+        elif config.temperatures:
+            temperature = config.temperatures[member % len(config.temperatures)]
+        return Request(
+            prompt_id=position,
+            sample_id=position * self.members + member,
+            token_ids=self.prompts.token_ids[index],
+            seed=sample_seed(self.seed, position, member),
+            columns={**example.columns, "prompt": example.prompt},
+            chat=example.chat,
+            temperature=temperature,
+            answer=answer,
+        )
+
+    def sources_of(self, rows: Rows) -> tuple[str, ...]:
+        """The name of each row's source; empty where there is only one path."""
+        if not any(part.name for part in self.prompts.parts):
+            return ()
+        return tuple(self.prompts.examples[self.stream[prompt][1]].source for prompt in rows.prompt_id)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answers of a step, chosen round by round. Each prompt is asked once, also one that is not learned from."""
+
+    wanted: int  # prompts of a step
+    resample: int  # rounds in which groups without signal may be replaced; 0: all that were judged are learned from
+    rounds: tuple[Answers, ...] = ()
+    usable: frozenset[int] = frozenset()  # prompts that were judged in full
+    chosen: frozenset[int] = frozenset()
+
+    @property
+    def missing(self) -> int:
+        """How many prompts the next round asks; 0: there is none."""
+        return self.wanted - len(self.chosen) if len(self.rounds) <= self.resample else 0
+
+    def after(self, answers: Answers) -> Choice:
+        """With the answers of one more round."""
+        judged = answers.judged()
+        chosen = answers.informative() if self.resample else judged
+        return replace(
+            self, rounds=(*self.rounds, answers), usable=self.usable | judged, chosen=self.chosen | chosen
+        )
+
+    def filled(self) -> Choice:
+        """Out of rounds the step keeps its size, and the groups that fill it have advantage 0."""
+        if not self.resample:
+            return self
+        rest = sorted(self.usable - self.chosen)[: self.wanted - len(self.chosen)]
+        return replace(self, chosen=self.chosen | set(rest))
+
+    @property
+    def asked(self) -> list[int]:
+        """Every prompt of every round."""
+        return [group.position for answers in self.rounds for group in answers.groups]
+
+    def outcomes(self) -> dict[int, Outcome]:
+        """What becomes of each of them."""
+        found: dict[int, Outcome] = dict.fromkeys(self.asked, "failed")
+        return found | dict.fromkeys(self.usable, "filtered") | dict.fromkeys(self.chosen, "learned")
+
+    def stats(self) -> dict[str, float]:
+        """Of dynamic sampling, before `filled`."""
+        if not self.resample:
+            return {}
+        return {"groups/asked": float(len(self.asked)), "groups/informative": len(self.chosen) / self.wanted}
+
+
+class LearningRows:
+    """The rows of the chosen prompts, with what the driver knows of them as columns."""
+
+    def __init__(
+        self, config: RolloutConfig, algorithm: AlgorithmConfig, sampling: Sampling, gather: Gather = gather
+    ) -> None:
+        self.algorithm = algorithm
+        self.sampling = sampling
+        self.gather = gather
+        self.own_temperatures = bool(config.temperatures or config.temperature_end)
+
+    def of(self, choice: Choice) -> tuple[Batch, Scores]:
+        """(columns `score`, `baseline` and `temperature` included, the rewards with the penalty for length)"""
+        chosen = choice.chosen
+        parts = [(answers, rows) for answers in choice.rounds if (rows := answers.rows_of(chosen))]
+        scores = Scores.cat([answers.scores.select(rows) for answers, rows in parts])
+        scores = replace(scores, events=tuple(event for answers in choice.rounds for event in answers.scores.events))
+        if self.algorithm.overlong_buffer:
+            lengths = [answers.rows.response_lengths[row] for answers, rows in parts for row in rows]
+            scores = self._with_overlong_penalty(scores, torch.tensor(lengths))
+        columns = {"score": scores.score}
+        if self.algorithm.advantage == "remax":
+            columns["baseline"] = torch.cat([answers.greedy_scores(chosen) for answers, _ in parts])
+        if self.own_temperatures:
+            own = [answers.requests[row].temperature for answers, rows in parts for row in rows]
+            columns["temperature"] = torch.tensor([self.sampling.temperature if t is None else t for t in own])
+        return gathered(choice.rounds, chosen, self.gather).replace(**columns), scores
+
+    def _with_overlong_penalty(self, scores: Scores, length_B: torch.Tensor) -> Scores:
+        longest = self.sampling.max_new_tokens
+        penalty_B = overlong_penalty(length_B, longest, max(1, round(longest * self.algorithm.overlong_buffer)))
+        named = {**scores.by_function, "overlong_penalty": penalty_B}
+        return replace(scores, score=scores.score + penalty_B, by_function=named)

@@ -1,0 +1,98 @@
+"""A group: everything that answers one prompt. Its answers are rows of the batch that was written with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_ray.algo.groups import informative_groups
+from rlhf_ray.batch import Batch, Rows, gather
+from rlhf_ray.roles.protocols import Gather, Request, Scores
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one prompt, as rows of the batch that they were written in."""
+
+    position: int  # in the prompt stream
+    version: int  # the weights that it was dispatched at
+    rows: tuple[int, ...]  # those that may be learned from, in the members' order
+    given: frozenset[int] = frozenset()  # those of `rows` that nobody sampled
+    greedy: int | None = None  # ReMax's baseline
+
+    def tokens(self, rows: Rows) -> dict[str, int]:
+        """Completion tokens that were `sampled`, written as the `greedy` answer, and `given`."""
+        lengths = rows.response_lengths
+        return {
+            "sampled": sum(lengths[row] for row in self.rows if row not in self.given),
+            "greedy": 0 if self.greedy is None else lengths[self.greedy],
+            "given": sum(lengths[row] for row in self.given),
+        }
+
+
+def groups_of(requests: Sequence[Request], version: int) -> tuple[Group, ...]:
+    """The groups that the answers to these requests make up, in the order of their prompts."""
+    by_prompt: dict[int, list[int]] = {}
+    for row, request in enumerate(requests):
+        by_prompt.setdefault(request.prompt_id, []).append(row)
+    groups = []
+    for position, rows in by_prompt.items():
+        greedy = next((row for row in rows if requests[row].temperature == 0), None)
+        given = frozenset(row for row in rows if requests[row].answer is not None)
+        groups.append(Group(position, version, tuple(row for row in rows if row != greedy), given, greedy))
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to some prompts that were asked for together, before anyone chooses among them."""
+
+    requests: Sequence[Request]
+    groups: Sequence[Group]
+    batch: Batch
+    rows: Rows
+    scores: Scores
+
+    def of(self, positions: Set[int]) -> list[Group]:
+        """The groups that answer these prompts."""
+        return [group for group in self.groups if group.position in positions]
+
+    def rows_of(self, positions: Set[int]) -> list[int]:
+        """Rows to learn from: the answers to these prompts without the greedy ones."""
+        return [row for group in self.of(positions) for row in group.rows]
+
+    def greedy_scores(self, positions: Set[int]) -> torch.Tensor:
+        """The reward of the greedy answer to each of `rows_of`'s prompts."""
+        return self.scores.score[[group.greedy for group in self.of(positions) for _ in group.rows]]
+
+    def judged(self) -> set[int]:
+        """The prompts all of whose answers have a reward."""
+        prompts, keep_B = {group.position for group in self.groups}, self.scores.keep
+        if keep_B is None:
+            return prompts
+        return prompts - {r.prompt_id for r, keep in zip(self.requests, keep_B.tolist(), strict=True) if not keep}
+
+    def informative(self) -> set[int]:
+        """Those whose answers earn different rewards."""
+        rows = self.rows_of(self.judged())
+        prompts = [self.requests[row].prompt_id for row in rows]
+        keep_B = informative_groups(self.scores.score[rows], torch.tensor(prompts, dtype=torch.long))
+        return {prompt for prompt, keep in zip(prompts, keep_B.tolist(), strict=True) if keep}
+
+
+def joined(rounds: Sequence[Answers], positions: Set[int]) -> tuple[Rows, Scores]:
+    """All answers to these prompts but the greedy ones, as far as plain numbers tell of them."""
+    picked = [(answers, answers.rows_of(positions)) for answers in rounds]
+    rows = Rows.cat([answers.rows.select(rows) for answers, rows in picked])
+    return rows, Scores.cat([answers.scores.select(rows) for answers, rows in picked])
+
+
+def gathered(rounds: Sequence[Answers], positions: Set[int], gather: Gather = gather) -> Batch:
+    """The same rows as one batch."""
+    parts = [(answers, rows) for answers in rounds if (rows := answers.rows_of(positions))]
+    answers, rows = parts[0]
+    if len(parts) == 1 and len(rows) == len(answers.requests):
+        return answers.batch
+    return gather([(answers.batch, rows) for answers, rows in parts])
