@@ -39,6 +39,7 @@ from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_lea
 from rlhf_ray.roles.protocols import Learner, Roles, Sampling
 from rlhf_ray.roles.reference import AdapterFreeReference, Reference
 from rlhf_ray.roles.sft_term import SFTRows
+from rlhf_ray.rollout.order import prompt_stream
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
@@ -170,6 +171,7 @@ def check_inputs(
             "could end; set eos_token in its tokenizer_config.json"
         )
     train, held_out = load_data(config, tokenizer)
+    prompt_stream(train, config.rollout.order, config.seed)
     longest = _check_policy_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
     if not config.model.path.startswith("scratch:"):
         require_served(

@@ -87,6 +87,10 @@ class RolloutConfig(Section):
     reference_field: str = Field("answer", description="column with a good answer, or with a list of them")
     top_p: TopP = 1.0
     top_k: TopK = 0
+    order: str = Field(
+        "shuffled", description="of the prompts: shuffled (anew in each epoch), as_given, or `module:function` or "
+        "`file.py:function` of your own (a curriculum: docs/data.md)"
+    )  # fmt: skip
     max_staleness: int = Field(0, ge=0, description="weight versions that generation runs behind learning")
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -40,17 +42,25 @@ class Stream(Protocol):
         """How often each part has been gone through before `position`."""
 
 
-def stream_over(parts: Sequence[Part], seed: int) -> Stream:
+# (rows that belong together, epoch) -> those of them that come in this epoch, in order; at least one.
+Order = Callable[[range, int], Sequence[int]]
+
+
+def stream_over(parts: Sequence[Part], seed: int, order: Order | None = None) -> Stream:
     """One stream over the rows of all parts, which lie one after the other.
 
-    Parts without weights are one set of rows: each comes once an epoch. Raises ConfigError for a part without rows.
+    Parts without weights are one set of rows, and in an epoch each comes once, shuffled, or as `order` says. Raises
+    ConfigError for a part without rows.
     """
     for part in parts:
         if part.rows < 1 and len(parts) > 1:
             raise ConfigError(f"data: the source {part.name} has no row to learn from; give it more, or remove it")
     if len(parts) == 1 or any(part.weight is None for part in parts):
-        return PromptStream(sum(part.rows for part in parts), seed, parts=len(parts))
-    return MixedStream(parts, seed)
+        rows = sum(part.rows for part in parts)
+        if order is not None:
+            return OrderedStream(range(rows), order, parts=len(parts))
+        return PromptStream(rows, seed, parts=len(parts))
+    return MixedStream(parts, seed, order)
 
 
 class PromptStream:
@@ -80,6 +90,35 @@ class PromptStream:
         return [position / self.n_examples] * self.parts
 
 
+class OrderedStream:
+    """An endless stream whose epochs an `order` names row by row, so that one may be longer than another."""
+
+    def __init__(self, rows: range, order: Order, parts: int = 1):
+        self.rows, self.parts = rows, parts
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(order, rows))
+        self._starts = [0]  # the positions in which epochs begin, as far as anyone has asked
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        epoch, place = self._at(position)
+        return epoch, self._order(epoch)[place]
+
+    def take(self, position: int, count: int) -> list[tuple[int, int]]:
+        return [self[p] for p in range(position, position + count)]
+
+    def epochs(self, position: int) -> list[float]:
+        epoch, place = self._at(position)
+        return [epoch + place / len(self._order(epoch))] * self.parts
+
+    def _at(self, position: int) -> tuple[int, int]:
+        """(epoch, place in it)"""
+        if position < 0:
+            raise IndexError(f"a stream has no position {position}: positions count from 0")
+        while self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + len(self._order(len(self._starts) - 1)))
+        epoch = bisect_right(self._starts, position) - 1
+        return epoch, position - self._starts[epoch]
+
+
 class MixedStream:
     """Several sources by weight, each with shuffled epochs of its own: position -> (epoch of its source, index).
 
@@ -87,13 +126,17 @@ class MixedStream:
     than one row. A source's order does not depend on the others.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int):
+    def __init__(self, parts: Sequence[Part], seed: int, order: Order | None = None):
         self.parts = tuple(parts)
         self._shares = shares_of(tuple(float(part.weight or 0) for part in parts))
         self._cycle = _cycle(self._shares)
-        self._streams = [PromptStream(part.rows, f"{seed}/{part.name}") for part in parts]
-        rows = [part.rows for part in parts]
-        self._starts = [sum(rows[:i]) for i in range(len(rows))]
+        ends = list(itertools.accumulate(part.rows for part in parts))
+        starts = [end - part.rows for end, part in zip(ends, parts, strict=True)]
+        self._starts = starts if order is None else [0] * len(parts)  # an order names rows of the whole line
+        self._streams: list[Stream] = [
+            PromptStream(part.rows, f"{seed}/{part.name}") if order is None else OrderedStream(range(start, end), order)
+            for part, start, end in zip(parts, starts, ends, strict=True)
+        ]
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         if position < 0:
@@ -112,8 +155,8 @@ class MixedStream:
         for source, _ in self._cycle[:place]:
             begun[source] += 1
         return [
-            (cycles * share + more) / part.rows
-            for share, more, part in zip(self._shares, begun, self.parts, strict=True)
+            stream.epochs(cycles * share + more)[0]
+            for share, more, stream in zip(self._shares, begun, self._streams, strict=True)
         ]
 
 

@@ -17,11 +17,11 @@ from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.data.stream import stream_over
 from rlhf_ray.roles.protocols import Gather, Request, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.rollout.groups import Answers, gathered
 from rlhf_ray.rollout.ledger import Outcome
+from rlhf_ray.rollout.order import prompt_stream
 
 
 class Asking:
@@ -32,7 +32,7 @@ class Asking:
     ) -> None:
         self.prompts = prompts
         self.config = config
-        self.stream = stream_over(prompts.parts, seed)
+        self.stream = prompt_stream(prompts, config.order, seed)
         self.greedy = algorithm.advantage == "remax"
         self.seed = seed
         self.steps = steps

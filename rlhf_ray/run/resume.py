@@ -18,7 +18,10 @@ from rlhf_ray.run.directory import RunDirectory
 # The sections that decide which weights a run starts from.
 POLICY = ("seed", "model", "warm_start")
 # The settings that decide which prompts come, in which order, and how they are numbered.
-STREAM = ("data", "plain_text", "sft_data", "rollout.prompts_per_step", "rollout.group_size", "learner.batch_size")
+STREAM = (
+    "data", "plain_text", "sft_data", "rollout.prompts_per_step", "rollout.group_size", "rollout.order",
+    "learner.batch_size",
+)  # fmt: skip
 # The settings that decide how a checkpoint is laid out.
 LAYOUT = ("dtype", "learner.engine", "critic.engine")
 SHARDS = ("world_size", "zero_stage")
