@@ -13,7 +13,7 @@ import torch
 
 from rlhf_ray.clock import Clock
 from rlhf_ray.config.extras import needs_of, require
-from rlhf_ray.config.load import on_device
+from rlhf_ray.config.load import on_device, validated
 from rlhf_ray.config.rewards import right_by
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
@@ -61,6 +61,7 @@ def run_rl(
     Raises:
         RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
     """
+    config = validated(config)
     hardware = hardware_of(config)
     config = on_device(config, hardware.device)
     told = [find_observer(given) for given in (*config.logging.observers, *observers)]

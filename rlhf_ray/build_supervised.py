@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rlhf_ray.build import hardware_of, kept_only_if_used
 from rlhf_ray.clock import Clock
 from rlhf_ray.config.extras import needs_of, require
-from rlhf_ray.config.load import on_device
+from rlhf_ray.config.load import on_device, validated
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
@@ -57,6 +57,7 @@ def run_supervised(
     Raises:
         RlhfRayError: whatever went wrong, saying what to do. The run directory keeps everything up to there.
     """
+    config = validated(config)
     hardware = hardware_of(config)
     on_device(config, hardware.device)
     told = [find_observer(given) for given in (*config.logging.observers, *observers)]

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from rlhf_ray import cli
-from rlhf_ray.commands.options import quiet_libraries
 from rlhf_ray.commands.summary import print_summary
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.shipped import shipped_config
+from rlhf_ray.library_logs import quiet_libraries
 from rlhf_ray.run.directory import RunDirectory
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.commands.options import interruptible, quiet_libraries
+from rlhf_ray.commands.options import interruptible
+from rlhf_ray.library_logs import quiet_libraries
 
 if TYPE_CHECKING:
     from rlhf_ray.generate import Writer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_ray.config.shipped import PREFIX, shipped_config
-from rlhf_ray.library_logs import wanted
+from rlhf_ray.library_logs import quiet_libraries
 
 
 def _shipped_or_given(path: Path) -> Path:
@@ -43,20 +42,6 @@ Resume = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="open all that the run would read, print the resolved config and its needs")
 ]
-
-
-def quiet_libraries(device: str) -> None:
-    """Called before a command imports what computes."""
-    import torch
-
-    # Transformers imports DeepSpeed, where it is installed, to see whether it is there; and DeepSpeed looks for an
-    # accelerator and announces what it found, unless it has been told.
-    found = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", found)
-    if not wanted():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # a bar for every folder that is loaded hides the one that matters
 
 
 def print_dry_run(settings: Any, describe: Callable[[Any], str] | None = None) -> None:

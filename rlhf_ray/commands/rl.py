@@ -13,8 +13,8 @@ from rlhf_ray.commands.options import (
     RunDir,
     interruptible,
     print_dry_run,
-    quiet_libraries,
 )
+from rlhf_ray.library_logs import quiet_libraries
 
 
 def rl(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.commands.options import ResumeMode, interruptible, print_dry_run, quiet_libraries
+from rlhf_ray.commands.options import ResumeMode, interruptible, print_dry_run
+from rlhf_ray.library_logs import quiet_libraries
 
 
 def run(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_ray.config.data_checks import sft_problems, template_problems
+from rlhf_ray.config.given import GivenModel
 from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.ray_checks import placement_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
@@ -193,6 +194,11 @@ def tokenizer_problems(model: ModelConfig) -> list[str]:
     """Does the tokenizer exist, and does it fit the model?"""
     path = model.tokenizer.path
     if path is None:
+        if isinstance(model.path, GivenModel):
+            return [
+                "a model that was given from Python brings no tokenizer; give that too (tokenizer=..., or "
+                "model.tokenizer.path: an object, a folder or a Hub name)"
+            ]
         if model.path.startswith("scratch:"):
             return [
                 "a model from scratch has no tokenizer of its own; set model.tokenizer.path to scratch:char, "

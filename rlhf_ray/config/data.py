@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from rlhf_ray.config.given import RowsPath
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.sources import AS_SECTION, SeveralSources, SourceConfig
 
@@ -80,7 +81,7 @@ class DatasetConfig(SeveralSources):
     """Rows to learn from, and those that are held out: docs/data.md."""
 
     split: str = Field("train", description="of a folder or a Hugging Face dataset")
-    eval_path: str | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")
+    eval_path: RowsPath | None = Field(None, description="held-out rows; empty: eval_size rows of `path`")
     eval_split: str = Field("test", description="of eval_path, where that is a folder or a Hugging Face dataset")
     eval_size: int = Field(0, ge=0, description="rows held out, never with a prompt that is also trained on")
     type: Literal["auto", DataType] = Field("auto", description="auto: from the columns of the first row")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from rlhf_ray.config.data_checks import template_problems
+from rlhf_ray.config.given import RowsPath
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
@@ -67,7 +68,7 @@ class SamplingConfig(Section):
 class PerplexityConfig(Section):
     """Texts whose perplexity is measured: how much of the language a model has kept."""
 
-    path: str = Field(description="a file, a folder, a Hugging Face dataset or `shipped:<file>`")
+    path: RowsPath = Field(description="a file, a folder, a Hugging Face dataset or `shipped:<file>`")
     field: str = Field("text", description="column with the text")
     split: str = Field("train", description="of a folder or a Hugging Face dataset")
     limit: int | None = Field(200, gt=0, description="use only the first texts")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 import reprlib
@@ -44,7 +43,7 @@ def load_config(
         ConfigError: listing every unknown key (with the nearest valid one), wrong value and contradiction.
     """
     tree = with_long_forms(read_yaml(Path(path)))
-    _forget_preset(tree, overrides)
+    forget_preset(tree, [text.partition("=")[0] for text in overrides])
     problems = []
     for override in overrides:
         try:
@@ -76,14 +75,14 @@ def with_long_forms(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, **{name: long_form(tree[name]) for name in _OF_SOURCES if name in tree}}
 
 
-def _forget_preset(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Make room for the preset of an algorithm.name that is given as an override.
+def forget_preset(tree: dict[str, Any], overridden: Sequence[str]) -> None:
+    """Make room for the preset of an algorithm.name that is given as an override, among dotted names.
 
     A resolved config (`--dry-run`, a run's config.yaml) holds all that its own preset filled in, and would leave
     nothing for the new one to fill. What the old name gives anyway is dropped; what differs from it was set by hand.
     """
     section = tree.get("algorithm")
-    if not isinstance(section, dict) or not any(text.startswith("algorithm.name=") for text in overrides):
+    if not isinstance(section, dict) or "algorithm.name" not in overridden:
         return
     name = section.get("name", "grpo")
     try:
@@ -204,6 +203,26 @@ def _with_generator_for(config: RunConfig, device: str) -> RunConfig:
     return hf if against else vllm
 
 
+def validated(config: Config) -> Config:
+    """A config that was made in Python, as if its settings had come from a file.
+
+    `RunConfig(...)` does not look for contradictions, and `model_copy(update=...)` looks at nothing.
+    Raises ConfigError as `load_config` does.
+    """
+    return parse_config(as_tree(config), type(config), source=type(config).__name__)
+
+
+def as_tree(value: Any) -> Any:
+    """What was set in a section or a mapping of settings, as a file would say it; the values are the same objects."""
+    if isinstance(value, BaseModel):
+        return {name: as_tree(inner) for name, inner in vars(value).items() if name in value.model_fields_set}
+    if isinstance(value, dict):
+        return {key: as_tree(inner) for key, inner in value.items()}
+    if isinstance(value, list) and any(isinstance(inner, BaseModel) for inner in value):
+        return [as_tree(inner) for inner in value]
+    return value  # rows, too: there may be millions
+
+
 def _contradictions(config: Section) -> list[str]:
     return contradictions(config) if isinstance(config, RunConfig) else config.contradictions()
 
@@ -215,7 +234,7 @@ def _contradictions_of_the_rest(
 
     Those that name a setting which is wrong itself are left out: they would speak of its default.
     """
-    rest = copy.deepcopy(tree)
+    rest = _copied(tree, {})
     for item in error.errors():
         _remove(rest, item["loc"])
     try:
@@ -226,6 +245,19 @@ def _contradictions_of_the_rest(
     wrong += re.findall(r"did you mean ([\w.]+)\?", "\n".join(found))
     names = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in wrong))
     return [text for text in _contradictions(config) if not names.search(text)]
+
+
+def _copied(tree: Any, copies: dict[int, Any]) -> Any:
+    """Mappings and lists anew, one that stands in several places once; what they hold may be a model, and stays."""
+    if id(tree) in copies or not isinstance(tree, dict | list):
+        return copies.get(id(tree), tree)
+    if isinstance(tree, dict):
+        found = copies[id(tree)] = {}
+        found.update((key, _copied(value, copies)) for key, value in tree.items())
+    else:
+        found = copies[id(tree)] = []
+        found.extend(_copied(value, copies) for value in tree)
+    return found
 
 
 def _remove(tree: Any, loc: Sequence[Any]) -> None:

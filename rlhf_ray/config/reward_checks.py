@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf_ray.config.given import GivenFunction
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.rewards import RewardConfig
 
@@ -38,6 +39,11 @@ def _calling_problems(reward: RewardConfig, key: str) -> list[str]:
     if is_server and (reward.isolated or reward.adapter != "auto"):
         problems.append(
             f"{key}.isolated and {key}.adapter are for functions, and {reward.function} is a server; remove them"
+        )
+    if reward.isolated and isinstance(reward.function, GivenFunction):
+        problems.append(
+            f"{key}.isolated: another process could not import {reward.label}, a function that was given from Python; "
+            "remove it, or put the function into a file and name it file.py:function"
         )
     if reward.token_env and not is_server:
         problems.append(f"{key}.token_env is for reward servers, and {reward.function} is a function; remove it")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rlhf_ray.config.given import FunctionName
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import Section
 
@@ -14,7 +15,7 @@ from rlhf_ray.config.sections import Section
 class RewardConfig(Section):
     """A function that judges answers: docs/rewards.md."""
 
-    function: str = Field(
+    function: FunctionName = Field(
         description="a built-in name, `module:function`, `file.py:function`, or the URL of a reward server"
     )
     name: str | None = Field(None, description="in the metrics; empty: the function's, or the server's host")

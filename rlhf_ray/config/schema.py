@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PASSES, AlgorithmConfig, passes_of
 from rlhf_ray.config.data import SFTDataConfig
+from rlhf_ray.config.given import RowsPath
 from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
 from rlhf_ray.config.sections import (
     MOST_WORKERS,
@@ -50,7 +51,7 @@ class PromptSourceConfig(SourceConfig):
 class DataConfig(SeveralSources, PromptsConfig):
     """Prompts to learn from, and those that are held out."""
 
-    eval_path: str | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
+    eval_path: RowsPath | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
     eval_size: int = Field(256, ge=0, description="last prompts, held out where there is no eval_path and no task")
     sources: list[PromptSourceConfig] = Field([], description="several sources, instead of `path`")
 

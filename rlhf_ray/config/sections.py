@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from rlhf_ray.config.given import ModelPath, RowsPath, TokenizerPath
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # What every random generator takes.
 Seed = Annotated[int, Field(ge=0, lt=1 << 32, description="every random choice follows from it")]
@@ -85,7 +87,7 @@ class ScratchConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes tokens."""
 
-    path: str | None = Field(
+    path: TokenizerPath | None = Field(
         None, description="a Hub name, a folder, or `scratch:char|word|bpe`; empty: the model's own"
     )
     vocab_size: int = Field(4096, gt=2, le=1 << 24, description="upper bound for scratch:word and scratch:bpe")
@@ -109,7 +111,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model that is trained."""
 
-    path: str = Field(
+    path: ModelPath = Field(
         description="a Hub name, a folder, or `scratch:qwen2|gpt2|lstm` (rm, classifier: also `scratch:bert`)"
     )
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -121,7 +123,7 @@ class ModelConfig(Section):
 class RowsConfig(Section):
     """Where rows come from, and how they become text."""
 
-    path: str = Field(
+    path: RowsPath = Field(
         description="a file, a folder, a Hugging Face dataset (owner/name:subset) or `shipped:<file>`; of prompts also "
         "`task:arithmetic`"
     )

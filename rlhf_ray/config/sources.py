@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.given import RowsPath
 from rlhf_ray.config.sections import RowsConfig, Section
 
 # A source that is drawn less often than this would hardly come at all (and see data/stream.py).
@@ -31,14 +32,14 @@ AS_SECTION = "empty: as in the section"
 class SourceConfig(Section):
     """One of several sources. What it leaves empty is as in the section that it stands in."""
 
-    path: str = Field(description="as in the section")
+    path: RowsPath = Field(description="as in the section")
     name: str | None = Field(None, pattern=r"^[\w.-]+$", description="in the metrics; empty: from the path")
     weight: float | None = Field(
         None, gt=0, description="share of the rows that are drawn; empty for all sources: each row once an epoch"
     )
     split: str | None = Field(None, description=AS_SECTION)
     limit: int | None = Field(None, gt=0, description=f"use only the first rows of this source; {AS_SECTION}")
-    eval_path: str | None = Field(None, description="held-out rows of this source; empty: some of its own")
+    eval_path: RowsPath | None = Field(None, description="held-out rows of this source; empty: some of its own")
     template: Literal["auto", "chat", "alpaca", "none"] | None = Field(None, description=AS_SECTION)
     chat_template: str | None = Field(None, description="that of the whole section: a model has one")
     chat_template_args: dict[str, Any] | None = Field(None, description=AS_SECTION)

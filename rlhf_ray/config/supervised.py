@@ -18,6 +18,7 @@ from rlhf_ray.config.checks import (
 )
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.data_checks import length_problems, template_problems
+from rlhf_ray.config.given import RowsPath
 from rlhf_ray.config.ray_checks import shared_gpu_problems
 from rlhf_ray.config.sections import (
     LearningRate,
@@ -49,7 +50,7 @@ class ValidationConfig(Section):
     patience: int | None = Field(None, gt=0, description="stop after so many validations without a better loss")
     min_improvement: float = Field(0.0, ge=0, description="what counts as better, in units of the loss")
     keep_best: bool = Field(True, description="end with the weights of the lowest validation loss, not the last ones")
-    test_path: str | None = Field(None, description="rows to judge the final weights on, and for nothing else")
+    test_path: RowsPath | None = Field(None, description="rows to judge the final weights on, and for nothing else")
 
 
 class SupervisedLoggingConfig(LoggingConfig):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import shipped
+from rlhf_ray.config.given import GivenRows, was_given
 from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.data.json_files import json_rows
 from rlhf_ray.data.paths import HUB_PREFIX, absent, files_of_split, kind_of, looks_local, unreadable
-from rlhf_ray.data.tables import arrow_rows, hub_rows, is_saved_dataset, parquet_rows, saved_rows
+from rlhf_ray.data.tables import arrow_rows, given_rows, hub_rows, is_saved_dataset, parquet_rows, saved_rows
 from rlhf_ray.data.text_files import Found, csv_rows, text_rows, tsv_rows
 from rlhf_ray.data.trees import TreeForm, assembled
 from rlhf_ray.errors import DataError
@@ -66,8 +67,8 @@ def read_rows(
 
     Files: JSONL, JSON arrays, CSV, TSV, plain text (one `{"text": line}` a non-empty line), each also gzipped; parquet
     and Arrow. Folders: of `datasets.save_to_disk`, or with files named after the split. `split` applies to folders and
-    Hub datasets only. OpenAssistant's message rows become rows of the type `trees_as` (None: they stay as they are),
-    and what is left out of them is counted in `dropped` by reason.
+    Hub datasets only, and to rows that Python gave by split. OpenAssistant's message rows become rows of the type
+    `trees_as` (None: they stay as they are), and what is left out of them is counted in `dropped` by reason.
     Raises DataError that names the file and line; with `on_bad`, an unreadable line goes there and reading goes on
     where that can be done.
     """
@@ -82,7 +83,14 @@ def read_rows(
 
 
 def _read(source: str, split: str) -> Iterator[Found]:
-    if source.startswith(HUB_PREFIX):
+    if isinstance(source, GivenRows):
+        yield from given_rows(source, split)
+    elif was_given(source):
+        raise DataError(
+            f"{source}: rows that were given from Python are in no file; give them again from Python, with the same "
+            "config"
+        )
+    elif source.startswith(HUB_PREFIX):
         yield from hub_rows(source.removeprefix(HUB_PREFIX), split)
     elif source.startswith(shipped.PREFIX):
         yield from _read_file(source, shipped.shipped_rows(source))

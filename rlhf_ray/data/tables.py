@@ -1,4 +1,4 @@
-"""Rows of tables: parquet and Arrow files, folders of `datasets.save_to_disk`, datasets of the Hub.
+"""Rows of tables: parquet and Arrow files, folders of `datasets.save_to_disk`, datasets of the Hub; rows from Python.
 
 A table has every column and every field of a struct in every row, and None where a row has nothing: a tool call with
 the arguments `{"harbour": "Bergen"}` comes back with the arguments of all other tools beside it. `without_padding`
@@ -7,10 +7,11 @@ the arguments `{"harbour": "Bergen"}` comes back with the arguments of all other
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.given import GivenRows
 from rlhf_ray.data.text_files import Found
 from rlhf_ray.data.values import without_padding
 from rlhf_ray.errors import DataError
@@ -93,6 +94,22 @@ def hub_rows(name: str, split: str) -> Iterator[Found]:
             "check the name (owner/name, or owner/name:subset), the split and the network, or give a local file"
         ) from error
     return _indexed(name, dataset)
+
+
+def given_rows(rows: GivenRows, split: str) -> Iterator[Found]:
+    """Rows of a Python program; `where` has the index, as `rows[17]`. Those of a list are taken as they are."""
+    try:
+        found = rows.of_split(split)
+    except KeyError:
+        there = ", ".join(map(repr, rows.value))
+        raise DataError(f"{rows}: given by split, and there is no {split!r} among {there}; set `split`") from None
+    is_table = not isinstance(found, list | tuple)
+    for index, fields in enumerate(found):
+        where = f"rows[{index}]"
+        if isinstance(fields, Mapping):
+            yield where, without_padding(dict(fields)) if is_table else dict(fields)
+        else:
+            yield DataError(f"{where}: a {type(fields).__name__}, not a mapping; give each row as a dict")
 
 
 def _indexed(name: str, dataset: Any) -> Iterator[Found]:

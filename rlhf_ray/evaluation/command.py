@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.evaluation import EvalRunConfig
-from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.load import dump_config, validated
 from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.answers import Answers
 from rlhf_ray.evaluation.compare import Comparison, Report, compare
@@ -29,6 +29,7 @@ def run_eval(
     Writes config.yaml, eval.json, answers/<model>.jsonl, events.jsonl (alarms), summary.json and, if asked for, the
     rating sheet with its key. Raises RlhfRayError.
     """
+    config = validated(config)
     directory = RunDirectory.open(config.name, run_dir)
     config = frozen_clock(config, directory)
     directory.write_config(dump_config(config))

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.given import Given
 from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.config.supervised import ClassifierConfig, DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
@@ -150,8 +151,11 @@ def starting_model(
     """(model, tokenizer): paths to load. Writes `folder` only where something has to be made, and uses it again."""
     path = config.model.path
     own_tokenizer = config.model.tokenizer.path or path
+    if isinstance(path, Given):
+        _written(folder, lambda unfinished: save_folder(unfinished, path.value, tokenizer))
+        return str(folder), str(folder)
     if not path.startswith("scratch:"):
-        if config.data.chat_template is None:
+        if config.data.chat_template is None and not isinstance(own_tokenizer, Given):
             return path, own_tokenizer
         _written(folder, lambda unfinished: save_folder(unfinished, tokenizer=tokenizer))
         return path, str(folder)

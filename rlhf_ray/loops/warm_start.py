@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ray.config.given import Given
 from rlhf_ray.config.schema import DataConfig, RunConfig
 from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.examples import TokenizedExample
@@ -49,8 +50,8 @@ def starting_policy(
     A finished `folder` is used again, so a resumed run starts from the same weights.
     """
     scratch = config.model.path.startswith("scratch:")
-    made = scratch or config.warm_start.steps > 0
-    if not made and config.data.chat_template is None:
+    made = scratch or config.warm_start.steps > 0 or isinstance(config.model.path, Given)
+    if not made and config.data.chat_template is None and not isinstance(config.model.tokenizer.path, Given):
         return config.model.path, config.model.tokenizer.path or config.model.path
     if not folder.is_dir():
         tokenizer = make_tokenizer(config)

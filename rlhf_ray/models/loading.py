@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import rlhf_ray.models.lstm  # noqa: F401  registers the LSTM, so that its folders load like any other
+from rlhf_ray.config.given import value_of, was_given
 from rlhf_ray.config.user_paths import is_folder, typed_path
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.tokenizers import ensure_pad_token
@@ -46,17 +48,23 @@ def load_policy(
     Raises ModelError for a folder that is missing, empty, incomplete or no causal LM, and for an unreachable Hub.
     """
     kind = "a causal language model"
+    if (given := value_of(path)) is not None:  # a copy: it is the user's, and may be used on
+        return copy.deepcopy(given).to(device=device, dtype=dtype).eval()
     model = load_model(AutoModelForCausalLM, path, kind, trust_remote_code, dtype=dtype, **options)
     return model.to(device).eval()
 
 
 def load_shape(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model folder or Hub name. Raises ModelError."""
+    if (given := value_of(path)) is not None:
+        return given.config
     return load_pretrained(AutoConfig, path, "a model's config", trust_remote_code)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; one without a pad token gets its EOS token as pad token."""
+    if (given := value_of(path)) is not None:  # a copy: it may get another template, or a token for padding
+        return ensure_pad_token(copy.deepcopy(given), str(path))
     folder = local_folder(path)
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
@@ -132,6 +140,11 @@ def local_folder(path: str | Path) -> Path | None:
     """The folder that `path` names, or None for a Hub name. Raises ModelError for a missing or empty folder."""
     folder = typed_path(path)
     text = str(path)
+    if was_given(path):
+        raise ModelError(
+            f"{path}: a model or tokenizer that was given from Python is in no folder of this name; give it again from "
+            "Python, or the folder of a run's model"
+        )
     if is_folder(folder):
         if not any(folder.iterdir()):
             raise ModelError(f"{path}: the folder is empty; was the export cut short? Run it again")

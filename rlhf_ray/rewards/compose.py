@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlhf_ray.config.given import GivenFunction
 from rlhf_ray.config.rewards import RewardConfig, default_name
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.adapters import Adapter
@@ -81,7 +82,8 @@ def reward_of(config: RewardConfig) -> RewardFunction:
     """The function of one entry of a config's `rewards`. Raises ConfigError."""
     isolated = config.isolated
     if isolated is None:
-        isolated = not (is_builtin(config.function) or is_http(config.function))
+        here = is_builtin(config.function) or is_http(config.function) or isinstance(config.function, GivenFunction)
+        isolated = not here
     retries = config.retries if config.retries is not None else 2 * (config.on_failure == "retry")
     args = {**config.args, **({"token_env": config.token_env} if config.token_env else {})}
     return load_reward(

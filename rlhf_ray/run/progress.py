@@ -25,6 +25,13 @@ SHOWN = (
 )
 
 
+def _console() -> Console:
+    """Standard output; in a notebook plain lines, where a bar cannot be drawn over, and each line would be a block of
+    HTML."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
+
+
 class _LeftColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(task.fields["left"])
@@ -44,7 +51,7 @@ class Progress:
     def __init__(self, title: str, total: int, done: int = 0, *, console: Console | None = None,
                  every_s: float = 5.0, clock: Clock = time.perf_counter) -> None:  # fmt: skip
         self._title, self._total, self._every_s, self._clock = title, total, every_s, clock
-        self._console = console or Console()
+        self._console = console or _console()
         self._recent: deque[tuple[float, int]] = deque([(clock(), done)], maxlen=20)
         self._last_line = float("-inf")
         self._bar: Bar | None = None

@@ -268,6 +268,7 @@ def test_an_overlapped_run_repeats_itself(tiny_config, tmp_path, read_rows, monk
     config = tiny_config("steps=5", "eval.size=2", "algorithm.correction=truncate")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 2})})
     monkeypatch.setattr(build, "on_device", lambda config, _: config)
+    monkeypatch.setattr(build, "validated", lambda config: config)
     run_rl(config, tmp_path / "a")
     generate = HFGenerator.generate
 
