@@ -106,11 +106,13 @@ class GeneratorConfig(Section):
     )
     count: int = Field(1, gt=0, le=MOST_WORKERS, description="generator actors (ray)")
     tensor_parallel: int = Field(1, gt=0, le=MOST_WORKERS, description="vLLM: GPUs that share one generator's model")
-    batch_size: int = Field(1024, gt=0, description="hf: sequences generated together; does not depend on count")
+    batch_size: int = Field(1024, gt=0, description="hf: most sequences written side by side; does not depend on count")
     gpu_memory_utilization: float | None = Field(
         None, gt=0, le=1, description="vLLM on a GPU: its share of the memory; empty: 0.8, and 0.4 with ray.colocate"
     )
-    kv_cache_gb: float = Field(1.0, gt=0, description="vLLM on CPU: memory of its KV cache")
+    kv_cache_gb: float = Field(
+        1.0, gt=0, description="memory for keys and values in GiB, of hf and of vLLM on CPU; what does not fit waits"
+    )
     enforce_eager: bool = Field(True, description="vLLM: false captures CUDA graphs: faster, later to start, untested")
     engine_args: dict[str, Any] = Field({}, description="vLLM: further arguments of its engine, like max_num_seqs")
 

@@ -73,7 +73,12 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
         )
     tokenizer = _tokenizer(config, assets)
     model = _policy(config, assets)
-    return HFGenerator(model, pad_token_id=tokenizer.pad_token_id, batch_size=generator.batch_size)
+    return HFGenerator(
+        model,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=generator.batch_size,
+        kv_cache_gb=generator.kv_cache_gb,
+    )
 
 
 def _longest_sequence(config: RunConfig, assets: Assets) -> int:

@@ -19,8 +19,12 @@ def generate(engine: Engine, requests: Sequence[Request], sampling: Sampling, pa
         raise RlhfRayError(f"generate: {engine.open} requests are open; collect or cancel them first")
     engine.submit([request for request in requests if request.answer is None], sampling)
     found = {request.sample_id: given_answer(request, sampling) for request in requests if request.answer is not None}
-    while engine.open:
-        found |= {sample.sample_id: sample for sample in engine.collect()}
+    try:
+        while engine.open:
+            found |= {sample.sample_id: sample for sample in engine.collect()}
+    except BaseException:  # also somebody's ctrl-C: what is left open would stand in the way of the next call
+        engine.cancel([request.sample_id for request in requests])
+        raise
     samples = [found[request.sample_id] for request in requests]
     columns, chats = [request.columns for request in requests], [request.chat for request in requests]
     return batch_of(samples, columns, chats, pad_token_id=pad_token_id)

@@ -1,6 +1,4 @@
-"""Sampling: exact, keyed to the request, and honest about its probabilities."""
-
-import math
+"""Rollouts: keyed to the request, and honest about their probabilities."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config, Mamba
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.errors import SyncError
-from rlhf_ray.roles.generator_hf import HFGenerator, KeyedSampler, keyed_uniform, sample_by_inversion
+from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
 
 KINDS = ["qwen2", "gpt2", "lstm"]
@@ -29,65 +27,6 @@ def generator(tiny):
 
 def completions(batch) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
-
-
-# ---- the sampler ----------------------------------------------------------------------------------------------
-
-
-def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
-    expected = p * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def sample_counts(logits_V: torch.Tensor, sampling: Sampling, n: int = 20_000, position: int = 0) -> torch.Tensor:
-    sampler = KeyedSampler(range(n), sampling, prompt_length=3)
-    chosen = sampler(torch.zeros(n, 3 + position, dtype=torch.long), logits_V.repeat(n, 1)).argmax(-1)
-    return torch.bincount(chosen, minlength=len(logits_V)).double()
-
-
-@pytest.mark.parametrize("position", [0, 1, 7])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_sampler_draws_from_the_models_distribution(temperature, position):
-    logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -3.0])
-    counts = sample_counts(logits_V, Sampling(1, temperature=temperature), position=position)
-    # 5 degrees of freedom: above 20.5 once in a thousand. The draws are fixed by the seeds, so it never flickers.
-    assert chi_square(counts, torch.softmax(logits_V / temperature, -1).double()) < 20.5
-    assert chi_square(counts, torch.softmax(logits_V / 1.2, -1).double()) > 100, "the test can fail"
-
-
-def test_neighbouring_seeds_and_positions_draw_independently():
-    grid = torch.stack([keyed_uniform(torch.arange(2000), t) for t in range(4)])
-    assert grid.min() > 0 and grid.max() < 1 and abs(float(grid.mean()) - 0.5) < 0.01
-    assert abs(float(grid.var()) - 1 / 12) < 0.003
-    corr = torch.corrcoef(grid)
-    assert (corr - torch.eye(4)).abs().max() < 0.08, "positions of one seed"
-    assert abs(float(torch.corrcoef(torch.stack([grid[0, :-1], grid[0, 1:]]))[0, 1])) < 0.08, "neighbouring seeds"
-    assert len(set(grid.flatten().tolist())) == grid.numel()
-
-
-def test_a_uniform_number_is_pinned():
-    """A resumed or re-dispatched request must draw the same tokens in any later version."""
-    expected = []
-    for seed, position in ((0, 0), (12345, 6), ((1 << 63) - 1, 2)):
-        x = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64  # SplitMix64 in plain integers
-        for _ in range(2):
-            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-            x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-            x ^= x >> 31
-        expected.append(((x >> 11) + 0.5) / 2**53)
-        assert float(keyed_uniform(torch.tensor([seed]), position)[0]) == expected[-1]
-
-
-def test_inversion_by_hand():
-    p_BV = torch.tensor([[0.25, 0.0, 0.5, 0.25]])
-    for u, token in ((0.1, 0), (0.2499, 0), (0.26, 2), (0.74, 2), (0.76, 3), (0.9999999, 3)):
-        assert sample_by_inversion(p_BV, torch.tensor([u], dtype=torch.float64)).item() == token, u
-
-
-def test_inversion_never_takes_what_top_p_removed():
-    p_BV = torch.tensor([[0.5, 0.5, 0.0]])
-    for u in (1 - 1e-9, 1 - 1e-16):
-        assert sample_by_inversion(p_BV, torch.tensor([u], dtype=torch.float64)).item() != 2
 
 
 # ---- which tokens ---------------------------------------------------------------------------------------------
@@ -112,7 +51,8 @@ def test_the_prompt_of_a_group_runs_through_the_model_once(generator, reference_
     sampler.model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
     asked = requests([prompt for prompt in PROMPTS for _ in range(4)])
     batch = sampler.generate(asked, sampling)
-    assert seen[:2] == [(6, 4), (24, 1)], "the longest prompt has five tokens, of which the last starts the answers"
+    first = seen.index((6, 5))  # before it the model was asked what it keeps
+    assert 12 < seen[first + 1][0] <= 24 and {width for _, width in seen[first + 1 :]} == {1}
     alone = [completions(generator(kind).generate([request], sampling))[0] for request in asked]
     assert completions(batch) == alone
     assert (batch.logp_gen - reference_logprobs(tiny(kind), batch).detach()).abs().max() < 1e-5
@@ -156,38 +96,6 @@ def test_greedy_is_argmax(generator, tiny, kind):
         best = model(input_ids=row, attention_mask=torch.ones_like(row)).logits.argmax(-1)[0, :-1]
         mask = batch.response_mask[i, 1 : row.shape[1]]
         assert row[0, 1:][mask].tolist() == best[mask].tolist()
-
-
-def test_top_k_and_top_p_are_respected_and_renormalised():
-    logits_V = torch.tensor([0.5, 0.3, 0.1, 0.07, 0.03]).log()
-    counts = sample_counts(logits_V, Sampling(1, top_k=2))
-    assert counts[2:].sum() == 0
-    assert chi_square(counts[:2], torch.tensor([0.625, 0.375]).double()) < 10.8
-    counts = sample_counts(logits_V, Sampling(1, top_p=0.85))  # 0.5 + 0.3 < 0.85 <= 0.5 + 0.3 + 0.1
-    assert counts[3:].sum() == 0
-    assert chi_square(counts[:3], torch.tensor([5 / 9, 3 / 9, 1 / 9]).double()) < 13.8
-
-
-def test_the_probability_after_top_k_is_the_one_sampled_with():
-    sampler = KeyedSampler([5], Sampling(1, top_k=2), prompt_length=1)
-    token = int(sampler(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[0.5, 0.3, 0.2]]).log()).argmax())
-    assert math.exp(sampler.logps[0].item()) == pytest.approx({0: 0.625, 1: 0.375}[token], rel=1e-6)
-
-
-def test_rows_of_different_temperatures():
-    """Each row is drawn as it would be with the others at its temperature; a row at 0 is greedy."""
-    logits_BV = torch.tensor([[0.0, 1.0, 2.0]] * 4)
-    tokens = torch.zeros(4, 3, dtype=torch.long)
-    mixed = KeyedSampler(range(4), Sampling(1, temperature=9.0), prompt_length=3, temperatures=[0.5, 2.0, 0.0, 0.5])
-    chosen = mixed(tokens, logits_BV).argmax(-1)
-    for temperature, rows in ((0.5, [0, 3]), (2.0, [1])):
-        alone = KeyedSampler(range(4), Sampling(1, temperature=temperature), prompt_length=3)
-        assert torch.equal(alone(tokens, logits_BV).argmax(-1)[rows], chosen[rows])
-        assert torch.equal(alone.logps[0][rows], mixed.logps[0][rows])
-    assert chosen[2] == 2
-    # Greedy rows in every place: the keyed draw would not always take the likeliest.
-    greedy = KeyedSampler(range(4), Sampling(1), prompt_length=3, temperatures=[0.0, 0.0, 0.0, 1.0])
-    assert greedy(tokens, logits_BV).argmax(-1)[:3].tolist() == [2, 2, 2]
 
 
 # ---- honest probabilities -------------------------------------------------------------------------------------
