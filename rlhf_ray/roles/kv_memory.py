@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from rlhf_ray.roles.plain_step import PlainStep
 from rlhf_ray.roles.prompt_pass import PromptPass, distinct
 
 _PLAIN = frozenset(vars(DynamicCache()))
@@ -101,6 +102,7 @@ class KVMemory:
         self._lengths: list[int] = []  # columns of each row that are its own
         self._finals: list[int] = []  # what they can grow to
         self._masks = _Masks(model, self.layers)
+        self._plain = PlainStep(model) if PlainStep.knows(model) else None
 
     def fits(self, rows: int, longest: int) -> bool:
         return self.budget is None or rows * _with_slack(longest) * self.token_bytes <= self.budget
@@ -131,6 +133,15 @@ class KVMemory:
         if self.place.end == self.columns:
             self._seat(max(self._lengths), len(self._lengths))
             self._changed()
+        logits_BV = self._forward(token_B)
+        self.place.end += 1
+        self._position_B1 = self._position_B1 + 1
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits_BV
+
+    def _forward(self, token_B: Tensor) -> Tensor:
+        if self._plain is not None:
+            return self._plain(token_B, self._position_B1, self.layers, self._masks.of_layers())
         output = self.model(
             input_ids=token_B[:, None],
             position_ids=self._position_B1,
@@ -138,9 +149,6 @@ class KVMemory:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.place.end += 1
-        self._position_B1 = self._position_B1 + 1
-        self._lengths = [length + 1 for length in self._lengths]
         return output.logits[:, -1]
 
     def keep(self, kept: Sequence[int]) -> None:
@@ -239,6 +247,7 @@ class _Masks:
             and config._attn_implementation in ("sdpa", "eager")
         )
         self.kinds = getattr(config, "layer_types", None)
+        self.by_window = {layer.window: layer for layer in layers}
         self._mask: Tensor | None = None
 
     def build(self, starts: Sequence[int], place: Place, columns: int) -> None:
@@ -262,6 +271,11 @@ class _Masks:
         if self.kinds is None:
             return self._of(self.layers[0])
         return {kind: self._of(layer) for kind, layer in dict(zip(self.kinds, self.layers, strict=False)).items()}
+
+    def of_layers(self) -> list[Tensor | None]:
+        """The same for each layer."""
+        found = {layer.window: self._of(layer) for layer in self.by_window.values()}
+        return [found[layer.window] for layer in self.layers]
 
     def _of(self, layer: FixedLayer) -> Tensor | None:
         return None if self._mask is None else self._mask[..., layer.first : self.place.end + 1]

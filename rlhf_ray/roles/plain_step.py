@@ -1,0 +1,97 @@
+"""One token a row through layers of Llama's kind, from their own weights: the same numbers in a third of the operations.
+
+A small model's step is mostly the cost of starting operations. The modules start about 75 a layer, this starts 25, and
+attention reads the keys of a group of heads where they lie instead of repeating them for each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+_KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+class PlainStep:
+    """`model(...)` for one new token a row, over layers of `KVMemory`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.model
+        self.head = model.lm_head
+        self.layers = [_Layer(layer) for layer in self.model.layers]
+
+    @staticmethod
+    def knows(model: PreTrainedModel) -> bool:
+        """Whether it is one of those classes, in float32, as Transformers made it: no adapters, no quantized layers."""
+        return (
+            type(model) in _KNOWN
+            and model.dtype == torch.float32  # the modules round between operations in half precision
+            and model.config.hidden_act == "silu"
+            and model.config._attn_implementation in ("sdpa", "eager")
+            and all(type(part) is nn.Linear for part in model.modules() if isinstance(part, nn.Linear))
+            and not any("lora" in name for name, _ in model.named_parameters())
+        )
+
+    def __call__(self, token_B: Tensor, position_B1: Tensor, memory: Sequence[Any], masks: Sequence[Any]) -> Tensor:
+        """Logits of the next token [B, V]; `masks` [B, 1, 1, T] or None, one a layer."""
+        x_BH = self.model.embed_tokens(token_B[:, None])[:, 0]
+        cos_B1D, sin_B1D = self.model.rotary_emb(x_BH, position_B1)
+        half = sin_B1D.shape[-1] // 2
+        # The other half of a head, turned: with the sign in the sine it is a roll.
+        sin_B1D = torch.cat([-sin_B1D[..., :half], sin_B1D[..., half:]], -1)
+        for layer, kept, mask in zip(self.layers, memory, masks, strict=True):
+            x_BH = layer(x_BH, cos_B1D, sin_B1D, kept, mask)
+        return self.head(_normed(x_BH, self.model.norm.weight, self.model.norm.variance_epsilon))
+
+
+class _Layer:
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
+            (part.weight, part.bias)
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                         mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )  # fmt: skip
+        self.before, self.between = (
+            (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        self.q_norm, self.k_norm = (
+            (norm.weight, norm.variance_epsilon) if norm is not None else None
+            for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+        )
+        self.size, self.scaling, self.group = attention.head_dim, attention.scaling, attention.num_key_value_groups
+
+    def __call__(self, x_BH: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, kept: Any, mask: Tensor | None) -> Tensor:
+        rows = len(x_BH)
+        h_BH = _normed(x_BH, *self.before)
+        q_BND = self._heads(F.linear(h_BH, *self.q), self.q_norm, cos_B1D, sin_B1D)
+        k_BND = self._heads(F.linear(h_BH, *self.k), self.k_norm, cos_B1D, sin_B1D)
+        v_BND = F.linear(h_BH, *self.v).view(rows, -1, self.size)
+        keys, values = kept.update(k_BND[:, :, None], v_BND[:, :, None])
+        mixed = F.scaled_dot_product_attention(
+            q_BND.view(rows, -1, self.group, self.size), keys, values, attn_mask=mask, scale=self.scaling
+        )
+        x_BH = x_BH + F.linear(mixed.reshape(rows, -1), *self.o)
+        h_BH = _normed(x_BH, *self.between)
+        return x_BH + F.linear(F.silu(F.linear(h_BH, *self.gate)).mul_(F.linear(h_BH, *self.up)), *self.down)
+
+    def _heads(self, x: Tensor, norm: Any, cos_B1D: Tensor, sin_B1D: Tensor) -> Tensor:
+        x_BND = x.view(len(x), -1, self.size)
+        if norm is not None:
+            x_BND = _normed(x_BND, *norm)
+        return torch.addcmul(x_BND * cos_B1D, x_BND.roll(self.size // 2, -1), sin_B1D)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
