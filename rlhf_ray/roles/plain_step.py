@@ -1,4 +1,4 @@
-"""One token a row through layers of Llama's kind, from their own weights: the same numbers in a third of the operations.
+"""One token a row through layers of Llama's kind, from their own weights: the same numbers by fewer operations.
 
 A small model's step is mostly the cost of starting operations. The modules start about 75 a layer, this starts 25, and
 attention reads the keys of a group of heads where they lie instead of repeating them for each head.
