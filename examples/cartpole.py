@@ -130,7 +130,7 @@ def ppo_update(
             ((policy_loss + 0.5 * value_loss) * weight).sum().backward()
             nn.utils.clip_grad_norm_([*policy.parameters(), *critic.parameters()], 0.5)
             optimizer.step()
-            stats = ratio_stats(logp.detach(), old[rows], mask, 0.2, 0.2, adv[rows])
+            stats = ratio_stats(logp.detach(), old[rows], mask, adv[rows])
             drift += float(stats["approx_kl_sum"])
         if drift / len(state) > 0.02:  # the samples no longer speak about this policy
             break

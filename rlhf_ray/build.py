@@ -36,6 +36,7 @@ from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
+from rlhf_ray.roles.formulas import own_formulas
 from rlhf_ray.roles.protocols import Learner, Roles, Sampling
 from rlhf_ray.roles.reference import AdapterFreeReference, Reference
 from rlhf_ray.roles.sft_term import SFTRows
@@ -160,6 +161,7 @@ def check_inputs(
         RlhfRayError: a file, a row, a tokenizer or a reward that cannot be used, or a package that is not there.
     """
     require(needs_of(config))
+    own_formulas(config.algorithm)
     for reward in config.rewards:
         reward_of(reward).close()
     for path in config.judge_paths:

@@ -201,7 +201,16 @@ def _open_own_code(config: Section) -> list[str]:
 
     for observer in config.logging.observers:
         find_observer(observer)
-    return list(config.logging.observers)
+    return [*config.logging.observers, *own_formulas_of(config)]
+
+
+def own_formulas_of(config: Section) -> list[str]:
+    """The loss and the advantage that a user has written, each with how it will be called. Raises ConfigError."""
+    if not isinstance(config, RunConfig):
+        return []
+    from rlhf_ray.roles.formulas import own_formulas
+
+    return [f"{place} as {call}" for place, call in own_formulas(config.algorithm).items()]
 
 
 def _open_models(paths: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "rlhf_ray"
 # A room may import rooms of a smaller number, and itself.
 LEVEL = {
     "errors": 0, "sample": 0, "threads": 0, "library_logs": 0, "clock": 0, "user_frames": 0,
-    "algo": 1, "batch": 1, "config": 1, "words": 1,
+    "algo": 0.5, "batch": 1, "config": 1, "words": 1,
     "user_code": 1.5,
     "models": 2, "data": 2,
     "rewards": 2.5,  # a reward may be a model: a judge, a classifier

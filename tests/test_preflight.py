@@ -215,3 +215,20 @@ def test_observers_are_found_before_the_run(tmp_path, tiny_tree):
     tiny_tree["logging"]["observers"] = [f"{tmp_path}/watch.py:tolld"]
     with pytest.raises(ConfigError, match="observer .*watch.py has no 'tolld'; did you mean 'told'"):
         preflight(RunConfig.model_validate(tiny_tree))
+
+
+def test_a_loss_and_an_advantage_of_ones_own_are_tried_before_the_run(tmp_path, tiny_tree):
+    (tmp_path / "own.py").write_text(
+        "def loss(logp_BT, old_BT, adv_BT, mask_BT, *, clip_low, beta=1.0): return -beta * logp_BT * adv_BT\n"
+        "def advantage(reward_B, group_B): return reward_B - 0.5\n"
+        "def wrong(reward_B, group_B): return 0.5\n"
+    )
+    own = {"policy_loss": f"{tmp_path}/own.py:loss", "advantage": f"{tmp_path}/own.py:advantage"}
+    tiny_tree["algorithm"] = {**own, "policy_loss_args": {"beta": 2.0}}
+    assert preflight(RunConfig.model_validate(tiny_tree)) == [
+        f"# opened: repetition_penalty, {own['policy_loss']} as loss(logp_BT, old_BT, adv_BT, mask_BT, clip_low=0.2, "
+        f"beta=2.0), {own['advantage']} as advantage(reward_B, group_B)"
+    ]
+    tiny_tree["algorithm"] = {"advantage": f"{tmp_path}/own.py:wrong"}
+    with pytest.raises(ConfigError, match=r"the advantage is a float; return a tensor of shape \[4\]"):
+        preflight(RunConfig.model_validate(tiny_tree))

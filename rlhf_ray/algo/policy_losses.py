@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -101,44 +101,57 @@ def _pessimistic(ratio_BT: Tensor, adv_BT: Tensor, clip_low: float, clip_high: f
     return torch.maximum(-ratio_BT * adv_BT, -ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high) * adv_BT)
 
 
+def past_clip(
+    ratio_BT: Tensor, adv_BT: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> Tensor:
+    """Tokens that have no gradient in the clipped loss: their ratio has already gone as far as the advantage wants."""
+    past_BT = torch.where(adv_BT >= 0, ratio_BT > 1.0 + clip_high, ratio_BT < 1.0 - clip_low)
+    return past_BT if dual_clip is None else past_BT | ((adv_BT < 0) & (ratio_BT > dual_clip))
+
+
+def outside_clip(ratio_BT: Tensor, adv_BT: Tensor, *, clip_low: float = 1.0, clip_high: float = 4.0) -> Tensor:
+    """Tokens whose weight CISPO clips."""
+    return (ratio_BT > 1.0 + clip_high) | (ratio_BT < 1.0 - clip_low)
+
+
+def nowhere(ratio_BT: Tensor, adv_BT: Tensor) -> Tensor:
+    """Of a loss that clips nothing."""
+    return torch.zeros_like(ratio_BT, dtype=torch.bool)
+
+
 @torch.no_grad()
 def ratio_stats(
     logp_BT: Tensor,
     old_BT: Tensor,
     mask_BT: Tensor,
-    clip_low: float,
-    clip_high: float,
     adv_BT: Tensor,
+    clips: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
-    loss: str = "clipped",
-    dual_clip: float | None = None,
+    of_answers: bool = False,
 ) -> dict[str, Tensor]:
     """Sums and maxima over tokens that combine exactly over micro-batches and ranks (`combine_stats`).
 
-    count; ratio_sum, ratio_max; clipped_sum (tokens whose gradient the clip removed, or with `cispo` weighs down);
-    approx_kl_sum of KL(old || new) by k3, rho - 1 - log rho. `loss` as in `registry.POLICY_LOSSES`: with `gspo` the
-    ratio is the sequence's.
+    count; ratio_sum, ratio_max; approx_kl_sum of KL(old || new) by k3, rho - 1 - log rho; with `clips` clipped_sum, the
+    tokens of an advantage that it names.
+
+    Args:
+        clips: (ratio_BT, adv_BT) -> the tokens that the loss clips, as `past_clip`.
+        of_answers: the ratio is the answer's, as GSPO has it.
     """
     d_BT = log_ratio(logp_BT, old_BT, mask_BT)
-    if loss == "gspo":
+    if of_answers:
         d_BT = masked_mean(d_BT, mask_BT, dim=1)[:, None].expand_as(d_BT).masked_fill(~mask_BT.bool(), 0.0)
     ratio_BT = d_BT.exp()
-    above_BT, below_BT = ratio_BT > 1.0 + clip_high, ratio_BT < 1.0 - clip_low
-    if loss == "policy_gradient":
-        clipped_BT = torch.zeros_like(above_BT)
-    elif loss == "cispo":
-        clipped_BT = above_BT | below_BT
-    else:
-        clipped_BT = torch.where(adv_BT >= 0, above_BT, below_BT)
-        if dual_clip is not None:
-            clipped_BT = clipped_BT | ((adv_BT < 0) & (ratio_BT > dual_clip))
-    return {
+    stats = {
         "count": mask_BT.bool().sum().to(ratio_BT.dtype),
         "ratio_sum": masked_sum(ratio_BT, mask_BT),
         "ratio_max": ratio_BT.masked_fill(~mask_BT.bool(), 0.0).max(),
-        "clipped_sum": masked_sum((clipped_BT & (adv_BT != 0)).to(ratio_BT.dtype), mask_BT),
         "approx_kl_sum": masked_sum(torch.expm1(d_BT) - d_BT, mask_BT),
     }
+    if clips is not None:
+        clipped_BT = clips(ratio_BT, adv_BT) & (adv_BT != 0)
+        stats["clipped_sum"] = masked_sum(clipped_BT.to(ratio_BT.dtype), mask_BT)
+    return stats
 
 
 def combine_stats(parts: Iterable[Mapping[str, Number]]) -> dict[str, Number]:

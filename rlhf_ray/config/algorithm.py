@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from rlhf_ray.algo.registry import ADVANTAGES, OWN_ADVANTAGE, OWN_LOSS, POLICY_LOSSES, Advantage, PolicyLoss
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import Section
 
@@ -64,19 +67,23 @@ class AlgorithmConfig(Section):
         "grpo", "ppo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline",
         "remax",
     ] = Field("grpo", description="fills in what the table below says")  # fmt: skip
-    advantage: Literal[
-        "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "remax", "pass_at_k", "gae"
-    ] = Field("grpo", description="with what an answer is compared; gae: with what a critic expects of it")
+    advantage: str = Field(
+        "grpo", description=f"with what an answer is compared: {', '.join(ADVANTAGES)} (with what a critic expects of "
+        "it), or your own, `module:function` or `file.py:function` (algorithms.md)"
+    )  # fmt: skip
+    advantage_args: dict[str, Any] = Field({}, description="settings of an advantage of your own")
     normalize_std: bool = Field(True, description="grpo: divide by the standard deviation of the group")
     k: int = Field(4, gt=0, description="pass_at_k: answers of which the best counts")
     moving_baseline: bool = Field(False, description="reinforce: subtract the mean of past rewards, not the batch's")
     whiten_advantages: bool = Field(False, description="to mean 0 and variance 1 over all tokens of the step")
     gamma: float = Field(1.0, ge=0, le=1, description="gae, reinforce_pp: discount of a reward, a token; 1: none")
     lam: float = Field(0.95, ge=0, le=1, description="gae: 1 looks at rewards to the end, 0 at the critic's next value")
-    policy_loss: Literal["clipped", "gspo", "cispo", "policy_gradient"] = Field(
+    policy_loss: str = Field(
         "clipped", description="clipped: PPO's, by tokens; gspo: the same by whole answers; cispo: clips the weight, "
-        "not the token; policy_gradient: without a ratio of new to old probability"
+        "not the token; policy_gradient: without a ratio of new to old probability; or your own, `module:function` or "
+        "`file.py:function` (algorithms.md)"
     )  # fmt: skip
+    policy_loss_args: dict[str, Any] = Field({}, description="settings of a loss of your own")
     clip_low: float = Field(0.2, ge=0, le=1, description="the ratio of new to old is clipped at 1 - clip_low")
     clip_high: float = Field(0.2, ge=0, description="and at 1 + clip_high")
     dual_clip: float | None = Field(
@@ -140,7 +147,31 @@ class AlgorithmConfig(Section):
             return {**PRESETS.get(str(given.get("name", "grpo")), {}), **given}
         return given
 
+    @field_validator("advantage", "policy_loss")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        known = ADVANTAGES if info.field_name == "advantage" else POLICY_LOSSES
+        if name in known or is_own(name):
+            return name
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(known)}."
+        said = f"{name!r} is unknown: {hint} Your own: module:function or file.py:function"
+        raise PydanticCustomError("unknown_name", "{said}", {"said": said})
+
+    @property
+    def advantage_facts(self) -> Advantage:
+        return ADVANTAGES.get(self.advantage, OWN_ADVANTAGE)
+
+    @property
+    def loss_facts(self) -> PolicyLoss:
+        return POLICY_LOSSES.get(self.policy_loss, OWN_LOSS)
+
     def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Those of these settings that `function` takes by keyword only."""
         known, parameters = self.model_dump(), inspect.signature(function).parameters.values()
         return {p.name: known[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in known}
+
+
+def is_own(name: str) -> bool:
+    """Whether a loss or an advantage is a user's own; else it has a name in algo/registry.py."""
+    return ":" in name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rlhf_ray.config.algorithm import is_own
 from rlhf_ray.config.data_checks import sft_problems, template_problems
 from rlhf_ray.config.given import GivenModel
 from rlhf_ray.config.judge import judge_problems
@@ -50,17 +51,23 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
 def _algorithm(config: RunConfig) -> list[str]:
     algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
     problems = []
-    if algorithm.policy_loss == "policy_gradient" and learner.epochs * learner.minibatches > 1:
+    if not algorithm.loss_facts.has_ratio and learner.epochs * learner.minibatches > 1:
         problems.append(
-            f"algorithm.policy_loss=policy_gradient has no importance ratio, so only the first of the "
+            f"algorithm.policy_loss={algorithm.policy_loss} has no importance ratio, so only the first of the "
             f"{learner.epochs * learner.minibatches} optimiser steps on a batch would be right; "
             "set algorithm.policy_loss=clipped, or learner.epochs=1 and learner.minibatches=1"
         )
-    if algorithm.dual_clip is not None and algorithm.policy_loss != "clipped":
+    if algorithm.dual_clip is not None and not (algorithm.loss_facts.has_dual_clip or is_own(algorithm.policy_loss)):
         problems.append(
             f"algorithm.dual_clip belongs to the clipped loss, and policy_loss={algorithm.policy_loss} has no such "
             "bound; set algorithm.policy_loss=clipped, or leave dual_clip empty"
         )
+    for name in ("advantage", "policy_loss"):
+        if getattr(algorithm, f"{name}_args") and not is_own(getattr(algorithm, name)):
+            problems.append(
+                f"algorithm.{name}_args belongs to a function of your own, and {name}={getattr(algorithm, name)} takes "
+                f"the settings of algorithm; remove {name}_args"
+            )
     if algorithm.correction != "none" and (rollout.top_p < 1 or rollout.top_k > 0):
         problems.append(
             f"algorithm.correction={algorithm.correction} compares the learner with the generator, whose "

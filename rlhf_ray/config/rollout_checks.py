@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from rlhf_ray.config.schema import RunConfig
 
-# They compare an answer with something outside its group.
-_NO_GROUP_BASELINE = ("gae", "reinforce", "reinforce_pp", "remax")
-
 
 def group_problems(config: RunConfig) -> list[str]:
     """Each with what, why and what to do."""
     algorithm, rollout = config.algorithm, config.rollout
     problems = []
-    if algorithm.advantage not in _NO_GROUP_BASELINE and rollout.group_size < 2:
+    baseline = algorithm.advantage_facts.baseline
+    if baseline == "group" and rollout.group_size < 2:
         problems.append(
             f"{algorithm.name}: rollout.group_size={rollout.group_size} makes every advantage 0, "
             "for an answer is compared with the others of its group; set rollout.group_size >= 2"
         )
-    if algorithm.resample_rounds and algorithm.advantage in _NO_GROUP_BASELINE:
+    if algorithm.resample_rounds and baseline not in ("group", "own"):
         problems.append(
             f"algorithm.resample_rounds={algorithm.resample_rounds} replaces groups with equal rewards, and "
             f"algorithm.advantage={algorithm.advantage} learns from these too; set algorithm.resample_rounds=0"
@@ -65,7 +63,7 @@ def shaping_problems(config: RunConfig) -> list[str]:
             "algorithm.kl_controller=scheduled moves the target from kl_target to kl_target_end, and only one of "
             "kl_controller=scheduled and kl_target_end is set; set both or neither"
         )
-    if algorithm.moving_baseline and algorithm.advantage != "reinforce":
+    if algorithm.moving_baseline and not algorithm.advantage_facts.may_move:
         problems.append(
             f"algorithm.moving_baseline belongs to advantage=reinforce, and {algorithm.advantage} has a baseline of "
             "its own; set algorithm.moving_baseline=false"
@@ -75,7 +73,7 @@ def shaping_problems(config: RunConfig) -> list[str]:
             "algorithm.normalize_rewards=group compares an answer with the others of its group, and with "
             f"rollout.group_size={config.rollout.group_size} every reward would be 0; set normalize_rewards=running"
         )
-    if algorithm.normalize_rewards == "group" and algorithm.advantage == "remax":
+    if algorithm.normalize_rewards == "group" and algorithm.advantage_facts.baseline == "greedy":
         problems.append(
             "algorithm.normalize_rewards=group rescales each group, to which ReMax's greedy answer does not belong, so "
             "its reward would no longer be comparable; set normalize_rewards=running"

@@ -236,7 +236,7 @@ class RunConfig(TrainingRunConfig):
 
     @property
     def uses_critic(self) -> bool:
-        return self.algorithm.advantage == "gae"
+        return self.algorithm.advantage_facts.baseline == "critic"
 
     @property
     def uses_old_logprobs(self) -> bool:

@@ -10,12 +10,12 @@ from torch import Tensor
 from rlhf_ray.algo.advantages import MovingBaseline, gae, reinforce_pp
 from rlhf_ray.algo.kl import kl_estimate
 from rlhf_ray.algo.masks import masked_mean, masked_sum, masked_whiten
-from rlhf_ray.algo.registry import ADVANTAGES
 from rlhf_ray.algo.shaping import MomentsBySource, clip_reward, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import explained_variance, value_stats
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.errors import DataError
+from rlhf_ray.roles.formulas import GroupAdvantage
 from rlhf_ray.roles.protocols import Estimate
 
 
@@ -29,6 +29,7 @@ class AdvantageEstimator:
         self.algorithm = algorithm
         self.reward_moments = MomentsBySource()
         self.moving_baseline = MovingBaseline()
+        self._of_whole_answers = None if algorithm.advantage_facts.of_tokens else GroupAdvantage(algorithm)
 
     def estimate(self, batch: Batch, kl_coef: float) -> Estimate:
         """Advantages of a scored batch.
@@ -51,21 +52,20 @@ class AdvantageEstimator:
             columns["advantages"], _ = reinforce_pp(reward_BT, mask_BT, algorithm.gamma)
         else:
             reward_B = score_B - kl_coef * masked_sum(kl_BT, mask_BT, dim=1)
-            advantage_B = self._of_whole_answers(reward_B, batch.prompt_id, baseline_B)
+            advantage_B = self._advantage_of_rows(reward_B, batch.prompt_id, baseline_B)
             columns["advantages"] = advantage_B[:, None] * mask_BT
         if algorithm.whiten_advantages:
             columns["advantages"] = masked_whiten(columns["advantages"], mask_BT)
         return Estimate(columns, self._stats(batch, columns))
 
-    def _of_whole_answers(self, reward_B: Tensor, group_B: Tensor, baseline_B: Tensor | None) -> Tensor:
-        estimator = ADVANTAGES[self.algorithm.advantage]
-        options = self.algorithm.options_of(estimator)
-        if self.algorithm.advantage == "remax":
-            options["baseline_B"] = baseline_B
+    def _advantage_of_rows(self, reward_B: Tensor, group_B: Tensor, baseline_B: Tensor | None) -> Tensor:
+        more: dict[str, Any] = {}
+        if self.algorithm.advantage_facts.baseline == "greedy":
+            more["baseline_B"] = baseline_B
         if self.algorithm.moving_baseline:
-            options["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
+            more["baseline"] = self.moving_baseline.value  # of the steps before: it does not know this batch
             self.moving_baseline = self.moving_baseline.update(reward_B)
-        return estimator(reward_B, group_B, **options)
+        return self._of_whole_answers(reward_B, group_B, **more)
 
     def _shape_rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Rewards of the answers and of the greedy answers (if there are any), on one scale."""

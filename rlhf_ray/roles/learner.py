@@ -15,8 +15,6 @@ from rlhf_ray.algo.aggregation import loss_weights
 from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismatch_summary
 from rlhf_ray.algo.kl import kl_estimate, kl_loss
 from rlhf_ray.algo.logprobs import token_logprobs
-from rlhf_ray.algo.policy_losses import ratio_stats
-from rlhf_ray.algo.registry import POLICY_LOSSES
 from rlhf_ray.algo.schedules import linear
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
@@ -24,6 +22,7 @@ from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter
+from rlhf_ray.roles.formulas import Loss
 from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.roles.sft_term import MicroLoss, SFTTerm
@@ -62,8 +61,7 @@ class Learner(Trainer):
         sharing = PromptSharing.of(engine.module) if config.share_prompts else None
         super().__init__(engine, config, seed=seed, total_steps=total_steps, first_step=first_step, sharing=sharing)
         self.algorithm = algorithm
-        self.policy_loss = POLICY_LOSSES[algorithm.policy_loss]
-        self.policy_loss_options = algorithm.options_of(self.policy_loss)
+        self.policy_loss = Loss(algorithm)
         self.tokenizer = tokenizer
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
@@ -147,7 +145,7 @@ class Learner(Trainer):
         with torch.set_grad_enabled(entropy_coef > 0):
             entropy_BT = predictions.entropies()
 
-        policy_BT = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, **self.policy_loss_options)
+        policy_BT, own = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT)
         policy_BT = policy_BT * self._correction(old_BT, gen_BT, mask_BT)
         weight_BT = loss_weights(
             mask_BT, algorithm.aggregation,
@@ -167,10 +165,7 @@ class Learner(Trainer):
 
         stats = {f"loss/{name}": value.detach() for name, value in parts.items()}
         stats["entropy_sum"] = entropy_BT.detach().sum()
-        stats |= ratio_stats(
-            logp_BT.detach(), old_BT, mask_BT, algorithm.clip_low, algorithm.clip_high, advantage_BT,
-            loss=algorithm.policy_loss, dual_clip=algorithm.dual_clip,
-        )  # fmt: skip
+        stats |= self.policy_loss.stats(logp_BT.detach(), old_BT, mask_BT, advantage_BT, own)
         if first_epoch:  # these compare policies that the inner epochs do not change
             own_BT = mask_BT & ~given_BT
             mismatch = mismatch_stats(old_BT, gen_BT, own_BT)
@@ -208,9 +203,7 @@ class Learner(Trainer):
         metrics |= {f"mismatch/{name}": value for name, value in mismatch_summary(mismatch).items()}
         metrics |= {
             "entropy": totals["entropy_sum"] / count,
-            "ratio/mean": totals["ratio_sum"] / count,
-            "ratio/max": totals["ratio_max"],
-            "clipfrac": totals["clipped_sum"] / count,
+            **self.policy_loss.metrics(totals),
             "approx_kl": totals["approx_kl_sum"] / count,
             "grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "skipped_steps": float(updates - len(finite)),

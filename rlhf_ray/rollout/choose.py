@@ -33,7 +33,7 @@ class Asking:
         self.prompts = prompts
         self.config = config
         self.stream = prompt_stream(prompts, config.order, seed)
-        self.greedy = algorithm.advantage == "remax"
+        self.greedy = algorithm.advantage_facts.baseline == "greedy"
         self.seed = seed
         self.steps = steps
 
@@ -157,7 +157,7 @@ class LearningRows:
             lengths = [answers.rows.response_lengths[row] for answers, rows in parts for row in rows]
             scores = self._with_overlong_penalty(scores, torch.tensor(lengths))
         columns = {"score": scores.score}
-        if self.algorithm.advantage == "remax":
+        if self.algorithm.advantage_facts.baseline == "greedy":
             columns["baseline"] = torch.cat([answers.greedy_scores(chosen) for answers, _ in parts])
         if self.own_temperatures:
             own = [answers.requests[row].temperature for answers, rows in parts for row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_ray.algo.registry import ADVANTAGES, OWN_ADVANTAGE
 from rlhf_ray.config.clock import Dated, at_moment
 from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
@@ -57,7 +58,7 @@ def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, 
         )
     if checkpoint and (changed := _changes_of_layout(old, new)):
         problems.append(f"goes on from a checkpoint that other settings cannot read, and {_have(changed)} since")
-    if checkpoint and _at(new, "algorithm.advantage") == "gae" and (changed := _changed(old, new, CRITIC)):
+    if checkpoint and _has_critic(new) and (changed := _changed(old, new, CRITIC)):
         problems.append(f"goes on with the critic of the checkpoint, and {_have(changed)} since it was made")
     if (directory.path / "reference.json").exists() and (changed := _changed(old, new, REFERENCE)):
         problems.append(f"goes on with the log-probabilities in reference.json, and {_have(changed)} since")
@@ -154,7 +155,7 @@ def _other_length(config: TrainingRunConfig, directory: RunDirectory) -> str | N
 def _moves(config: Mapping[str, Any], name: str) -> bool:
     """Whether a setting of SCHEDULES has an effect in this config."""
     role, _, setting = name.rpartition(".")
-    if role == "critic" and _at(config, "algorithm.advantage") != "gae":
+    if role == "critic" and not _has_critic(config):
         return False
     if setting == "lr_warmup_ratio":
         return _at(config, f"{role}.lr_warmup_steps") is None and bool(_at(config, name))
@@ -177,7 +178,7 @@ def _changes_of_stream(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
 
 def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    critics = [_at(tree, "algorithm.advantage") == "gae" for tree in (old, new)]
+    critics = [_has_critic(tree) for tree in (old, new)]
     if critics[0] != critics[1]:
         return ["algorithm.advantage"]
     roles = ["learner", "critic"] if critics[0] else ["learner"]
@@ -186,6 +187,10 @@ def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     if "auto" in (_at(old, "dtype"), _at(new, "dtype")):
         names.remove("dtype")  # what it stood for is not known here; the engines compare what they hold
     return _changed(old, new, [*names, *(f"{role}.{shard}" for role in sharded for shard in SHARDS)])
+
+
+def _has_critic(tree: Mapping[str, Any]) -> bool:
+    return ADVANTAGES.get(_at(tree, "algorithm.advantage"), OWN_ADVANTAGE).baseline == "critic"
 
 
 def _old_config(directory: RunDirectory) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rlhf_ray.algo.policy_losses import (
     clipped_loss,
     combine_stats,
     gspo_loss,
+    past_clip,
     policy_gradient_loss,
     ratio_stats,
 )
@@ -17,6 +19,7 @@ from rlhf_ray.algo.registry import POLICY_LOSSES
 
 LN2 = math.log(2.0)
 ON = torch.ones(1, 1, dtype=torch.bool)
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 
 
 def one(x: float) -> torch.Tensor:
@@ -103,7 +106,7 @@ def test_nothing_leaks_from_outside_the_mask(loss):
 def test_equal_policies_have_ratio_exactly_1_and_kl_exactly_0():
     torch.manual_seed(0)
     logp = 5 * torch.randn(4, 9)
-    stats = ratio_stats(logp, logp.clone(), torch.ones(4, 9, dtype=torch.bool), 0.2, 0.2, torch.randn(4, 9))
+    stats = ratio_stats(logp, logp.clone(), torch.ones(4, 9, dtype=torch.bool), torch.randn(4, 9), past_clip)
     assert {k: v.item() for k, v in stats.items()} == {
         "count": 36.0, "ratio_sum": 36.0, "ratio_max": 1.0, "clipped_sum": 0.0, "approx_kl_sum": 0.0,
     }  # fmt: skip
@@ -114,42 +117,44 @@ def test_ratio_stats_by_hand_and_in_parts():
     adv = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, 1.0]])
     mask = torch.tensor([[True, True], [True, True], [True, False]])
     args = (ratio.log(), torch.zeros(3, 2), mask)
-    whole = ratio_stats(*args, 0.2, 0.2, adv)
+    whole = ratio_stats(*args, adv, past_clip)
     assert whole["count"] == 5 and whole["clipped_sum"] == 2  # 2 with adv 1, 0.5 with adv -1
     assert whole["ratio_sum"].item() == pytest.approx(6.1) and whole["ratio_max"].item() == pytest.approx(2.0)
     expected = 2 * (1 - LN2) + 2 * (-0.5 + LN2) + 0.1 - math.log(1.1)
     assert whole["approx_kl_sum"].item() == pytest.approx(expected, abs=1e-6)
-    parts = combine_stats(ratio_stats(*(a[b : b + 1] for a in args), 0.2, 0.2, adv[b : b + 1]) for b in range(3))
+    parts = combine_stats(ratio_stats(*(a[b : b + 1] for a in args), adv[b : b + 1], past_clip) for b in range(3))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name])
 
 
 def test_sequence_ratio_stats_see_what_gspo_clips():
     logp = torch.tensor([[LN2, -LN2]])  # each token is far, the sequence is not
-    stats = ratio_stats(logp, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 0.1, 0.1,
-                        torch.ones(1, 2), loss="gspo")  # fmt: skip
+    clips = partial(past_clip, clip_low=0.1, clip_high=0.1)
+    data = logp, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2)
+    stats = ratio_stats(*data, clips, of_answers=True)
     assert stats["ratio_max"] == 1.0 and stats["clipped_sum"] == 0.0
 
 
-@pytest.mark.parametrize(("options", "clipped"), [
-    ({}, [True, False, False, False, True]),
-    ({"dual_clip": 3.0}, [True, False, False, True, True]),
-    ({"loss": "cispo"}, [True, False, False, True, True]),
-    ({"loss": "policy_gradient"}, [False] * 5),
+@pytest.mark.parametrize(("name", "options", "clipped"), [
+    ("clipped", CLIP, [True, False, False, False, True]),
+    ("gspo", CLIP, [True, False, False, False, True]),
+    ("clipped", {**CLIP, "dual_clip": 3.0}, [True, False, False, True, True]),
+    ("cispo", CLIP, [True, False, False, True, True]),
+    ("policy_gradient", {}, [False] * 5),
 ])  # fmt: skip
-def test_clipped_tokens_are_those_of_the_loss(options, clipped):
+def test_clipped_tokens_are_those_of_the_loss(name, options, clipped):
     """Checked against the losses themselves: a clipped token has no gradient, or (CISPO) not its ratio as weight."""
     ratio = torch.tensor([[2.0, 1.1, 2.0, 6.0, 0.5]])
     adv = torch.tensor([[1.0, 1.0, 0.0, -1.0, -1.0]])
     mask, old = torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5)
     logp = ratio.log().requires_grad_()
-    name = options.get("loss", "clipped")
-    clip = {} if name == "policy_gradient" else {"clip_low": 0.2, "clip_high": 0.2}
-    dual = {"dual_clip": options["dual_clip"]} if "dual_clip" in options else {}
-    POLICY_LOSSES[name](logp, old, adv, mask, **clip, **dual).sum().backward()
+    loss = POLICY_LOSSES[name]
+    rows = (x.transpose(0, 1) for x in (logp, old, adv, mask))  # one token a row: its ratio is the answer's, too
+    loss(*rows, **options).sum().backward()
     weight = torch.ones(1, 5) if name == "policy_gradient" else ratio
     off = (logp.grad - -weight * adv).abs() > 1e-5
     assert off[0].tolist() == clipped
     for i, one in enumerate(clipped):
-        part = (x[:, i : i + 1] for x in (logp, old, mask))
-        assert ratio_stats(*part, 0.2, 0.2, adv[:, i : i + 1], **options)["clipped_sum"] == one
+        part = (x[:, i : i + 1] for x in (logp, old, mask, adv))
+        clips = partial(loss.clips_function, **options)
+        assert ratio_stats(*part, clips, of_answers=loss.of_answers)["clipped_sum"] == one

@@ -12,7 +12,7 @@ from rlhf_ray.algo.aggregation import AGGREGATIONS, loss_totals, loss_weights
 from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismatch_summary
 from rlhf_ray.algo.groups import informative_groups
 from rlhf_ray.algo.masks import masked_whiten
-from rlhf_ray.algo.policy_losses import combine_stats, ratio_stats
+from rlhf_ray.algo.policy_losses import combine_stats, past_clip, ratio_stats
 from rlhf_ray.algo.registry import ADVANTAGES, POLICY_LOSSES
 from rlhf_ray.algo.value_losses import clipped_value_loss, explained_variance, value_stats
 
@@ -75,7 +75,7 @@ def test_statistics_of_parts_are_those_of_the_whole(batch, seed):
     cut = seed % len(logp_BT)
     rows = [slice(0, cut), slice(cut, None)] if cut else [slice(None)]
     for function in (
-        lambda r: ratio_stats(logp_BT[r], old_BT[r], mask_BT[r], 0.2, 0.2, adv_BT[r]),
+        lambda r: ratio_stats(logp_BT[r], old_BT[r], mask_BT[r], adv_BT[r], past_clip),
         lambda r: mismatch_stats(logp_BT[r], old_BT[r], mask_BT[r]),
         lambda r: value_stats(logp_BT[r], old_BT[r], mask_BT[r]),
     ):

@@ -254,9 +254,23 @@ def test_the_algorithm_as_an_override_over_a_file_with_other_fields(write, tree)
 
 def test_a_registered_function_gets_the_settings_that_it_takes(load):
     algorithm = load("algorithm.clip_high=0.3", "algorithm.dual_clip=3").algorithm
-    assert algorithm.options_of(POLICY_LOSSES["clipped"]) == {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
-    assert algorithm.options_of(POLICY_LOSSES["policy_gradient"]) == {}
-    assert algorithm.options_of(ADVANTAGES["grpo"]) == {"normalize_std": True}, "eps is no setting: the default holds"
+    clipped, gradient, grpo = POLICY_LOSSES["clipped"], POLICY_LOSSES["policy_gradient"], ADVANTAGES["grpo"]
+    assert algorithm.options_of(clipped.function) == {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
+    assert algorithm.options_of(gradient.function) == {}
+    assert algorithm.options_of(grpo.function) == {"normalize_std": True}, "eps is no setting: the default holds"
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("algorithm.policy_loss=cliped", "'cliped' is unknown: did you mean 'clipped'.* Your own: module:function"),
+    ("algorithm.advantage=xyz", "'xyz' is unknown: the built-in ones are grpo, dr_grpo, rloo, .*file.py:function"),
+    ("algorithm.policy_loss_args={beta: 1}", "policy_loss_args belongs to a function of your own.* remove policy"),
+    ("algorithm.loss=mine.py:mine", "algorithm.loss.*algorithm.policy_loss"),
+])  # fmt: skip
+def test_names_of_losses_and_advantages(load, override, says):
+    with pytest.raises(ConfigError, match=says):
+        load(override)
+    own = load("algorithm.policy_loss=mine.py:mine", "algorithm.advantage=mine:other", "rollout.group_size=1")
+    assert own.algorithm.advantage_facts.baseline == "own", "nobody but its author knows what a group is to it"
 
 
 @pytest.mark.parametrize("old", ["grpo", "gspo", "ppo"])

@@ -120,10 +120,14 @@ def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp
         counts.append(len(references()))
 
     monkeypatch.setattr(TrainingRun, "log", counted)
-    overlap = ("rollout.max_staleness=1", "algorithm.correction=truncate", "algorithm.kl_coef=0.01")
+    (tmp_path / "own.py").write_text(
+        "def loss(logp_BT, old_BT, adv_BT, mask_BT): return -(logp_BT - old_BT).exp() * adv_BT, {'old': old_BT}\n"
+    )
+    own = f"algorithm.policy_loss={tmp_path}/own.py:loss"  # each worker finds it by itself
+    overlap = ("rollout.max_staleness=1", "algorithm.correction=truncate", "algorithm.kl_coef=0.01", own)
     run_rl(tiny_config("executor=ray", "steps=12", *overlap), tmp_path / "run")
     steps = metrics_of(tmp_path / "run")
     assert [m["staleness/max"] for m in steps] == [0, *[1] * 11] == [m["staleness/mean"] for m in steps]
-    assert all(m["sync/canary_absdiff"] < 1e-5 for m in steps)
+    assert all(m["sync/canary_absdiff"] < 1e-5 and m["policy_loss/old"] < 0 for m in steps)
     # A step's batch and the next one's are there, and each worker's pulse: what is older is gone.
     assert max(counts[4:]) <= max(counts[1:4]) + 4, counts

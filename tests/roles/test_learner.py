@@ -328,8 +328,8 @@ def test_every_preset_runs_an_update(tiny, learner_of, ragged, with_advantages, 
 
 def test_options_reach_the_loss(tiny, learner_of):
     learner = learner_of(tiny(), {"name": "dapo", "clip_low": 0.1, "dual_clip": 3.0})
-    assert learner.policy_loss_options == {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 3.0}
-    assert learner_of(tiny(), {"name": "reinforce"}).policy_loss_options == {}
+    assert learner.policy_loss.options == {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 3.0}
+    assert learner_of(tiny(), {"name": "reinforce"}).policy_loss.options == {}
 
 
 def test_a_better_answer_becomes_likelier(tiny, learner_of, ragged, with_advantages):
