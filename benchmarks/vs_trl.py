@@ -1,6 +1,6 @@
 """The same GRPO job through TRL's GRPOTrainer and through `rlhf-ray` local, in turns, on one machine.
 
-    python benchmarks/vs_trl.py [--sides trl ours] [--steps 8] [--rounds 3] [--json result.json]
+    python benchmarks/vs_trl.py [--shape short] [--sides trl ours] [--steps 8] [--rounds 3] [--json result.json]
 
 Both get the same model folder, prompts, reward, group size, token limit, optimiser settings and KL coefficient, and
 both keep a reference model. Ours runs as it is and with `learner.share_prompts` (a group's prompt is computed once, the
@@ -19,9 +19,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-WARMUP, PROMPTS, GROUP, NEW_TOKENS, LR, KL = 3, 8, 8, 64, 1e-5, 0.04
+WARMUP, LR, KL = 3, 1e-5, 0.04
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step: so many prompts of so many tokens, `group` answers to each of up to `new` tokens."""
+
+    prompts: int
+    group: int
+    tokens: int
+    new: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+
+SHAPES = {"short": Shape(8, 8, 10, 64), "prompts": Shape(2, 8, 512, 64), "long": Shape(4, 8, 16, 256)}
 SIDES = ("trl", "ours", "sharing")  # sharing: ours with learner.share_prompts
 
 
@@ -30,25 +48,27 @@ def reward_length(completions: list[str], **columns: object) -> list[float]:
     return [len(set(text)) / 20 for text in completions]
 
 
-def make_job(folder: Path) -> None:
-    """A 1M-parameter Qwen2 shape with a character tokenizer, and prompts of ten characters."""
+def make_job(folder: Path, shape: Shape) -> None:
+    """A 1M-parameter Qwen2 shape with a character tokenizer, and prompts of so many characters."""
     from rlhf_ray.models.scratch import build_scratch
     from rlhf_ray.models.tokenizers import build_tokenizer
 
     alphabet = "abcdefghijklmnopqrstuvwxyz .,"
-    tokenizer = build_tokenizer("char", [alphabet], max_length=128)
+    longest = max(128, shape.tokens + shape.new)
+    tokenizer = build_tokenizer("char", [alphabet], max_length=longest)
     model = build_scratch(
-        "qwen2", vocab_size=len(tokenizer), hidden_size=160, layers=4, heads=4, intermediate_size=480, max_length=128,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        "qwen2", vocab_size=len(tokenizer), hidden_size=160, layers=4, heads=4, intermediate_size=480,
+        max_length=longest, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"prompt": "".join(alphabet[(i * 7 + j * 3) % 26] for j in range(10))} for i in range(256)]
+    letters = alphabet[:26]
+    rows = [{"prompt": "".join(letters[(i * 7 + j * 3) % 26] for j in range(shape.tokens))} for i in range(256)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
-def run_trl(folder: Path, steps: int) -> list[float]:
+def run_trl(folder: Path, shape: Shape, steps: int) -> list[float]:
     """Seconds of each step."""
     from datasets import load_dataset
     from transformers import TrainerCallback
@@ -63,8 +83,8 @@ def run_trl(folder: Path, steps: int) -> list[float]:
 
     clock = Clock()
     settings = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        max_completion_length=NEW_TOKENS, learning_rate=LR, beta=KL, max_steps=steps, temperature=1.0,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=shape.rows, num_generations=shape.group,
+        max_completion_length=shape.new, learning_rate=LR, beta=KL, max_steps=steps, temperature=1.0,
         lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_steps=1_000, use_cpu=True,
         bf16=False, gradient_checkpointing=False, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
         disable_tqdm=True, loss_type="dapo",
@@ -76,15 +96,17 @@ def run_trl(folder: Path, steps: int) -> list[float]:
     return [b - a for a, b in zip(clock.stamps, clock.stamps[1:], strict=False)]
 
 
-def run_ours(folder: Path, steps: int, *, share_prompts: bool) -> list[float]:
+def run_ours(folder: Path, shape: Shape, steps: int, *, share_prompts: bool) -> list[float]:
     """Seconds of each step, of the command that users run.
 
     Micro-batches of 1,024 tokens: rows of like length side by side, so that short answers are padded little.
     """
     config = {
         "name": "vs-trl", "steps": steps, "model": {"path": str(folder / "model")},
-        "data": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 16, "eval_size": 8},
-        "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": NEW_TOKENS},
+        "data": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": shape.tokens, "eval_size": 8},
+        "rollout": {
+            "prompts_per_step": shape.prompts, "group_size": shape.group, "max_new_tokens": shape.new
+        },
         "rewards": [{"function": f"{Path(__file__).resolve()}:reward_length"}],
         "algorithm": {"name": "grpo", "kl_coef": KL},
         "learner": {"lr": LR, "tokens_per_microbatch": 1024, "share_prompts": share_prompts},
@@ -99,22 +121,22 @@ def run_ours(folder: Path, steps: int, *, share_prompts: bool) -> list[float]:
     return [0.0, *(b - a for a, b in zip(stamps, stamps[1:], strict=False))]
 
 
-def measure(side: str, folder: Path, steps: int) -> float:
+def measure(side: str, folder: Path, shape: str, steps: int) -> float:
     """Samples a second of one run in a fresh process, after the warm-up steps."""
     out = folder / f"{side}.json"
-    options = ["--side", side, "--folder", str(folder), "--steps", str(steps), "--json", str(out)]
-    command = [sys.executable, __file__, *options]
+    options = ["--side", side, "--shape", shape, "--folder", folder, "--steps", steps, "--json", out]
+    command = [sys.executable, __file__, *map(str, options)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = json.loads(out.read_text())[WARMUP:]
-    return PROMPTS * GROUP * len(seconds) / sum(seconds)
+    return SHAPES[shape].rows * len(seconds) / sum(seconds)
 
 
-def compare(folder: Path, sides: Sequence[str], steps: int, rounds: int) -> dict[str, object]:
-    make_job(folder)
+def compare(folder: Path, shape: str, sides: Sequence[str], steps: int, rounds: int) -> dict[str, object]:
+    make_job(folder, SHAPES[shape])
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds):
         for side in sides if turn % 2 == 0 else reversed(sides):
-            rates[side].append(measure(side, folder, steps))
+            rates[side].append(measure(side, folder, shape, steps))
             print(f"round {turn + 1} {side}: {rates[side][-1]:.1f} samples/s", flush=True)
     best = {side: max(of_rounds) for side, of_rounds in rates.items()}
     return {"samples_per_s": rates, "times_trl": {side: best[side] / best["trl"] for side in sides if side != "trl"}}
@@ -122,6 +144,7 @@ def compare(folder: Path, sides: Sequence[str], steps: int, rounds: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="short", help="what a step consists of")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="trl and what to hold against it")
     parser.add_argument("--steps", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=3)
@@ -133,14 +156,15 @@ def main() -> None:
         parser.error("--sides lacks trl, against which the others are measured")
     if args.side:
         if args.side == "trl":
-            seconds = run_trl(args.folder, args.steps)
+            seconds = run_trl(args.folder, SHAPES[args.shape], args.steps)
         else:
-            seconds = run_ours(args.folder, args.steps, share_prompts=args.side == "sharing")
+            shares = args.side == "sharing"
+            seconds = run_ours(args.folder, SHAPES[args.shape], args.steps, share_prompts=shares)
         args.json.write_text(json.dumps(seconds))
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(Path(folder), args.sides, args.steps, args.rounds)
+        result = compare(Path(folder), args.shape, args.sides, args.steps, args.rounds)
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

@@ -33,10 +33,9 @@ class PlainStep:
 
     @staticmethod
     def knows(model: PreTrainedModel) -> bool:
-        """Whether it is one of those classes, in float32, as Transformers made it: no adapters, no quantized layers."""
+        """Whether it is one of those classes, as Transformers made it: no adapters, no quantized layers."""
         return (
             type(model) in _KNOWN
-            and model.dtype == torch.float32  # the modules round between operations in half precision
             and model.config.hidden_act == "silu"
             and model.config._attn_implementation in ("sdpa", "eager")
             and all(type(part) is nn.Linear for part in model.modules() if isinstance(part, nn.Linear))
@@ -90,8 +89,11 @@ class _Layer:
         x_BND = x.view(len(x), -1, self.size)
         if norm is not None:
             x_BND = _normed(x_BND, *norm)
-        return torch.addcmul(x_BND * cos_B1D, x_BND.roll(self.size // 2, -1), sin_B1D)
+        return x_BND * cos_B1D + x_BND.roll(self.size // 2, -1) * sin_B1D
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # In half precision the modules round before they multiply.
+    return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)

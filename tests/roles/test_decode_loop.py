@@ -11,6 +11,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.kv_memory import KVMemory
 from rlhf_ray.roles.own_cache import OwnCache
+from rlhf_ray.roles.plain_step import PlainStep
 from rlhf_ray.roles.protocols import Request, Sampling
 
 KINDS = ["qwen2", "gpt2", "lstm"]
@@ -252,3 +253,23 @@ def test_an_architecture_answers_as_its_own_forward_pass_says(name):
         expected = token_logprobs(model(input_ids=tokens, use_cache=False).logits, tokens)[0].detach()
         assert (batch.logp_gen[row, :length] - expected)[mask].abs().max() < 1e-5
     assert len({tuple(row.tolist()) for row in batch.tokens}) > 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_token_from_the_weights_is_the_one_from_the_modules(name, dtype):
+    shape = {**_SHAPE, "num_attention_heads": 4, "head_dim": 4, "sliding_window": 6, "attention_bias": True}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape), dtype=dtype)
+    direct, modules = (HFGenerator(model, pad_token_id=0) for _ in range(2))
+    modules._loop.memory._plain = None
+    batch, expected = (engine.generate(requests(12), Sampling(9)) for engine in (direct, modules))
+    assert direct._loop.memory._plain is not None
+    assert torch.equal(batch.tokens, expected.tokens)
+    assert (batch.logp_gen - expected.logp_gen).abs().max() < (5e-7 if dtype == torch.float32 else 1e-2)
+
+
+def test_layers_that_are_not_as_transformers_made_them_are_called(generator, tiny):
+    model = tiny()
+    model.model.layers[0].mlp.up_proj = type("Quantized", (torch.nn.Linear,), {})(16, 64)
+    assert not PlainStep.knows(model) and PlainStep.knows(tiny())
