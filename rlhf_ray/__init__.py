@@ -19,11 +19,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_ray.api import dpo, evaluate, load_config, rl, rm, sft
+    from rlhf_ray.api import dpo, evaluate, load_config, open_roles, rl, rm, sft
 
     __version__: str
 
-__all__ = ["__version__", "dpo", "evaluate", "load_config", "rl", "rm", "sft"]
+__all__ = ["__version__", "dpo", "evaluate", "load_config", "open_roles", "rl", "rm", "sft"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ left behind, errors are `rlhf_ray.errors.RlhfRayError`s, and ctrl-C ends the run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from rlhf_ray.run.observer import Observer as RunObserver
     from rlhf_ray.run.observer import StepRecord
+    from rlhf_ray.session import Session
 
     # A file, a folder, a Hub dataset or a task by name; or the rows themselves, a mapping of columns each.
     Rows = str | Path | Sequence[Mapping[str, Any]] | Dataset | DatasetDict
@@ -99,15 +101,41 @@ def rl(
         RlhfRayError: whatever is wrong, as the commands say it. The run directory keeps everything up to there.
         KeyboardInterrupt: ctrl-C; `resume=True` goes on.
     """
-    objects = {
-        **_model(model, tokenizer), **_rows("data.path", prompts), **_rows("data.eval_path", eval_prompts),
-        **({} if rewards is None else {"rewards": _rewards(rewards)}),
-    }  # fmt: skip
-    settled = _with_held_out(config_of(config, RunConfig, {**settings, **objects}))
+    settled = _rl_config(config, rewards, prompts, eval_prompts, model, tokenizer, settings)
     with borrowed(settled.device):
         from rlhf_ray.build import run_rl
 
         return _result(run_rl(settled, run_dir, resume=resume, observers=observers))
+
+
+@contextmanager
+def open_roles(
+    config: Source = None,
+    *,
+    rewards: Reward | Sequence[Reward] | None = None,
+    prompts: Rows | None = None,
+    model: Model | None = None,
+    tokenizer: Tokenizer | None = None,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Iterator[Session]:
+    """The roles of an `rl` run without its loop: `with open_roles(...) as session:`, then `session.roles.generator`,
+    `.reward`, `.learner`, `.advantages`; `session.requests(step)` is what the loop would ask. See docs/python.md.
+
+    Args:
+        folder: where the policy to start from is put, if it has to be made; a cluster's workers must be able to read
+            it. None: a temporary folder of this machine.
+        config, rewards, prompts, model, tokenizer, settings: as for `rl`.
+
+    Raises:
+        RlhfRayError: whatever is wrong.
+    """
+    settled = _rl_config(config, rewards, prompts, None, model, tokenizer, settings)
+    with borrowed(settled.device):
+        from rlhf_ray.session import open_session
+
+        with open_session(settled, folder, print) as session:
+            yield session
 
 
 def sft(
@@ -170,6 +198,17 @@ def evaluate(
 
         found = run_eval(settled, run_dir, report=print)
     return Evaluation(Path(found["run_dir"]), found)
+
+
+def _rl_config(
+    config: Source, rewards: Any, prompts: Any, eval_prompts: Any, model: Any, tokenizer: Any,
+    settings: Mapping[str, Any],
+) -> RunConfig:  # fmt: skip
+    objects = {
+        **_model(model, tokenizer), **_rows("data.path", prompts), **_rows("data.eval_path", eval_prompts),
+        **({} if rewards is None else {"rewards": _rewards(rewards)}),
+    }  # fmt: skip
+    return _with_held_out(config_of(config, RunConfig, {**settings, **objects}))
 
 
 def _supervised(

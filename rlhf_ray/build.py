@@ -92,10 +92,10 @@ def run_rl(
         with open_roles(config, assets, sft.rows if sft else None, run.note) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
-                roles.generator, roles.reward, held_out, _sampling(config, stop, config.eval.temperature),
+                roles.generator, roles.reward, held_out, sampling_of(config, stop, config.eval.temperature),
                 seed=config.seed, right=right_by(config.rewards), best=_best(config, roles, directory),
             )  # fmt: skip
-            rollouts = _rollouts(config, roles, train_prompts, _sampling(config, stop), run)
+            rollouts = _rollouts(config, roles, train_prompts, sampling_of(config, stop), run)
             try:
                 canary = _canary(config, tokenizer, max(map(len, train_prompts.token_ids)), hardware)
                 result = train(config, roles, rollouts, evaluator, canary, run)
@@ -320,7 +320,7 @@ def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:
     return Workload(policy, critic, roles.devices, peak)
 
 
-def _sampling(config: RunConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:
+def sampling_of(config: RunConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:
     rollout = config.rollout
     return Sampling(
         max_new_tokens=rollout.max_new_tokens,

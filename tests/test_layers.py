@@ -31,7 +31,7 @@ LEVEL = {
     "rollout": 4.6,
     "evaluation": 4.7,
     "loops": 5, "remote": 5, "feedback": 5, "scale": 5,
-    "build": 6, "serve": 6, "generate": 6, "chat": 6.5, "build_supervised": 6.5,
+    "build": 6, "serve": 6, "generate": 6, "chat": 6.5, "build_supervised": 6.5, "session": 6.5,
     "doctor": 7, "plan": 7, "preflight": 7, "pipeline": 7.5, "scaffold": 7,
     "commands": 8, "cli": 9, "api": 9, "__init__": 9.5,
 }  # fmt: skip
