@@ -6,18 +6,20 @@ import functools
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.rewards import SafetyConfig
 from rlhf_ray.data.encoding import without_bos
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.rewards.reading import Answered, Reader
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 Output = Literal["prob", "logprob", "logit"]
 

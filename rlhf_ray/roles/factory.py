@@ -1,6 +1,7 @@
 """From settings to role objects: the same functions build a local role and the one inside a Ray actor.
 
-Every argument is plain and picklable: paths, the config, a rank.
+Every argument is plain and picklable: paths, the config, a rank. A maker imports what its own role needs inside of
+itself: whoever makes one role does not load the libraries of all.
 """
 
 from __future__ import annotations
@@ -13,25 +14,17 @@ import torch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
-from rlhf_ray.models.engine import TrainEngine, build_engine
-from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.loading import load_policy, load_reward_model, load_shape, load_tokenizer, stop_token_ids
-from rlhf_ray.models.lora import apply_lora, quantization
-from rlhf_ray.rewards.classifier import Safety
-from rlhf_ray.rewards.compose import RewardSet, reward_of
-from rlhf_ray.roles.critic import Critic
-from rlhf_ray.roles.generator_hf import HFGenerator
-from rlhf_ray.roles.learner import Learner
-from rlhf_ray.roles.objectives import SFT
-from rlhf_ray.roles.reference import Reference
-from rlhf_ray.roles.reward import Reward, RewardModel
-from rlhf_ray.roles.sft_term import SFTRows, SFTTerm
-from rlhf_ray.sync.factory import make_sender
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_ray.models.engine import TrainEngine
+    from rlhf_ray.roles.critic import Critic
+    from rlhf_ray.roles.learner import Learner
     from rlhf_ray.roles.protocols import Generator
+    from rlhf_ray.roles.reference import Reference
+    from rlhf_ray.roles.reward import Reward
+    from rlhf_ray.roles.sft_term import SFTRows, SFTTerm
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,8 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
             engine_args=generator.engine_args,
             trust_remote_code=config.model.trust_remote_code,
         )
+    from rlhf_ray.roles.generator_hf import HFGenerator
+
     tokenizer = _tokenizer(config, assets)
     model = _policy(config, assets)
     return HFGenerator(
@@ -83,6 +78,8 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
 
 def _longest_sequence(config: RunConfig, assets: Assets) -> int:
     """What the settings allow, or what the model has positions for: the prompts that there are have been checked."""
+    from rlhf_ray.models.loading import load_shape
+
     allowed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     shape = load_shape(assets.policy, trust_remote_code=config.model.trust_remote_code).get_text_config()
     return min(allowed, getattr(shape, "max_position_embeddings", None) or allowed)
@@ -90,6 +87,8 @@ def _longest_sequence(config: RunConfig, assets: Assets) -> int:
 
 def make_reference(config: RunConfig, assets: Assets) -> Reference:
     """A model of its own; `config.holds_reference` says whether the run needs one."""
+    from rlhf_ray.roles.reference import Reference
+
     return Reference(
         _policy(config, assets),
         temperature=config.rollout.temperature,
@@ -99,6 +98,11 @@ def make_reference(config: RunConfig, assets: Assets) -> Reference:
 
 
 def make_reward(config: RunConfig, assets: Assets) -> Reward:
+    from rlhf_ray.models.loading import load_reward_model, stop_token_ids
+    from rlhf_ray.rewards.classifier import Safety
+    from rlhf_ray.rewards.compose import RewardSet, reward_of
+    from rlhf_ray.roles.reward import Reward, RewardModel
+
     functions = [reward_of(reward) for reward in config.rewards]
     model, policys = None, _tokenizer(config, assets)
     if config.reward_model is not None:
@@ -115,6 +119,11 @@ def make_reward(config: RunConfig, assets: Assets) -> Reward:
 def make_learner(
     config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None = None, rank: Rank = Rank()
 ) -> Learner:
+    from rlhf_ray.models.loading import load_policy
+    from rlhf_ray.models.lora import apply_lora, quantization
+    from rlhf_ray.roles.learner import Learner
+    from rlhf_ray.sync.factory import make_sender
+
     lora, trust = config.model.lora, config.model.trust_remote_code
     packing = {} if lora is None else quantization(lora.quantize, assets.hardware.dtype)
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
@@ -147,6 +156,9 @@ def make_learner(
 def _sft_term(config: RunConfig, rows: SFTRows | None, tokenizer: PreTrainedTokenizerBase) -> SFTTerm | None:
     if config.sft_data is None or rows is None:
         return None
+    from rlhf_ray.roles.objectives import SFT
+    from rlhf_ray.roles.sft_term import SFTTerm
+
     return SFTTerm(
         rows,
         SFT.of(tokenizer),
@@ -158,6 +170,9 @@ def _sft_term(config: RunConfig, rows: SFTRows | None, tokenizer: PreTrainedToke
 
 
 def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Critic:
+    from rlhf_ray.models.heads import ValueModel
+    from rlhf_ray.roles.critic import Critic
+
     model = ValueModel.from_pretrained(
         config.critic.path or assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
@@ -166,10 +181,14 @@ def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Criti
 
 
 def _tokenizer(config: RunConfig, assets: Assets) -> PreTrainedTokenizerBase:
+    from rlhf_ray.models.loading import load_tokenizer
+
     return load_tokenizer(assets.tokenizer, trust_remote_code=config.model.trust_remote_code)
 
 
 def _policy(config: RunConfig, assets: Assets):
+    from rlhf_ray.models.loading import load_policy
+
     hardware = assets.hardware
     return load_policy(
         assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=config.model.trust_remote_code
@@ -180,6 +199,8 @@ def train_engine(
     settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank, deadline_s: float
 ) -> TrainEngine:
     """`deadline_s`: of each collective of N ranks. One of them may write a large model while the others wait."""
+    from rlhf_ray.models.engine import build_engine
+
     sharding = {}
     if settings.engine == "deepspeed":
         sharding = {

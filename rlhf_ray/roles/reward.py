@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.limits import LARGEST_REWARD
@@ -19,6 +18,9 @@ from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.rewards.reading import Answered, Reader
 from rlhf_ray.roles.protocols import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RewardModel:
