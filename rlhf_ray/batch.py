@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ class Rows:
     response_lengths: tuple[int, ...]
     truncated: tuple[bool, ...]
     weight_version: tuple[int, ...]  # the oldest that produced a token of the row; -1 for an empty completion
+    prompt_lengths: tuple[int, ...]  # tokens before the first that the policy wrote
+    prompt_digests: tuple[int, ...]  # of those tokens: rows with equal ones may share them in a forward pass
 
     def __len__(self) -> int:
         return len(self.prompt_id)
@@ -65,7 +68,7 @@ class Batch:
     logp_old: Tensor | None = None  # [B, T] the learner before this step's update
     logp_ref: Tensor | None = None  # [B, T] the reference policy
     values: Tensor | None = None  # [B, T] the critic; index t is the value before token t is chosen
-    advantages: Tensor | None = None  # [B, T]
+    advantages: Tensor | None = None  # [B, T], or [B] where all tokens of an answer have the same
     returns: Tensor | None = None  # [B, T] the critic's target
 
     def __len__(self) -> int:
@@ -85,6 +88,7 @@ class Batch:
     @property
     def rows(self) -> Rows:
         newest = torch.iinfo(torch.int32).max
+        prompts = self.prompt_lengths.tolist()
         oldest_B = self.weight_version.masked_fill(~self.response_mask, newest).amin(1)
         return Rows(
             prompt_id=tuple(self.prompt_id.tolist()),
@@ -92,6 +96,8 @@ class Batch:
             response_lengths=tuple(self.response_mask.sum(1).tolist()),
             truncated=tuple(self.truncated.tolist()),
             weight_version=tuple(oldest_B.masked_fill(oldest_B == newest, -1).tolist()),
+            prompt_lengths=tuple(prompts),
+            prompt_digests=tuple(_digest(row[:n]) for row, n in zip(self.tokens.numpy(), prompts, strict=True)),
         )
 
     def replace(self, **fields: Any) -> Batch:
@@ -136,20 +142,24 @@ class Batch:
         return Batch(**joined)
 
 
+def _digest(tokens: np.ndarray) -> int:
+    return int.from_bytes(blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
+
+
 def gather(parts: Sequence[tuple[Batch, Sequence[int]]]) -> Batch:
     """One batch from the given rows of several."""
     return Batch.cat([batch.select(rows) for batch, rows in parts])
 
 
 # Padding that means "nothing here": an ordinary 0 would be a real weight version.
-_PAD_VALUE = {"weight_version": -1}
+PAD_VALUE = {"weight_version": -1}
 
 
 def pad_columns(value: Tensor, width: int, name: str = "") -> Tensor:
     """Widen a `[B, T]` tensor on the right to `[B, width]`; `[B]` tensors pass through."""
     if value.dim() != 2 or value.shape[1] == width:
         return value
-    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=_PAD_VALUE.get(name, 0))
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=PAD_VALUE.get(name, 0))
 
 
 def batch_of(
@@ -159,7 +169,7 @@ def batch_of(
     B, T = len(samples), max(map(len, samples))
     tokens = np.full((B, T), pad_token_id, np.int64)
     attention, response = np.zeros((B, T), np.bool_), np.zeros((B, T), np.bool_)
-    logp_gen, version = np.zeros((B, T), np.float32), np.full((B, T), _PAD_VALUE["weight_version"], np.int32)
+    logp_gen, version = np.zeros((B, T), np.float32), np.full((B, T), PAD_VALUE["weight_version"], np.int32)
     for row, sample in enumerate(samples):
         tokens[row, : len(sample)] = sample.tokens
         attention[row, : len(sample)] = True

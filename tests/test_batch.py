@@ -54,8 +54,11 @@ def test_a_generator_that_returns_too_little_is_noticed(completions, logprobs):
 def test_rows_tell_a_driver_all_it_needs(batch):
     mixed = batch.replace(weight_version=torch.tensor([[-1, -1, 4, 2], [-1, 3, -1, -1]], dtype=torch.int32))
     assert mixed.rows == Rows(
-        prompt_id=(4, 9), lengths=(4, 2), response_lengths=(2, 1), truncated=(False, True), weight_version=(2, 3)
-    )
+        prompt_id=(4, 9), lengths=(4, 2), response_lengths=(2, 1), truncated=(False, True), weight_version=(2, 3),
+        prompt_lengths=(2, 1), prompt_digests=batch.rows.prompt_digests,
+    )  # fmt: skip
+    first, second = mixed.rows.prompt_digests
+    assert first != second and batch.select([1, 0]).rows.prompt_digests == (second, first), "of the prompt's tokens"
     assert len(mixed.rows) == 2
 
 

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "rlhf_ray"
 LEVEL = {
     "errors": 0, "sample": 0, "threads": 0, "library_logs": 0, "clock": 0, "user_frames": 0,
     "algo": 0.5, "batch": 1, "config": 1, "words": 1,
-    "user_code": 1.5,
+    "user_code": 1.5, "packed": 1.5,
     "models": 2, "data": 2,
     "rewards": 2.5,  # a reward may be a model: a judge, a classifier
     "sync": 3,

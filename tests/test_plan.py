@@ -173,13 +173,12 @@ def test_a_cluster_is_planned_with_the_bundles_of_the_run(config):
     pytest.importorskip("ray")
     separate = ("executor=ray", "device=cuda", "generator.engine=vllm", "generator.tensor_parallel=2")
     lines = describe_plan(config(*separate)).splitlines()
-    start = lines.index("#   ray: 3 GPUs and 2 CPUs in 4 bundles, each on one machine; weights by nccl")
-    assert lines[start + 1 : start + 5] == [
+    start = lines.index("#   ray: 3 GPUs and 1.5 CPUs in 3 bundles, each on one machine; weights by nccl")
+    assert lines[start + 1 : start + 4] == [
         "#     1 GPU, 0.5 CPU: learner rank 0", "#     2 GPU, 0.5 CPU: generator 0", "#     0.5 CPU: reward",
-        "#     0.5 CPU: batches",
     ]  # fmt: skip
     shared = describe_plan(config("executor=ray", "device=cuda", "generator.engine=vllm", "ray.colocate=true"))
-    assert "ray: 1 GPUs and 2 CPUs in 1 bundles" in shared and "generator 0 (shares)" in shared
+    assert "ray: 1 GPUs and 1.5 CPUs in 1 bundles" in shared and "generator 0 (shares)" in shared
     assert "weights by cuda_ipc" in shared
 
 

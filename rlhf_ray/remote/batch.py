@@ -1,7 +1,8 @@
-"""A batch as the driver sees it on Ray: references and plain numbers, never a [B, T] tensor.
+"""A batch as the driver sees it on Ray: references and plain numbers, never anything that grows with its tokens.
 
-`RemoteBatch` mirrors `Batch` as far as the loop uses it (`replace`, `rows`), so that one loop serves both.
-Whoever computes with it receives the batch and its columns as arguments and puts them together with `joined`.
+`RemoteBatch` mirrors `Batch` as far as the loop and the estimator of advantages use it, so that both serve locally and
+on Ray. What its rows hold lies with the workers that made it, unpadded (`rlhf_ray/packed.py`), each row with one of
+them; `remote/slices.py` sends to each consumer what it reads of its own rows.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from rlhf_ray.batch import Batch, Rows
+from rlhf_ray.remote.calls import Worker
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -22,26 +25,39 @@ if TYPE_CHECKING:
 COLUMNS = tuple(f.name for f in dataclasses.fields(Batch) if f.default is not dataclasses.MISSING)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of a batch, in one object that a worker holds."""
+
+    worker: Worker
+    ref: ObjectRef  # of a Packed
+    places: np.ndarray  # [n] which rows of it
+    rows: np.ndarray  # [n] which rows of the batch they are
+
+
+@dataclass(frozen=True, eq=False)
 class RemoteColumn:
-    """A tensor that lies in a worker's memory; `key` picks it out of a dict of several."""
+    """A number a token, which lies with the workers that computed it; there it is called `key`."""
 
-    ref: ObjectRef
-    key: str | None = None
+    parts: tuple[Part, ...]
+    key: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RemoteBatch:
     """One step's rollouts, wherever they are."""
 
-    ref: ObjectRef  # of a Batch
+    parts: tuple[Part, ...]
     rows: Rows
-    columns: Mapping[str, RemoteColumn | Tensor] = field(default_factory=dict)
+    prompts: Mapping[int, tuple[Mapping[str, Any], Any]]  # prompt_id -> its dataset columns and its conversation
+    values: Mapping[str, RemoteColumn | Tensor] = field(default_factory=dict)
+    # What has been cut for whom, so that nobody is sent the same tokens twice. Copies of the batch share it.
+    sent: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def replace(self, **columns: RemoteColumn | Tensor) -> RemoteBatch:
+    def replace(self, **columns: RemoteColumn | Tensor | None) -> RemoteBatch:
         """A copy with some columns replaced. A tensor of one number a row may come from the driver itself.
 
         Raises:
@@ -55,16 +71,38 @@ class RemoteBatch:
                     f"RemoteBatch.replace: '{name}' is a tensor of shape {tuple(column.shape)} on the driver; "
                     "compute it on a worker and pass its RemoteColumn"
                 )
-        return dataclasses.replace(self, columns={**self.columns, **columns})
+        merged = {**self.values, **columns}
+        return dataclasses.replace(self, values={name: value for name, value in merged.items() if value is not None})
 
-    def arguments(self) -> tuple[Any, ...]:
-        """What a remote call takes for this batch; `joined` reads it. References stand at the top level, where
-        Ray resolves them on the worker."""
-        names = tuple((name, getattr(column, "key", None)) for name, column in self.columns.items())
-        return self.ref, names, *(getattr(column, "ref", column) for column in self.columns.values())
+    @property
+    def columns(self) -> tuple[Mapping[str, Any], ...]:
+        """[B] dataset columns of each row's prompt, as `Batch.columns`."""
+        return tuple(self.prompts[prompt][0] for prompt in self.rows.prompt_id)
+
+    @property
+    def score(self) -> Any:
+        return self.values.get("score")
+
+    @property
+    def baseline(self) -> Any:
+        return self.values.get("baseline")
+
+    @property
+    def logp_ref(self) -> Any:
+        return self.values.get("logp_ref")
 
 
-def joined(batch: Batch, names: Sequence[tuple[str, str | None]], *columns: Any) -> Batch:
-    """The whole batch, from the resolved `RemoteBatch.arguments()`."""
-    values = {name: column if key is None else column[key] for (name, key), column in zip(names, columns, strict=True)}
-    return batch.replace(**values)
+def gather_remote(chosen: Sequence[tuple[RemoteBatch, Sequence[int]]]) -> RemoteBatch:
+    """`batch.gather`: one batch from the given rows of several. Nothing is moved."""
+    parts: list[Part] = []
+    prompts: dict[int, Any] = {}
+    start = 0
+    for batch, rows in chosen:
+        place = np.full(len(batch), -1)
+        place[np.asarray(rows, np.int64)] = start + np.arange(len(rows))
+        for part in batch.parts:
+            kept = place[part.rows] >= 0
+            parts.append(dataclasses.replace(part, places=part.places[kept], rows=place[part.rows[kept]]))
+        prompts |= batch.prompts
+        start += len(rows)
+    return RemoteBatch(tuple(parts), Rows.cat([batch.rows.select(rows) for batch, rows in chosen]), prompts)

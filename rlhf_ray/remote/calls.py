@@ -52,6 +52,26 @@ class Worker:
         kept, small = getattr(self.actor, method.__name__).remote(*args)
         return kept, Call(self, method.__name__, small, deadline)
 
+    def ask(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> Call:
+        """Begin `method` of the role that the actor hosts; it must return one small value."""
+        return Call(self, method.__name__, self.actor.ask.remote(method.__name__, args), deadline)
+
+    def compute(
+        self, method: Callable[..., Any], args: Sequence[Any], delivery: Any, slices: Sequence[ObjectRef], *,
+        deadline: Deadline,
+    ) -> tuple[ObjectRef, Call]:  # fmt: skip
+        """Begin `method` of the role with a batch (`RoleHost.compute`). References stand at the top level, where Ray
+        resolves them on the worker."""
+        kept, small = self.actor.compute.remote(method.__name__, args, delivery, *slices)
+        return kept, Call(self, method.__name__, small, deadline)
+
+    def cut(
+        self, names: Sequence[str], picks: Sequence[Any], held: Sequence[ObjectRef], *, deadline: Deadline
+    ) -> tuple[list[ObjectRef], Call]:
+        """Begin to cut a slice for each consumer out of what the actor holds."""
+        *slices, small = self.actor.cut.options(num_returns=len(picks) + 1).remote(names, picks, *held)
+        return slices, Call(self, "cut", small, deadline)
+
 
 class Call:
     """A remote call under way."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.remote.calls import Deadline, Worker, next_done, value_of
-from rlhf_ray.remote.hosts import GeneratorHost
+from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.sync.cuda_sender import shift_ranks
 
 
@@ -29,20 +29,20 @@ class GeneratorsClient:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos = [shift_ranks(init_info, index * self.workers_each) for index in range(len(self.generators))]
-        self._all(GeneratorHost.init_weight_transfer_engine, [(info,) for info in infos])
+        self._all(WeightReceiver.init_weight_transfer_engine, [(info,) for info in infos])
 
     def start_weight_update(self) -> None:
-        self._all(GeneratorHost.start_weight_update, [()] * len(self.generators))
+        self._all(WeightReceiver.start_weight_update, [()] * len(self.generators))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._all(GeneratorHost.update_weights, [(update_info,)] * len(self.generators))
+        self._all(WeightReceiver.update_weights, [(update_info,)] * len(self.generators))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all(GeneratorHost.finish_weight_update, [(weight_version,)] * len(self.generators))
+        self._all(WeightReceiver.finish_weight_update, [(weight_version,)] * len(self.generators))
 
     def _all(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
         waiting = [
-            worker.start(method, *args, deadline=self.deadline)
+            worker.ask(method, *args, deadline=self.deadline)
             for worker, args in zip(self.generators, arguments, strict=True)
         ]
         while waiting:

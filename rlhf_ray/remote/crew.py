@@ -55,7 +55,7 @@ class Crew:
 
     def hire(self, host: type[Host], name: str, options: dict[str, Any], folder: str) -> Worker:
         """Start an actor; returns before it runs."""
-        remote = ray.remote(concurrency_groups={"watch": 1})(host)
+        remote = ray.remote(concurrency_groups={"watch": 1, "slices": 1})(host)
         # No restarts by Ray: a blank actor would answer with base weights, and a repeated update would count twice.
         actor = remote.options(max_restarts=0, max_task_retries=0, **options).remote(name, folder)
         worker = Worker(name, actor)
@@ -179,17 +179,10 @@ class Group:
         self.deadline = deadline
 
     def call(self, method: Callable[..., Any], *args: Any, deadline: Deadline | None = None) -> Any:
-        """Rank 0's result, once all ranks have returned."""
-        calls = [rank.start(method, *args, deadline=deadline or self.deadline) for rank in self.ranks]
-        return self._finish(calls)[0]
+        """Rank 0's result of the role's `method`, once all ranks have returned."""
+        return self.finish([rank.ask(method, *args, deadline=deadline or self.deadline) for rank in self.ranks])[0]
 
-    def keep(self, method: Callable[..., Any], *args: Any) -> ObjectRef:
-        """A reference to rank 0's (large) result, once all ranks have returned."""
-        started = [rank.start_keeping(method, *args, deadline=self.deadline) for rank in self.ranks]
-        self._finish([call for _, call in started])
-        return started[0][0]
-
-    def _finish(self, calls: Sequence[Call]) -> list[Any]:
+    def finish(self, calls: Sequence[Call]) -> list[Any]:
         try:
             return self.crew.results(calls)
         except BaseException:

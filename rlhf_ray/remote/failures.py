@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rlhf_ray.errors import RlhfRayError, WorkerError
@@ -29,12 +30,19 @@ def reported(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with reporting(f"{self.name}: {method.__name__}"):
             return method(self, *args, **kwargs)
-        except Exception as error:
-            raise portable(error, f"{self.name}: {method.__name__}") from None
 
     return call  # type: ignore[return-value]
+
+
+@contextmanager
+def reporting(where: str) -> Iterator[None]:
+    """Whatever is raised inside can travel, and says where it comes from."""
+    try:
+        yield
+    except Exception as error:
+        raise portable(error, where) from None
 
 
 def portable(error: Exception, where: str) -> RlhfRayError:

@@ -1,153 +1,123 @@
-"""What runs inside the actors: one host class a role, each holding the very object that a local run would use.
+"""What runs inside the actors: a host holds the very object that a local run would use, and passes calls on to it.
 
-Batches arrive as `RemoteBatch.arguments()`. Per-token results are returned as the first of two values, so that
-the driver can wait for the second without ever touching the first.
+A host class a role, for each builds its own; everything else is the same for all. Batches arrive as slices
+(`remote/slices.py`). Columns of tokens are returned as the first of two values, so that the driver can wait for the
+second without ever touching the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from torch import Tensor
 
 from rlhf_ray.batch import Batch, Rows
-from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.remote.batch import joined
-from rlhf_ray.remote.failures import reported
+from rlhf_ray.packed import Packed, Ragged, pack
+from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
-from rlhf_ray.roles.factory import (
-    Assets,
-    Rank,
-    make_critic,
-    make_generator,
-    make_learner,
-    make_reference,
-    make_reward,
-)
-from rlhf_ray.roles.protocols import Request, Sampling, Scores
-from rlhf_ray.roles.sft_term import SFTRows
+from rlhf_ray.remote.requests import PackedRequests
+from rlhf_ray.remote.slices import Delivery, cut, received
+from rlhf_ray.roles import factory
+from rlhf_ray.roles.division import RankBatch
+from rlhf_ray.roles.protocols import Estimate, Sampling
 
 if TYPE_CHECKING:
-    from rlhf_ray.sync.sender import WeightClient
+    from rlhf_ray.config.schema import RunConfig
+    from rlhf_ray.roles.factory import Assets, Rank
+    from rlhf_ray.roles.sft_term import SFTRows
 
-Kept = tuple[Tensor | None, None]
+BATCH = "<the batch>"  # stands in for it among the arguments of a call
+COLUMN = "column"  # a column that is a call's only result
 
 
-class GeneratorHost(Host):
+@dataclass(frozen=True)
+class Answer:
+    """The small part of a call's result."""
+
+    value: Any = None
+    columns: tuple[str, ...] = ()  # that were kept
+    by_row: bool = False  # `value` is a number for each of the consumer's own rows
+
+
+class RoleHost(Host):
+    role: Any
+
     @reported
-    def build(self, config: RunConfig, assets: Assets, transport: str) -> None:
-        self.role = make_generator(config, assets, transport)
+    def ask(self, name: str, args: Sequence[Any]) -> Any:
+        """A method of the role with these arguments, or what a property of it is."""
+        with reporting(f"{self.name}: {name}"):
+            value = getattr(self.role, name)
+            return value(*args) if callable(value) else value
 
     @reported
     @ray.method(num_returns=2)
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> tuple[Batch, Rows]:
-        batch = self.role.generate(requests, sampling)
-        return batch, batch.rows
+    def compute(
+        self, name: str, args: Sequence[Any], delivery: Delivery, *slices: Packed
+    ) -> tuple[Packed | None, Answer]:
+        """A method of the role with a batch in the place of `BATCH`."""
+        with reporting(f"{self.name}: {name}"):
+            batch = received(delivery, slices)
+            given = [batch if isinstance(argument, str) and argument == BATCH else argument for argument in args]
+            return kept(getattr(self.role, name)(*given), batch)
 
     @reported
-    def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.role.logprobs(tokens)
+    @ray.method(concurrency_group="slices")
+    def cut(self, names: Sequence[str], picks: Sequence[Sequence[np.ndarray]], *held: Packed) -> tuple[Any, ...]:
+        """A slice for each consumer, also while the role computes; the last value is for waiting."""
+        return (*cut(names, picks, held), None)
+
+
+def kept(result: Any, batch: Batch) -> tuple[Packed | None, Answer]:
+    """(what stays here, what the driver is told) of a call's result."""
+    own = batch.own if isinstance(batch, RankBatch) else len(batch)
+    mask_BT = batch.response_mask[:own]
+
+    def columns(tensors: dict[str, Tensor]) -> Packed:
+        lengths = mask_BT.sum(1).numpy()
+        return Packed({name: Ragged(x_BT[:own][mask_BT].numpy(), lengths) for name, x_BT in tensors.items()})
+
+    if isinstance(result, Estimate):
+        return columns(result.columns), Answer(result.stats, tuple(result.columns))
+    if isinstance(result, Tensor) and result.dim() == 2:
+        return columns({COLUMN: result}), Answer(columns=(COLUMN,))
+    if isinstance(result, Tensor):
+        return None, Answer(result[:own], by_row=True)
+    return None, Answer(result)
+
+
+class GeneratorHost(RoleHost):
+    @reported
+    def build(self, config: RunConfig, assets: Assets, transport: str) -> None:
+        self.role = factory.make_generator(config, assets, transport)
 
     @reported
-    def version(self) -> int:
-        return self.role.version
-
-    @reported
-    def sleep(self) -> None:
-        self.role.sleep()
-
-    @reported
-    def wake(self) -> None:
-        self.role.wake()
-
-    @reported
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.role.init_weight_transfer_engine(init_info)
-
-    @reported
-    def start_weight_update(self) -> None:
-        self.role.start_weight_update()
-
-    @reported
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.role.update_weights(update_info)
-
-    @reported
-    def finish_weight_update(self, weight_version: str | None) -> None:
-        self.role.finish_weight_update(weight_version)
+    @ray.method(num_returns=2)
+    def generate(self, requests: PackedRequests, sampling: Sampling) -> tuple[Packed, Rows]:
+        batch = self.role.generate(requests.requests(), sampling)
+        return pack(batch), batch.rows
 
     @reported
     def shut_down(self) -> None:
         self.role.close()
 
 
-class TrainerHost(Host):
-    """A rank of a training group. Collective: every rank gets every call, with the whole batch."""
-
-    rank: Rank
-
-    def kept(self, values_BT: Tensor) -> Kept:
-        """All ranks hold the same sum: one copy is enough."""
-        return (values_BT if self.rank.rank == 0 else None), None
-
-    @reported
-    def save(self, folder: Path) -> None:
-        self.role.save(folder)
-
-    @reported
-    def load(self, folder: Path) -> None:
-        self.role.load(folder)
+class RankHost(RoleHost):
+    """A rank of a training group. Collective: every rank gets every call, with its own part of the batch."""
 
     @reported
     def shut_down(self) -> None:
         self.role.engine.close()
 
 
-class LearnerHost(TrainerHost):
+class LearnerHost(RankHost):
     @reported
-    def build(
-        self, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None, rank: Rank
-    ) -> None:
-        self.rank = rank
+    def build(self, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None, rank: Rank) -> None:
         self.release_port()
-        self.role = make_learner(config, assets, transport, sft, rank)
-
-    @reported
-    def connect(self, generators: WeightClient) -> None:
-        self.role.connect(generators)
-
-    @reported
-    @ray.method(num_returns=2)
-    def logprobs(self, *batch: Any) -> Kept:
-        return self.kept(self.role.logprobs(joined(*batch)))
-
-    @reported
-    @ray.method(num_returns=2)
-    def reference_logprobs(self, *batch: Any) -> Kept:
-        return self.kept(self.role.reference_logprobs(joined(*batch)))
-
-    @reported
-    def update(self, step: int, kl_coef: float, *batch: Any) -> dict[str, float]:
-        return self.role.update(joined(*batch), step, kl_coef)
-
-    @reported
-    def push_weights(self, version: int) -> dict[str, float]:
-        return self.role.push_weights(version)
-
-    @reported
-    def canary_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.role.canary_logprobs(tokens)
-
-    @reported
-    def export_model(self, folder: Path) -> None:
-        self.role.export_model(folder)
-
-    @reported
-    def export_adapter(self, folder: Path) -> None:
-        self.role.export_adapter(folder)
+        self.role = factory.make_learner(config, assets, transport, sft, rank)
 
     @reported
     def shut_down(self) -> None:
@@ -155,39 +125,20 @@ class LearnerHost(TrainerHost):
         self.role.engine.close()
 
 
-class CriticHost(TrainerHost):
+class CriticHost(RankHost):
     @reported
     def build(self, config: RunConfig, assets: Assets, rank: Rank) -> None:
-        self.rank = rank
         self.release_port()
-        self.role = make_critic(config, assets, rank)
-
-    @reported
-    @ray.method(num_returns=2)
-    def values(self, *batch: Any) -> Kept:
-        return self.kept(self.role.values(joined(*batch)))
-
-    @reported
-    def update(self, step: int, *batch: Any) -> dict[str, float]:
-        return self.role.update(joined(*batch), step)
+        self.role = factory.make_critic(config, assets, rank)
 
 
-class ReferenceHost(Host):
+class ReferenceHost(RoleHost):
     @reported
     def build(self, config: RunConfig, assets: Assets) -> None:
-        self.role = make_reference(config, assets)
-
-    @reported
-    @ray.method(num_returns=2)
-    def logprobs(self, *batch: Any) -> Kept:
-        return self.role.logprobs(joined(*batch)), None
+        self.role = factory.make_reference(config, assets)
 
 
-class RewardHost(Host):
+class RewardHost(RoleHost):
     @reported
     def build(self, config: RunConfig, assets: Assets) -> None:
-        self.role = make_reward(config, assets)
-
-    @reported
-    def score(self, texts: int, *batch: Any) -> Scores:
-        return self.role.score(joined(*batch), texts)
+        self.role = factory.make_reward(config, assets)

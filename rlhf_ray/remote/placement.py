@@ -112,7 +112,7 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
         roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
     if config.holds_reference:
         roster.append(("reference", 1))
-    return [*roster, ("reward", int(config.reward_needs_gpu)), ("batches", 0)]
+    return [*roster, ("reward", int(config.reward_needs_gpu))]
 
 
 def _colocated(config: RunConfig) -> Plan:

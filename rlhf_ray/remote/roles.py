@@ -14,28 +14,21 @@ from typing import Any
 import ray
 
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.remote.batcher import BatchHost
+from rlhf_ray.remote.batch import gather_remote
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
-from rlhf_ray.remote.handles import (
-    RemoteAdvantages,
-    RemoteCritic,
-    RemoteGather,
-    RemoteGenerators,
-    RemoteLearner,
-    RemoteReference,
-    RemoteReward,
-    Split,
-)
+from rlhf_ray.remote.handles import RemoteGenerators, Split
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
+from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.split import even_pieces, fixed_pieces
+from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, Rank
-from rlhf_ray.roles.protocols import Roles
+from rlhf_ray.roles.protocols import Critic, Generator, Learner, Reference, Reward, Roles
 from rlhf_ray.roles.reference import AdapterFreeReference
 from rlhf_ray.roles.sft_term import SFTRows
 
@@ -45,8 +38,9 @@ HOSTS: dict[str, type[Host]] = {
     "critic": CriticHost,
     "reference": ReferenceHost,
     "reward": RewardHost,
-    "batches": BatchHost,
 }
+# The learner's own calls end by the sync's deadline; it needs a little longer to say which one did not.
+REPORT_S = 30.0
 
 
 @contextmanager
@@ -104,14 +98,14 @@ def _build(
     places = crew.locate(left())
     _lend_gpus(crew, plan, places, left())
     engines = {"generator": config.generator.engine, "learner": config.learner.engine, "critic": config.critic.engine}
-    loading = Loading(note, [w for w in crew.workers if w.name.split()[0] != "batches"], engines)
+    loading = Loading(note, crew.workers, engines)
     calls = []
     for worker in crew.named("generator"):
         calls.append(worker.start(GeneratorHost.build, config, assets, transport, deadline=left()))
     if plan.shared:
         # vLLM measures what is free and takes its share of it, so it must be alone; then it lies down until the sync.
         crew.results(calls, loading.done)
-        calls = [worker.start(GeneratorHost.sleep, deadline=left()) for worker in crew.named("generator")]
+        calls = [worker.ask(Generator.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
     rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
     for role, host, extra in (("learner", LearnerHost, (transport, rows)), ("critic", CriticHost, ())):
@@ -126,7 +120,7 @@ def _build(
     client = GeneratorsClient(
         crew.named("generator"), workers_each=config.generator.tensor_parallel, deadline=_sync_deadline(config)
     )
-    crew.results([worker.start(LearnerHost.connect, client, deadline=left()) for worker in crew.named("learner")])
+    crew.results([worker.ask(Learner.connect, client, deadline=left()) for worker in crew.named("learner")])
 
 
 def _lend_gpus(crew: Crew, plan: Plan, places: Mapping[str, Place], deadline: Deadline) -> None:
@@ -152,13 +146,12 @@ def _sync_deadline(config: RunConfig) -> Deadline:
 
 def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
-    (batcher,), (reward,) = crew.named("batches"), crew.named("reward")
     generator = config.generator
     split: Split = partial(fixed_pieces, size=generator.batch_size)
     if generator.engine == "vllm":
         split = partial(even_pieces, count=generator.count, new_tokens=config.rollout.max_new_tokens)
     generators = RemoteGenerators(
-        crew, crew.named("generator"), split, batcher, workers_each=generator.tensor_parallel,
+        crew, crew.named("generator"), split, workers_each=generator.tensor_parallel,
         sync_deadline=_sync_deadline(config), deadline=deadline,
         neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
     )  # fmt: skip
@@ -166,16 +159,18 @@ def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     def group(role: str) -> Group:
         return Group(crew, crew.named(role), deadline)
 
-    learner = RemoteLearner(group("learner"), _sync_deadline(config))
-    reference = RemoteReference(group("reference")) if config.holds_reference else AdapterFreeReference(learner)
+    pushing = Deadline(config.sync.deadline_s + REPORT_S, "sync.deadline_s")
+    learner = proxy(Learner, group("learner"), divides=True, deadlines={"push_weights": pushing})
+    critic = proxy(Critic, group("critic"), divides=True) if config.uses_critic else None
+    reference = proxy(Reference, group("reference")) if config.holds_reference else AdapterFreeReference(learner)
     return Roles(
         generator=generators,
-        reward=RemoteReward(crew, reward, deadline),
+        reward=proxy(Reward, group("reward")),
         learner=learner,
-        advantages=RemoteAdvantages(crew, batcher, config.algorithm, deadline),
+        advantages=AdvantageEstimator(config.algorithm, critic or learner),
         reference=reference if config.uses_reference else None,
-        critic=RemoteCritic(group("critic")) if config.uses_critic else None,
+        critic=critic,
         replicas=generators.replicas,
-        gather=RemoteGather(crew, batcher, deadline),
+        gather=gather_remote,
         parallel=True,
     )

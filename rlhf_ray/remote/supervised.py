@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,92 +15,30 @@ from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.failures import reported
-from rlhf_ray.remote.handles import RemoteTrainer
 from rlhf_ray.remote.host import Host
-from rlhf_ray.remote.hosts import TrainerHost
+from rlhf_ray.remote.hosts import RankHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import LEAST_CPUS, Plan, Seat, options_of, placed
+from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.roles import everywhere
 from rlhf_ray.roles.factory import Assets, Rank
-from rlhf_ray.roles.supervised import ReferenceLogprobs, Report
+from rlhf_ray.roles.supervised import SupervisedTrainer
 from rlhf_ray.roles.supervised_factory import Splits, make_trainer
 
 ROLE = "trainer"
 
 
-class SupervisedHost(TrainerHost):
+class SupervisedHost(RankHost):
     @reported
-    def build(self, config: SupervisedConfig, assets: Assets, rank: Rank, splits: Splits) -> None:
-        self.rank = rank
+    def build(self, config: SupervisedConfig, assets: Assets, splits: Splits, rank: Rank) -> None:
         self.release_port()
         self.role = make_trainer(config, assets, splits, rank)
-
-    @reported
-    def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
-        return self.role.step(rows, lr)
-
-    @reported
-    def evaluate(self, split: str, limit: int | None) -> Report:
-        return self.role.evaluate(split, limit)
-
-    @reported
-    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        return self.role.sample(prompts, max_new_tokens)
-
-    @reported
-    def reference_logprobs(
-        self, path: str | None, batches: Sequence[Sequence[int]], sample: int | None
-    ) -> ReferenceLogprobs:
-        return self.role.reference_logprobs(path, batches, sample)
-
-    @reported
-    def set_reference(self, logprobs: ReferenceLogprobs) -> None:
-        self.role.set_reference(logprobs)
-
-    @reported
-    def export_model(self, folder: Path) -> None:
-        self.role.export_model(folder)
-
-    @reported
-    def export_adapter(self, folder: Path) -> None:
-        self.role.export_adapter(folder)
-
-
-class RemoteSupervisedTrainer(RemoteTrainer):
-    """All ranks together, as the loop sees them."""
-
-    def __init__(self, group: Group, devices: float) -> None:
-        super().__init__(group)
-        self.devices = devices
-
-    def step(self, rows: Sequence[int], lr: float) -> dict[str, float]:
-        return self.group.call(SupervisedHost.step, rows, lr)
-
-    def evaluate(self, split: str, limit: int | None = None) -> Report:
-        return self.group.call(SupervisedHost.evaluate, split, limit)
-
-    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        return self.group.call(SupervisedHost.sample, prompts, max_new_tokens)
-
-    def reference_logprobs(
-        self, path: str | None = None, batches: Sequence[Sequence[int]] = (), sample: int | None = None
-    ) -> ReferenceLogprobs:
-        return self.group.call(SupervisedHost.reference_logprobs, path, batches, sample)
-
-    def set_reference(self, logprobs: ReferenceLogprobs) -> None:
-        self.group.call(SupervisedHost.set_reference, logprobs)
-
-    def export_model(self, folder: Path) -> None:
-        self.group.call(SupervisedHost.export_model, folder.resolve())
-
-    def export_adapter(self, folder: Path) -> None:
-        self.group.call(SupervisedHost.export_adapter, folder.resolve())
 
 
 @contextmanager
 def open_remote_trainer(
     config: SupervisedConfig, assets: Assets, splits: Splits, note: Note = silent
-) -> Iterator[RemoteSupervisedTrainer]:
+) -> Iterator[SupervisedTrainer]:
     """Start `learner.world_size` ranks, and yield their handle; everything started here ends here.
 
     `note` hears what is being started, and who is waited for.
@@ -125,9 +62,9 @@ def open_remote_trainer(
             crew.built()
             nodes = len({worker.node for worker in crew.workers})
             deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
-            yield RemoteSupervisedTrainer(
-                Group(crew, crew.named(ROLE), deadline), plan.total("GPU") if device == "cuda" else float(nodes)
-            )
+            trainer = proxy(SupervisedTrainer, Group(crew, crew.named(ROLE), deadline))
+            trainer.devices = plan.total("GPU") if device == "cuda" else float(nodes)
+            yield trainer
             farewell = [(worker, Host.shut_down) for worker in crew.workers]
         finally:
             crew.dismiss(farewell)
@@ -155,7 +92,7 @@ def _build(crew: Crew, config: SupervisedConfig, assets: Assets, splits: Splits,
     rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
     calls = [
         worker.start(
-            SupervisedHost.build, config, assets, Rank(number, len(ranks), first.node, first.port), rows,
+            SupervisedHost.build, config, assets, rows, Rank(number, len(ranks), first.node, first.port),
             deadline=left(),
         )
         for number, worker in enumerate(ranks)

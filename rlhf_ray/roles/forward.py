@@ -95,7 +95,7 @@ def batched_logprobs(
     sharing: PromptSharing | None = None,
 ) -> Tensor:
     """[B, T] response log-probabilities of a whole batch, computed in micro-batches of at most `max_tokens`."""
-    lines, sizes = plan_lines(batch, range(len(batch)), max_tokens, sharing)
+    lines, sizes = plan_lines(batch.rows, range(len(batch)), max_tokens, sharing)
     parts = [[lines[i] for i in part] for part in split_microbatches(range(len(lines)), sizes, max_tokens)]
     return over_microbatches(
         batch, parts, lambda micro: predict(model, micro, temperature=temperature, device=device).logprobs()

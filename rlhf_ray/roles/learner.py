@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 class Learner(Trainer):
     """Trains the policy with a clipped, importance-weighted policy gradient.
 
-    Every rank is given the whole batch and picks its rows itself, so the same call works for one process and for N.
+    Of several ranks, each is given its own rows and the passes that it computes them in (`RankBatch`); a single process
+    is given the whole batch.
     """
 
     config: LearnerConfig
@@ -142,6 +143,8 @@ class Learner(Trainer):
         given_BT = micro.weight_version.to(device) < 0
         gen_BT = torch.where(given_BT, old_BT, micro.logp_gen.to(device))
         advantage_BT = micro.advantages.to(device)
+        if advantage_BT.dim() == 1:
+            advantage_BT = advantage_BT[:, None] * mask_BT
         with torch.set_grad_enabled(entropy_coef > 0):
             entropy_BT = predictions.entropies()
 

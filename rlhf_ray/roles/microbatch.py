@@ -7,6 +7,7 @@ ranks takes the same optimiser steps as a run on one.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
 from collections.abc import Sequence
@@ -64,11 +65,11 @@ def split_minibatches(prompt_ids: Sequence[int], count: int, seed: int) -> list[
 def split_ranks(rows: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
     """Rows of each rank, balanced by tokens: the longest remaining row goes to the lightest rank."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for row in sorted(rows, key=lambda r: (-int(lengths[r]), r)):
-        lightest = loads.index(min(loads))
+    loads = [(0, rank) for rank in range(world_size)]  # a heap; of equal loads the first rank's comes first
+    for row in _longest_first(rows, lengths):
+        load, lightest = loads[0]
         shares[lightest].append(row)
-        loads[lightest] += int(lengths[row])
+        heapq.heapreplace(loads, (load + int(lengths[row]), lightest))
     return shares
 
 
@@ -78,10 +79,15 @@ def split_microbatches(rows: Sequence[int], lengths: Sequence[int], max_tokens: 
     A single row longer than `max_tokens` gets a micro-batch of its own.
     """
     batches: list[list[int]] = []
-    for row in sorted(rows, key=lambda r: (-int(lengths[r]), r)):
+    for row in _longest_first(rows, lengths):
         # Longest first: the first row of a micro-batch is its padded width.
         if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
+
+
+def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Of equal lengths the first row comes first: sorting keeps their order, also in reverse."""
+    return sorted(sorted(rows), key=lengths.__getitem__, reverse=True)

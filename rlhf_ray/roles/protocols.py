@@ -1,6 +1,6 @@
 """What the loop may ask of each role.
 
-Locally a handle is the role object itself; on Ray it is a typed proxy (`remote/handles.py`) to actors that
+Locally a handle is the role object itself; on Ray it is a typed proxy (`remote/proxy.py`) to actors that
 host the same class. The loop sees only these protocols, and treats a batch as opaque except for `replace`.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from rlhf_ray.batch import Batch, gather
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.sample import Sample
 from rlhf_ray.sync.canary import CanaryTarget
+
+if TYPE_CHECKING:
+    from rlhf_ray.config.algorithm import AlgorithmConfig
+    from rlhf_ray.roles.division import Division
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,27 @@ class Scores:
 class Estimate:
     """New columns of a batch, and what to log about them."""
 
-    columns: dict[str, Tensor]  # advantages [B, T]; returns [B, T] where there is a critic
+    columns: dict[str, Tensor]  # advantages [B] or [B, T]; returns [B, T] where there is a critic
     stats: dict[str, float]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def reads(*columns: str) -> Callable[[Method], Method]:
+    """Which columns of its batch a method reads, as far as there are any, beside tokens, masks and ids.
+
+    On Ray nothing else is sent. `TEXTS`: the columns and conversations of the prompts.
+    """
+
+    def mark(method: Method) -> Method:
+        method.reads = columns  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+TEXTS = "texts"
 
 
 class WeightReceiver(Protocol):
@@ -162,6 +185,7 @@ Gather = Callable[[Sequence[tuple[Batch, Sequence[int]]]], Batch]
 
 
 class Reward(Protocol):
+    @reads(TEXTS)
     def score(self, batch: Batch, texts: int = 0) -> Scores:
         """Reward of each row, and the decoded text of the first `texts` rows. Raises RewardError."""
 
@@ -175,14 +199,37 @@ class Advantages(Protocol):
 
 
 class Reference(Protocol):
+    @reads("temperature")
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] log-probabilities of the batch's tokens under the frozen policy."""
 
 
-class Critic(Protocol):
+class TokenWork(Protocol):
+    """Who holds columns of the tokens, all of them or those of its own rows, and computes what needs them."""
+
+    @reads("logp_old", "logp_ref")
+    def answer_kl(self, batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
+        """[B] KL to the reference, summed over each answer's tokens."""
+
+    @reads("score", "values", "logp_old", "logp_ref")
+    def token_advantages(self, batch: Batch, algorithm: AlgorithmConfig, kl_coef: float) -> Estimate:
+        """Advantages that differ from token to token, and where there is a critic its targets. Collective."""
+
+
+class Ranks(TokenWork, Protocol):
+    """Processes that train one network together."""
+
+    @property
+    def division(self) -> Division:
+        """How they divide a step's rows."""
+
+
+class Critic(Ranks, Protocol):
+    @reads()
     def values(self, batch: Batch) -> Tensor:
         """[B, T] value before each token is chosen."""
 
+    @reads("values", "returns")
     def update(self, batch: Batch, step: int) -> dict[str, float]:
         """Fit `batch.returns`; metrics by their final names."""
 
@@ -190,13 +237,19 @@ class Critic(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class Learner(Protocol):
+class Learner(Ranks, Protocol):
+    def connect(self, generators: WeightReceiver) -> None:
+        """Say where `push_weights` sends to: one generator, or a client that fans out to several."""
+
+    @reads("temperature")
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] log-probabilities under the current policy, at the sampling temperature."""
 
+    @reads("temperature")
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """[B, T] the same under the policy that the run began with, where that is this one without its adapter."""
 
+    @reads("temperature", "logp_gen", "weight_version", "logp_old", "logp_ref", "advantages")
     def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
         """One policy update (all inner epochs and minibatches); metrics by their final names."""
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.batch import Batch
+from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.errors import ConfigError
 
 Line = tuple[int, ...]  # the rows of a batch that stand in one line of the model's input
@@ -68,23 +68,23 @@ class PromptSharing:
 
 
 def plan_lines(
-    batch: Batch, rows: Sequence[int], max_tokens: int, sharing: PromptSharing | None = None, ranks: int = 1
+    step: Rows, rows: Sequence[int], max_tokens: int, sharing: PromptSharing | None = None, ranks: int = 1
 ) -> tuple[list[Line], list[int]]:
     """The lines that hold these rows, and the tokens of each; without `sharing` every row has its own.
 
     Rows with the same prompt go together as long as that pays, at most `max_tokens` a line, and no line has more of
     the answers' tokens than one of `ranks` ranks should compute.
     """
-    lengths, prompts = batch.lengths.tolist(), batch.prompt_lengths.tolist()
+    lengths, prompts = step.lengths, step.prompt_lengths
     if sharing is None:
         return [(row,) for row in sorted(rows)], [lengths[row] for row in sorted(rows)]
     most = math.ceil(sum(lengths[row] - prompts[row] for row in rows) / ranks)
     lines: list[Line] = []
     sizes: list[int] = []
-    unfinished: dict[tuple[int, ...], int] = {}
+    unfinished: dict[int, int] = {}
     for row in sorted(rows):
         length, answer = prompts[row], lengths[row] - prompts[row]
-        prompt = tuple(batch.tokens[row, :length].tolist())
+        prompt = step.prompt_digests[row]
         line = unfinished.get(prompt)
         size = sizes[line] + answer if line is not None else 0
         if line is not None and size <= min(max_tokens, length + most) and sharing.pays(sizes[line], length, answer):

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.aggregation import loss_totals
 from rlhf_ray.algo.policy_losses import combine_stats
 from rlhf_ray.batch import Batch
+from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import CriticConfig, LearnerConfig
 from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.trainable import SkippedSteps
+from rlhf_ray.roles.advantages import answer_kl, token_advantages
+from rlhf_ray.roles.division import Division, RankBatch, Share
 from rlhf_ray.roles.forward import over_microbatches
-from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
+from rlhf_ray.roles.protocols import Estimate
 from rlhf_ray.roles.sft_term import MicroLoss
-from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines
-
-
-@dataclass(frozen=True)
-class Share:
-    """This rank's part of one optimiser step.
-
-    All ranks hold the same number of micro-batches: a rank that has run out repeats a row with an empty
-    response mask, for every forward and backward pass is a collective.
-    """
-
-    microbatches: tuple[tuple[Line, ...], ...]
-    real: int  # how many of them are not dummies
-    total_tokens: int  # response tokens of the whole minibatch, over all ranks
-    total_sequences: int
-
-    def batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        for index, lines in enumerate(self.microbatches):
-            micro = MicroBatch.of(batch, lines)
-            yield micro if index < self.real else micro.replace(response_mask=torch.zeros_like(micro.response_mask))
+from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
 
 
 @dataclass
@@ -81,38 +64,37 @@ class Trainer:
         self.seed = seed
         self.total_steps = total_steps
         self.first_step = first_step
-        self.sharing = sharing
+        self.division = Division(
+            config.minibatches, config.tokens_per_microbatch, seed, engine.world_size, sharing
+        )
         self._skipped = SkippedSteps(config.max_skipped_steps)
         # Without gradients a recurrent layer takes another kernel, whose sums end differently in the last bit.
         self._needs_grad_kernels = any(isinstance(layer, torch.nn.RNNBase) for layer in engine.module.modules())
 
-    def shares(self, batch: Batch) -> list[Share]:
-        """One `Share` for each minibatch. The same batch always gives the same shares."""
-        prompts = batch.prompt_id.tolist()
-        return [self._share(batch, rows) for rows in split_minibatches(prompts, self.config.minibatches, self.seed)]
-
-    def _share(self, batch: Batch, rows: list[int]) -> Share:
-        budget, ranks = self.config.tokens_per_microbatch, self.engine.world_size
-        lines, sizes = plan_lines(batch, rows, budget, self.sharing, ranks)
-        shares = split_ranks(range(len(lines)), sizes, ranks)
-        parts = [split_microbatches(share, sizes, budget) for share in shares]
-        mine = [tuple(lines[i] for i in part) for part in parts[self.engine.rank]]
-        shortest = min(rows, key=batch.lengths.tolist().__getitem__)
-        dummies = [((shortest,),)] * (max(len(part) for part in parts) - len(mine))
-        tokens, sequences = loss_totals(batch.response_mask[rows]).tolist()
-        return Share(
-            microbatches=(*mine, *dummies), real=len(mine), total_tokens=tokens, total_sequences=sequences
-        )
+    def shares(self, batch: Batch) -> Sequence[Share]:
+        """This rank's share of each minibatch. The same batch always gives the same shares."""
+        if isinstance(batch, RankBatch):
+            return batch.shares
+        return [ranks[self.engine.rank] for ranks in self.division.shares(batch.rows)]
 
     def per_token(self, batch: Batch, compute: Callable[[MicroBatch], Tensor]) -> Tensor:
-        """Apply `compute` with the very micro-batches of `update`, so that both see bit-equal numbers. [B, T]"""
+        """Apply `compute` with the very micro-batches of `update`, so that both see bit-equal numbers. [B, T]; of
+        several ranks, each has its own rows. Collective."""
         out_BT = torch.zeros(batch.tokens.shape)
         with torch.set_grad_enabled(self._needs_grad_kernels):
             for share in self.shares(batch):
                 out_BT += over_microbatches(batch, share.microbatches[: share.real], compute)
                 for lines in share.microbatches[share.real :]:
                     compute(MicroBatch.of(batch, lines))  # keeps this rank in step with the others' collectives
-        return self.engine.all_reduce(out_BT) if self.engine.world_size > 1 else out_BT
+        return out_BT
+
+    def answer_kl(self, batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
+        """[B] KL to the reference, summed over each answer's tokens."""
+        return answer_kl(batch, algorithm)
+
+    def token_advantages(self, batch: Batch, algorithm: AlgorithmConfig, kl_coef: float) -> Estimate:
+        """Advantages of this rank's tokens; means and variances are those of all ranks. Collective."""
+        return token_advantages(batch, algorithm, kl_coef, self.engine.all_reduce)
 
     def optimiser_step(
         self,

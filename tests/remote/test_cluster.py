@@ -234,7 +234,7 @@ def test_too_few_gpus_are_refused_before_anything_starts(two_gpu_machines, tiny_
 @pytest.mark.engine
 def test_too_few_cpus_are_refused(two_gpu_machines, tiny_config):
     config = tiny_config("executor=ray", "ray.cpus_per_worker=5")
-    with pytest.raises(PlacementError, match="needs 20 CPUs .* the cluster has 8"):
+    with pytest.raises(PlacementError, match="needs 15 CPUs .* the cluster has 8"):
         enter(open_remote_roles(config, Assets("nowhere", "nowhere", Hardware("cpu", torch.float32))))
 
 

@@ -24,15 +24,15 @@ def seats_of(plan: Plan) -> dict[str, tuple[int, float]]:
 
 def test_smallest_run_on_cpu(tiny_config):
     plan = plan_seats(tiny_config("executor=ray"), "cpu", "shared_memory")
-    assert seats_of(plan) == {"learner rank 0": (0, 0), "generator 0": (0, 0), "reward": (1, 0), "batches": (2, 0)}
-    assert plan.bundles == [{"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.5}]
+    assert seats_of(plan) == {"learner rank 0": (0, 0), "generator 0": (0, 0), "reward": (1, 0)}
+    assert plan.bundles == [{"CPU": 1.0}, {"CPU": 0.5}]
 
 
 def test_shared_memory_puts_the_sender_and_all_generators_on_one_machine(tiny_config):
     config = tiny_config(*SHARDED, "learner.world_size=3", "generator.count=2")
     plan = plan_seats(config, "cpu", "shared_memory")
     assert [s.name for s in plan.seats if s.bundle == 0] == ["learner rank 0", "generator 0", "generator 1"]
-    assert len({s.bundle for s in plan.seats}) == 1 + 2 + 2
+    assert len({s.bundle for s in plan.seats}) == 1 + 2 + 1
 
 
 def test_gpus_of_a_whole_ppo_run(tiny_config):

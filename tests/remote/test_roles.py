@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.build import run_rl
+from rlhf_ray.remote.crew import Crew
 from rlhf_ray.run.training_run import TrainingRun
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.usefixtures("own_ray")]
@@ -29,6 +30,35 @@ SHARDED = (
     "learner.engine=deepspeed", "learner.world_size=3", "learner.zero_stage=2", "critic.engine=deepspeed",
     "critic.world_size=2", "critic.zero_stage=2",
 )  # fmt: skip
+
+
+# What a role has no use for: it costs each of its actors seconds and hundreds of MB.
+OTHERS = {
+    "reward": ("transformers.modeling_utils", "peft", "deepspeed", "vllm", "rlhf_ray.roles.learner"),
+    "generator": ("peft", "deepspeed", "vllm", "rlhf_ray.roles.learner", "rlhf_ray.roles.reward", "rlhf_ray.rewards"),
+    "critic": ("vllm", "rlhf_ray.roles.generator_hf", "rlhf_ray.roles.learner", "rlhf_ray.roles.reward"),
+    "learner": ("vllm", "rlhf_ray.roles.generator_hf", "rlhf_ray.roles.reward"),
+}
+
+
+@pytest.fixture
+def modules_of_actors(monkeypatch) -> dict[str, set[str]]:
+    """Filled when all roles are built: the name of each worker -> what its process has imported."""
+    found: dict[str, set[str]] = {}
+    built = Crew.built
+
+    def look(crew: Crew) -> None:
+        def imported(host) -> set[str]:
+            import sys
+
+            return set(sys.modules)
+
+        for worker in crew.workers:
+            found[worker.name] = ray.get(worker.actor.__ray_call__.remote(imported))
+        built(crew)
+
+    monkeypatch.setattr(Crew, "built", look)
+    return found
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -87,7 +117,7 @@ def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp
         torch.testing.assert_close(adapters[1][name], tensor, atol=1e-5, rtol=0)
 
 
-def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path):
+def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config, tmp_path, modules_of_actors):
     """Three ranks and two, which share completions of every length; the many also compute a group's prompt once.
 
     Beside them two rows a step are learned: one of the three ranks has none.
@@ -108,6 +138,10 @@ def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config
     for step in metrics_of(tmp_path / "many"):
         assert step["loss/value"] > 0 and step["critic/grad_norm"] > 0 and step["loss/sft"] > 1
     assert sum(step["sft/tokens"] for step in metrics_of(tmp_path / "many")) == 4 * (8 + 16 + 24), "four epochs"
+    assert len(modules_of_actors) == 3 + 2 + 1 + 1
+    for name, modules in modules_of_actors.items():
+        foreign = modules.intersection(OTHERS[name.split()[0]])
+        assert not foreign, f"{name} has imported {sorted(foreign)}"
 
 
 def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ class Recorded:
         self.log.append(f"{self.name}: {method.__name__}")
         return self.name
 
+    ask = start
+
 
 class FakeCrew:
     """`log`: every call that was started, and "--" where all of them were waited for."""
@@ -82,7 +84,7 @@ def test_on_gpus_of_their_own_all_load_together(crew_of):
 def test_the_others_give_their_cached_memory_back_before_the_generator_wakes(crew_of):
     crew, plan, config = crew_of("ray.colocate=true")
     _handles(crew, plan, config).generator.wake()
-    others = ["learner rank 0", "critic rank 0", "reference", "reward", "batches"]
+    others = ["learner rank 0", "critic rank 0", "reference", "reward"]
     assert crew.log == [*(f"{name}: release_memory" for name in others), "--", "generator 0: wake", "--"]
     crew, plan, config = crew_of()
     _handles(crew, plan, config).generator.wake()

@@ -49,7 +49,7 @@ def require_lines_of_the_start(output: str) -> None:
     lines = output[began:].splitlines()
     assert re.fullmatch(r"Ray is ready in \d+ s: 1 machine, .*", lines[1])
     assert lines[2:4] == [
-        "starting 7 workers",
+        "starting 6 workers",
         "loading learner rank 0-1 (deepspeed), generator 0-1 (vllm), reference, reward",
     ]
     ready = [re.fullmatch(r"(.+) ready in \d+ s(?:; waiting for (.*))?", line) for line in lines[4:8]]

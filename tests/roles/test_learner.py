@@ -10,10 +10,10 @@ from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.errors import DivergenceError
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.roles.division import Share
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.roles.training import Share
 
 KINDS = ["qwen2", "gpt2", "lstm"]
 LOSSES = {"grpo": {}, "ppo-like": {"kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 3.0}}

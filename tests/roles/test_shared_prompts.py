@@ -24,25 +24,26 @@ def two_prompts(batch_of):
 
 
 def test_rows_with_the_same_prompt_go_together_while_they_fit(two_prompts):
-    assert plan_lines(two_prompts, range(3), 99) == ([(0,), (1,), (2,)], [3, 4, 4])
-    assert plan_lines(two_prompts, range(3), 4, WIDE) == ([(0,), (1,), (2,)], [3, 4, 4]), "2 + 1 + 2 tokens do not fit"
-    assert plan_lines(two_prompts, range(3), 5, WIDE) == ([(0, 1), (2,)], [5, 4])
-    assert plan_lines(two_prompts, [2, 0], 5, WIDE) == ([(0,), (2,)], [3, 4])
+    rows = two_prompts.rows
+    assert plan_lines(rows, range(3), 99) == ([(0,), (1,), (2,)], [3, 4, 4])
+    assert plan_lines(rows, range(3), 4, WIDE) == ([(0,), (1,), (2,)], [3, 4, 4]), "2 + 1 + 2 tokens do not fit"
+    assert plan_lines(rows, range(3), 5, WIDE) == ([(0, 1), (2,)], [5, 4])
+    assert plan_lines(rows, [2, 0], 5, WIDE) == ([(0,), (2,)], [3, 4])
 
 
 def test_equal_prompts_of_different_groups_share_too_and_others_of_a_group_do_not(batch_of):
     batch = batch_of([((5, 6), (7,)), ((5, 4), (7,)), ((5, 6), (8,))], group=3)
-    assert plan_lines(batch, range(3), 99, WIDE)[0] == [(0, 2), (1,)]
+    assert plan_lines(batch.rows, range(3), 99, WIDE)[0] == [(0, 2), (1,)]
 
 
 def test_a_group_that_does_not_fit_takes_several_lines(batch_of):
     batch = batch_of([((5, 6), (7, 8))] * 5, group=5)
-    assert plan_lines(batch, range(5), 6, WIDE) == ([(0, 1), (2, 3), (4,)], [6, 6, 4])
+    assert plan_lines(batch.rows, range(5), 6, WIDE) == ([(0, 1), (2, 3), (4,)], [6, 6, 4])
 
 
 def test_there_is_a_line_for_each_rank(batch_of):
     batch = batch_of([((5, 6), (7, 8))] * 8, group=8)
-    lines = {ranks: plan_lines(batch, range(8), 99, WIDE, ranks)[0] for ranks in (1, 2, 3, 8)}
+    lines = {ranks: plan_lines(batch.rows, range(8), 99, WIDE, ranks)[0] for ranks in (1, 2, 3, 8)}
     assert [len(line) for line in lines[1]] == [8] and [len(line) for line in lines[2]] == [4, 4]
     assert [len(line) for line in lines[3]] == [3, 3, 2] and [len(line) for line in lines[8]] == [1] * 8
 
@@ -74,7 +75,7 @@ def test_the_layout(two_prompts):
 
 def test_an_answer_without_tokens(batch_of):
     batch = batch_of([((5, 6), ()), ((5, 6), (7,)), ((5, 6), ())], group=3)
-    assert plan_lines(batch, range(3), 9, WIDE) == ([(0, 1, 2)], [3])
+    assert plan_lines(batch.rows, range(3), 9, WIDE) == ([(0, 1, 2)], [3])
     layout = lay_out(MicroBatch.of(batch, [(0, 1, 2)]))
     assert layout.tokens_GL.tolist() == [[5, 6, 7]]
     assert layout.place_BT.tolist() == [[0, 1, 0], [0, 1, 2], [0, 1, 0]]

@@ -11,7 +11,10 @@ from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory
 
 # 10 tokens, prompts included.
-ROWS = Rows(prompt_id=(0, 0), lengths=(6, 4), response_lengths=(4, 2), truncated=(False, False), weight_version=(0, 0))
+ROWS = Rows(
+    prompt_id=(0, 0), lengths=(6, 4), response_lengths=(4, 2), truncated=(False, False), weight_version=(0, 0),
+    prompt_lengths=(2, 2), prompt_digests=(8, 8),
+)  # fmt: skip
 FULL, LORA = Size(100, 100), Size(100, 20)
 
 

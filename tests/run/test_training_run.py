@@ -21,7 +21,10 @@ from rlhf_ray.run.recorder import rollout_rows
 from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.training_run import TrainingRun
 
-ROWS = Rows(prompt_id=(3, 3), lengths=(5, 3), response_lengths=(4, 2), truncated=(True, False), weight_version=(0, 0))
+ROWS = Rows(
+    prompt_id=(3, 3), lengths=(5, 3), response_lengths=(4, 2), truncated=(True, False), weight_version=(0, 0),
+    prompt_lengths=(1, 1), prompt_digests=(8, 8),
+)  # fmt: skip
 SCORES = Scores(torch.tensor([1.0, 0.5]), {"exact": torch.tensor([1.0, 0.0])}, (("p", "one"), ("p", "two")))
 
 

@@ -1,0 +1,165 @@
+"""What travels between workers: each consumer is sent the rows that it computes with, and of them what it reads.
+
+The unit is a slice: what one producer (a generator, the reference, the ranks of a critic) holds for one consumer (a
+rank, the reward), as one Ray object. The driver decides which rows go where and never sees what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_ray.batch import Batch
+from rlhf_ray.packed import ROWS, TOKENS, Packed, empty_rows, unpack
+from rlhf_ray.remote.batch import Part, RemoteBatch, RemoteColumn
+from rlhf_ray.remote.calls import Call, Deadline, Worker
+from rlhf_ray.roles.division import RankBatch, RankPart, Share
+from rlhf_ray.roles.protocols import TEXTS
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from rlhf_ray.remote.crew import Crew
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What a slice means to the consumer: the names of its columns here, and which of the consumer's rows it holds."""
+
+    names: Mapping[str, str]
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Beside the slices: numbers a row, texts for those who read them, and a rank's passes."""
+
+    rows: int
+    incoming: tuple[Incoming, ...]
+    values: Mapping[str, Tensor]  # [rows]
+    texts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    dummies: tuple[int, ...] = ()
+    shares: tuple[Share, ...] | None = None  # None: the consumer has all rows and divides them itself
+
+
+def received(delivery: Delivery, slices: Sequence[Packed]) -> Batch:
+    """The consumer's batch, its rows in the order that the driver gave them, whoever held them."""
+    together: dict[tuple[str, ...], list[tuple[Packed, np.ndarray]]] = {}
+    for incoming, piece in zip(delivery.incoming, slices, strict=True):
+        renamed = Packed(
+            {new: piece.ragged[old] for old, new in incoming.names.items() if old in piece.ragged},
+            {new: piece.rows[old] for old, new in incoming.names.items() if old in piece.rows},
+        )
+        together.setdefault(tuple(incoming.names.values()), []).append((renamed, incoming.places))
+    columns = []
+    for pieces in together.values():
+        order = np.argsort(np.concatenate([places for _, places in pieces]))
+        columns.append(Packed.cat([piece for piece, _ in pieces]).select(order))
+    packed, extra = Packed.joined(columns), len(delivery.dummies)
+    if delivery.shares is None:
+        return unpack(packed, delivery.values, delivery.texts)
+    if extra:
+        packed = Packed.cat([packed, empty_rows(packed, delivery.dummies)])
+    values = {name: torch.cat([value_B, torch.ones(extra)]) for name, value_B in delivery.values.items()}
+    whole = unpack(packed, values, delivery.texts)
+    return RankBatch(**vars(whole), shares=delivery.shares, own=delivery.rows)
+
+
+def cut(names: Sequence[str], picks: Sequence[Sequence[np.ndarray]], held: Sequence[Packed]) -> list[Packed]:
+    """The producer's side: for each consumer one slice, of the rows that it picks from each of the held objects."""
+    return [
+        Packed.cat([piece.select(rows, names) for piece, rows in zip(held, pick, strict=True)]) for pick in picks
+    ]
+
+
+class Sender:
+    """Sends a batch to the consumers of one role.
+
+    Args:
+        name: of the role; what was cut for it once is not cut again.
+    """
+
+    def __init__(self, crew: Crew, name: str, consumers: Sequence[Worker], deadline: Deadline) -> None:
+        self.crew, self.name, self.consumers, self.deadline = crew, name, list(consumers), deadline
+
+    def send(
+        self, batch: RemoteBatch, parts: Sequence[RankPart], reads: Sequence[str], divided: bool
+    ) -> list[tuple[Delivery, list[ObjectRef]]]:
+        """For each consumer its delivery and the references of its slices; all of them are ready.
+
+        Args:
+            parts: the rows of each consumer.
+            reads: columns, beside tokens, masks and ids.
+            divided: whether the consumers are ranks that are told their passes.
+        """
+        place = np.full((len(parts), len(batch)), -1)
+        for own, part in zip(place, parts, strict=True):
+            own[list(part.rows)] = np.arange(len(part.rows))
+        sent = self._sent(batch, place, reads)
+        deliveries = []
+        for consumer, part in enumerate(parts):
+            incoming, refs = zip(*(pieces[consumer] for pieces in sent), strict=True)
+            index = torch.tensor(part.rows, dtype=torch.long)
+            values = {
+                name: value_B[index] for name in reads if isinstance(value_B := batch.values.get(name), Tensor)
+            }
+            texts = {}
+            if TEXTS in reads:
+                prompts = [batch.prompts[batch.rows.prompt_id[row]] for row in part.rows]
+                texts = {"columns": tuple(p[0] for p in prompts), "chats": tuple(p[1] for p in prompts)}
+            passes = (part.dummies, part.shares) if divided else ((), None)
+            deliveries.append((Delivery(len(part.rows), incoming, values, texts, *passes), list(refs)))
+        return deliveries
+
+    def _sent(self, batch: RemoteBatch, place: np.ndarray, reads: Sequence[str]) -> list[list[tuple[Incoming, Any]]]:
+        """For each slice of a kind, what it is to each consumer and its reference."""
+        known = batch.sent.setdefault(self.name, [])
+        wanted = {*TOKENS, *ROWS, *(name for name in reads if name in ("logp_gen", "weight_version"))}
+        there = {name for pieces in known for name in pieces[0][0].names.values()}
+        found, calls = [pieces for pieces in known if set(pieces[0][0].names.values()) & wanted], []
+        if wanted - there:
+            new, started = self._cut(batch.parts, {name: name for name in sorted(wanted - there)}, place)
+            known += new
+            found, calls = found + new, calls + started
+        columns: dict[int, tuple[tuple[Part, ...], dict[str, str]]] = {}
+        for name in reads:
+            column = batch.values.get(name)
+            if isinstance(column, RemoteColumn):
+                columns.setdefault(id(column.parts), (column.parts, {}))[1][column.key] = name
+        for parts, names in columns.values():
+            new, started = self._cut(parts, names, place)
+            found, calls = found + new, calls + started
+        self.crew.results(calls)
+        return found
+
+    def _cut(
+        self, parts: Sequence[Part], names: Mapping[str, str], place: np.ndarray
+    ) -> tuple[list[list[tuple[Incoming, Any]]], list[Call]]:
+        if self._own(parts, place):  # they computed it themselves: it does not move
+            return [[(Incoming(names, place[i][part.rows]), part.ref) for i, part in enumerate(parts)]], []
+        by_worker: dict[str, list[Part]] = {}
+        for part in parts:
+            by_worker.setdefault(part.worker.name, []).append(part)
+        slices, calls = [], []
+        for held in by_worker.values():
+            places = [[own[part.rows] for part in held] for own in place]
+            picks = [[part.places[at >= 0] for part, at in zip(held, own, strict=True)] for own in places]
+            refs, call = held[0].worker.cut(list(names), picks, [part.ref for part in held], deadline=self.deadline)
+            calls.append(call)
+            slices.append([
+                (Incoming(names, np.concatenate([at[at >= 0] for at in own])), ref)
+                for own, ref in zip(places, refs, strict=True)
+            ])
+        return slices, calls
+
+    def _own(self, parts: Sequence[Part], place: np.ndarray) -> bool:
+        """Whether each consumer holds exactly its own rows of these columns."""
+        return [part.worker.name for part in parts] == [consumer.name for consumer in self.consumers] and all(
+            len(part.rows) == (own >= 0).sum() and (own[part.rows] >= 0).all()
+            for part, own in zip(parts, place, strict=True)
+        )
