@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 import time
 from fnmatch import fnmatchcase
 
@@ -269,14 +270,16 @@ def test_an_overlapped_run_repeats_itself(tiny_config, tmp_path, read_rows, monk
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 2})})
     monkeypatch.setattr(build, "on_device", lambda config, _: config)
     monkeypatch.setattr(build, "validated", lambda config: config)
+    generate, one_at_a_time, pause = HFGenerator.generate, threading.Lock(), [0.0]
+
+    def as_an_actor(self, *args):
+        with one_at_a_time:
+            time.sleep(pause[0])
+            return generate(self, *args)
+
+    monkeypatch.setattr(HFGenerator, "generate", as_an_actor)
     run_rl(config, tmp_path / "a")
-    generate = HFGenerator.generate
-
-    def slowly(self, *args):
-        time.sleep(0.05)
-        return generate(self, *args)
-
-    monkeypatch.setattr(HFGenerator, "generate", slowly)
+    pause[0] = 0.05
     run_rl(config, tmp_path / "b")
     rows = read_rows(tmp_path / "a")
     assert read_rows(tmp_path / "b") == rows and rollout_files(tmp_path / "b") == rollout_files(tmp_path / "a")
