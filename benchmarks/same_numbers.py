@@ -146,7 +146,7 @@ def run_cell(checkout: Path, arguments: list[str], folder: Path, answers: Path |
         command += ["--resume", "auto"]
     status = start(command, checkout, samples, answers, folder)
     if status:
-        raise SystemExit(f"{' '.join(command)} in {checkout} failed:\n{(folder / 'log').read_text()[-3000:]}")
+        raise RuntimeError(f"{' '.join(command)} in {checkout} failed:\n{(folder / 'log').read_text()[-3000:]}")
 
 
 def start(command: list[str], checkout: Path, samples: Path, answers: Path | None, folder: Path, until: int = 0) -> int:
@@ -300,7 +300,10 @@ def main() -> None:
         different = []
         for name in chosen:
             began = time.monotonic()
-            report = check(name, before, after, work)
+            try:
+                report = check(name, before, after, work)
+            except RuntimeError as error:  # the other cells still have something to say
+                report = Report(problems=[str(error)])
             show(name, report, time.monotonic() - began)
             different += [name] if report.problems else []
     if different:
