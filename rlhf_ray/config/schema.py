@@ -110,11 +110,17 @@ class GeneratorConfig(Section):
     gpu_memory_utilization: float | None = Field(
         None, gt=0, le=1, description="vLLM on a GPU: its share of the memory; empty: 0.8, and 0.4 with ray.colocate"
     )
-    kv_cache_gb: float = Field(
-        1.0, gt=0, description="memory for keys and values in GiB, of hf and of vLLM on CPU; what does not fit waits"
-    )
+    kv_cache_gb: float | None = Field(
+        None, gt=0, description="memory for keys and values in GiB, of hf and of vLLM on CPU: what does not fit waits; "
+        "empty: 1, and for hf on a GPU half of what is free"
+    )  # fmt: skip
     enforce_eager: bool = Field(True, description="vLLM: false captures CUDA graphs: faster, later to start, untested")
     engine_args: dict[str, Any] = Field({}, description="vLLM: further arguments of its engine, like max_num_seqs")
+
+    @property
+    def kv_cache_gb_on_cpu(self) -> float:
+        """What `kv_cache_gb` says, or leaves to the engine, where there is no GPU."""
+        return self.kv_cache_gb or 1.0
 
 
 class LearnerConfig(TrainEngineConfig):

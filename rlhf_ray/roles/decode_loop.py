@@ -61,7 +61,8 @@ class DecodeLoop:
 
     Args:
         rows: most that are written at a time.
-        kv_bytes: what their keys and values, or their states, may take; None: no bound.
+        kv_bytes: what their keys and values, or their states, may take; None: half of what a GPU has free when the
+            first request comes, elsewhere no bound.
     """
 
     def __init__(self, model: PreTrainedModel, *, pad_token_id: int, rows: int, kv_bytes: int | None) -> None:
@@ -132,6 +133,8 @@ class DecodeLoop:
     def memory(self) -> KVMemory | OwnCache:
         if self._memory is None:
             probe = self.prompts.run([(self.prompts.pad_token_id,) * 2]).cache
+            if self.kv_bytes is None and self.model.device.type == "cuda":
+                self.kv_bytes = torch.cuda.mem_get_info(self.model.device)[0] // 2
             kind = KVMemory if fits_architecture(self.model, self.prompts.inputs, probe) else OwnCache
             self._memory = kind(self.model, self.prompts, probe, self.kv_bytes)
         return self._memory

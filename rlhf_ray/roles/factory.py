@@ -58,7 +58,7 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
             tensor_parallel_size=generator.tensor_parallel,
             max_model_len=_longest_sequence(config, assets),
             gpu_memory_utilization=generator.gpu_memory_utilization or (0.4 if config.ray.colocate else 0.8),
-            kv_cache_gb=generator.kv_cache_gb,
+            kv_cache_gb=generator.kv_cache_gb_on_cpu,
             enforce_eager=generator.enforce_eager,
             sleep_mode=config.ray.colocate,
             engine_args=generator.engine_args,
@@ -72,7 +72,7 @@ def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generat
         model,
         pad_token_id=tokenizer.pad_token_id,
         batch_size=generator.batch_size,
-        kv_cache_gb=generator.kv_cache_gb,
+        kv_cache_gb=generator.kv_cache_gb if assets.hardware.device == "cuda" else generator.kv_cache_gb_on_cpu,
     )
 
 

@@ -27,7 +27,7 @@ class HFGenerator(HFReceiver):
 
     Args:
         batch_size: most rows that are written side by side.
-        kv_cache_gb: GiB that their keys and values may take; None: no bound.
+        kv_cache_gb: GiB that their keys and values may take; None: half of what a GPU has free, elsewhere no bound.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_ray.roles.plain_step import PlainStep
-from rlhf_ray.roles.prompt_pass import PromptPass, distinct
+from rlhf_ray.roles.prompt_pass import AT_ONCE, PromptPass, distinct
 
 _PLAIN = frozenset(vars(DynamicCache()))
 
@@ -83,7 +83,7 @@ class KVMemory:
 
     Args:
         probe: a cache that the model has filled with a row or more: the layers' kinds and shapes.
-        budget: bytes that may be taken; None: no bound.
+        budget: bytes that may be taken; None: no bound. The passes of prompts take up to a quarter more, or one row.
     """
 
     joins_running = True  # rows join while others are being written
@@ -98,6 +98,7 @@ class KVMemory:
         self._shapes = [_shape(side) for layer in probe.layers for side in (layer.keys, layer.values)]
         self._stores: dict[tuple[Any, ...], Tensor] = {}  # shape -> [sides of layers, rows, heads, columns, size]
         self.token_bytes = sum(heads * size * dtype.itemsize for heads, size, dtype in self._shapes)
+        self._at_once = AT_ONCE if budget is None else min(AT_ONCE, budget // (4 * self.token_bytes))
         self.rows = self.columns = 0
         self._lengths: list[int] = []  # columns of each row that are its own
         self._finals: list[int] = []  # what they can grow to
@@ -117,7 +118,7 @@ class KVMemory:
         self.place.rows = len(self._lengths)
         tokens, places = distinct(prefixes)
         logits_BV: Tensor | None = None
-        for members, found in self.prompts.batches(tokens):
+        for members, found in self.prompts.batches(tokens, self._at_once):
             index = {member: row for row, member in enumerate(members)}
             mine = [row for row, place in enumerate(places) if place in index]
             source = torch.tensor([index[places[row]] for row in mine], device=found.logits_BV.device)

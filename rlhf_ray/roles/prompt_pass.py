@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 Tokens = tuple[int, ...]
 
-_AT_ONCE = 16_384  # tokens of prompts in one pass, padding included
+AT_ONCE = 16_384  # tokens of prompts in one pass, padding included
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class PromptPass:
         self.model, self.pad_token_id = model, pad_token_id
         self.inputs = set(inspect.signature(model.forward).parameters)
 
-    def batches(self, rows: Sequence[Tokens]) -> Iterator[tuple[list[int], Passed]]:
-        """Some of the rows at a time: their places, and what the model made of them."""
+    def batches(self, rows: Sequence[Tokens], at_once: int = AT_ONCE) -> Iterator[tuple[list[int], Passed]]:
+        """Some of the rows at a time, of so many tokens: their places, and what the model made of them."""
         waiting = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         while waiting:
-            count = max(1, _AT_ONCE // len(rows[waiting[0]]))
+            count = max(1, at_once // len(rows[waiting[0]]))
             members, waiting = sorted(waiting[:count]), waiting[count:]
             yield members, self.run([rows[member] for member in members])
 
