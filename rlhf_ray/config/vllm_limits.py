@@ -97,9 +97,10 @@ def shape_problems(
     if device == "cpu" and None not in (shape.layers, shape.head_size, shape.kv_heads):
         each = 2 * shape.layers * max(1, shape.kv_heads // parts) * shape.head_size * (2 if bfloat16 else 4)
         need = longest * each / 2**30
-        if need > generator.kv_cache_gb_on_cpu:
+        room = generator.kv_cache_gb_on_cpu
+        if need > room:
             problems.append(
-                f"generator.kv_cache_gb={generator.kv_cache_gb_on_cpu:g} does not hold one sequence: {longest} tokens of "
+                f"generator.kv_cache_gb={room:g} does not hold one sequence: {longest} tokens of "
                 f"{model} have {need:.2g} GiB of keys and values; raise it, or lower data.max_prompt_tokens or "
                 "rollout.max_new_tokens"
             )
