@@ -274,9 +274,13 @@ def _reward(reward: Any) -> Any:
 
 def _with_held_out(config: RunConfig) -> RunConfig:
     """Of a handful of rows in a program nobody holds out 256: a tenth, where no setting says how many."""
-    rows, data = config.data.path, config.data
-    if not isinstance(rows, GivenRows) or data.eval_path is not None or "eval_size" in data.model_fields_set:
+    given, data = config.data.path, config.data
+    if not isinstance(given, GivenRows) or data.eval_path is not None or "eval_size" in data.model_fields_set:
         return config
-    count = min(256, max(1, len(rows.of_split(data.split)) // 10))
+    try:
+        rows = given.of_split(data.split)
+    except KeyError:
+        return config  # which is said where they are read
+    count = min(256, max(1, len(rows) // 10))
     size = config.eval.size if "size" in config.eval.model_fields_set else count
     return config_of(config, RunConfig, {"data.eval_size": size, "eval.size": size})

@@ -119,6 +119,30 @@ def test_what_a_function_raises_is_said_and_ctrl_c_is_not_swallowed(tiny, tmp_pa
 
 
 @pytest.mark.slow
+def test_roles_without_the_loop(tiny, tmp_path):
+    with rlhf_ray.open_roles(tiny, prompts=SUMS, rewards=first_digit) as session:
+        roles, requests = session.roles, session.requests(0)
+        assert [request.prompt_id for request in requests] == [0, 0, 1, 1], "two answers to each of two prompts"
+        assert (len(session.prompts), len(session.held_out)) == (23, 2)
+        roles.learner.push_weights(0)
+        batch = roles.generator.generate(requests, session.sampling)
+        again = roles.generator.generate(session.requests(0), session.sampling)
+        assert (batch.tokens == again.tokens).all()
+        scores = roles.reward.score(batch)
+        batch = batch.replace(score=scores.score)
+        estimate = roles.advantages.estimate(batch, 0.0)
+        roles.learner.update(batch.replace(**estimate.columns), 0, 0.0)
+        assert roles.learner.push_weights(1) and roles.generator.version == 1
+        assert (session.export(tmp_path / "mine") / "model.safetensors").is_file()
+    run = rlhf_ray.rl(tiny, prompts=SUMS, rewards=first_digit, run_dir=tmp_path / "run")
+    assert [row["completion"] for row in run.rollouts(1)] == [text for _, text in roles.reward.score(batch, 4).texts]
+    with pytest.raises(DataError, match="no 'train' among 'test'"), rlhf_ray.open_roles(
+        tiny, prompts={"test": SUMS}, rewards=first_digit
+    ):
+        pass
+
+
+@pytest.mark.slow
 def test_a_model_and_a_tokenizer_as_objects_are_copied_and_a_run_goes_on_from_them(tiny, tmp_path):
     from rlhf_ray.models.scratch import build_scratch
     from rlhf_ray.models.tokenizers import build_tokenizer

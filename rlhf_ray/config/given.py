@@ -7,7 +7,7 @@ takes the object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import WrapValidator
@@ -40,7 +40,7 @@ class Given(str):
 class GivenRows(Given):
     """Rows, in a list or by split."""
 
-    def of_split(self, split: str) -> Iterable[Any]:
+    def of_split(self, split: str) -> Collection[Any]:
         """Raises KeyError where the rows are given by split, and this one is not among them."""
         return self.value[split] if isinstance(self.value, Mapping) else self.value
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from rlhf_ray.errors import ConfigError, ModelError
@@ -98,8 +100,21 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Its result, also where a loop runs already (a notebook, an async actor): in a thread of its own then."""
     if not _loop_runs():
         return asyncio.run(coroutine)
+    begun: SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = SimpleQueue()
+
+    async def known() -> Any:
+        begun.put((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
+        waiting = pool.submit(asyncio.run, known())
+        try:
+            return waiting.result()
+        except KeyboardInterrupt:  # only this thread gets it, and leaving the pool waits for the other one
+            loop, task = begun.get()
+            with contextlib.suppress(RuntimeError):  # it has ended by now
+                loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _loop_runs() -> bool:

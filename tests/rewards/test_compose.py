@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 
 import numpy
 import pytest
@@ -167,3 +169,26 @@ def test_settings_of_a_builtin_reward_are_checked_when_it_is_loaded(function, ar
 
 def test_no_functions_means_zero():
     assert score() == ([0.0, 0.0], {})
+
+
+def test_ctrl_c_where_a_loop_runs_as_in_a_notebook_ends_an_async_function():
+    ended = []
+
+    async def slow(completions):
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def cell():
+        score(RewardFunction("slow", slow))
+
+    loop = asyncio.new_event_loop()  # asyncio.run would take the signal for itself
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(cell())
+    finally:
+        loop.close()
+    assert ended == ["cancelled"]
