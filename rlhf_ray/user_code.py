@@ -14,6 +14,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from rlhf_ray.config.given import value_of, was_given
 from rlhf_ray.config.user_paths import is_file, typed_path
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.user_frames import frames_of_users
@@ -25,13 +26,21 @@ def is_place(name: str) -> bool:
 
 
 def find(place: str, kind: str) -> Any:
-    """What stands at `place`.
+    """What stands at `place`, or the object itself that a Python program has given for it.
 
     Args:
         kind: what it is to be, for people: "reward", "loss", ...
     Raises:
         ConfigError: there is nothing, or its module cannot be imported.
     """
+    given = value_of(place)
+    if given is not None:
+        return given
+    if was_given(place):
+        raise ConfigError(
+            f"{kind} {place!r} was given from Python and is in no file; give it again from Python, or put it into a "
+            "file and name it file.py:function"
+        )
     where, _, attribute = place.rpartition(":")
     module = _import_file(where, kind) if where.endswith(".py") else _import_module(where, kind)
     try:

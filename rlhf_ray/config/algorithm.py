@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlhf_ray.algo.registry import ADVANTAGES, OWN_ADVANTAGE, OWN_LOSS, POLICY_LOSSES, Advantage, PolicyLoss
+from rlhf_ray.config.given import FunctionName
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import Section
 
@@ -67,7 +68,7 @@ class AlgorithmConfig(Section):
         "grpo", "ppo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline",
         "remax",
     ] = Field("grpo", description="fills in what the table below says")  # fmt: skip
-    advantage: str = Field(
+    advantage: FunctionName = Field(
         "grpo", description=f"with what an answer is compared: {', '.join(ADVANTAGES)} (with what a critic expects of "
         "it), or your own, `module:function` or `file.py:function` (algorithms.md)"
     )  # fmt: skip
@@ -78,7 +79,7 @@ class AlgorithmConfig(Section):
     whiten_advantages: bool = Field(False, description="to mean 0 and variance 1 over all tokens of the step")
     gamma: float = Field(1.0, ge=0, le=1, description="gae, reinforce_pp: discount of a reward, a token; 1: none")
     lam: float = Field(0.95, ge=0, le=1, description="gae: 1 looks at rewards to the end, 0 at the critic's next value")
-    policy_loss: str = Field(
+    policy_loss: FunctionName = Field(
         "clipped", description="clipped: PPO's, by tokens; gspo: the same by whole answers; cispo: clips the weight, "
         "not the token; policy_gradient: without a ratio of new to old probability; or your own, `module:function` or "
         "`file.py:function` (algorithms.md)"

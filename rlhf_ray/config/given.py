@@ -46,7 +46,8 @@ class GivenRows(Given):
 
 
 class GivenFunction(Given):
-    """A reward function. It is pickled by whatever pickles the config: Ray's takes lambdas and notebooks' functions."""
+    """A function: a reward, a loss, an advantage. It is pickled by whatever pickles the config: Ray's takes lambdas and
+    notebooks' functions."""
 
     def __reduce__(self) -> Any:
         return type(self), (str(self), self.value)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PASSES, AlgorithmConfig, passes_of
 from rlhf_ray.config.data import SFTDataConfig
-from rlhf_ray.config.given import RowsPath
+from rlhf_ray.config.given import FunctionName, RowsPath
 from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
 from rlhf_ray.config.sections import (
     MOST_WORKERS,
@@ -88,7 +88,7 @@ class RolloutConfig(Section):
     reference_field: str = Field("answer", description="column with a good answer, or with a list of them")
     top_p: TopP = 1.0
     top_k: TopK = 0
-    order: str = Field(
+    order: FunctionName = Field(
         "shuffled", description="of the prompts: shuffled (anew in each epoch), as_given, or `module:function` or "
         "`file.py:function` of your own (a curriculum: docs/data.md)"
     )  # fmt: skip

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_ray.config.given import value_of, was_given
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.user_code import find, is_place
 
@@ -42,8 +41,7 @@ def find_function(function: str) -> Callable[..., Any]:
     Raises:
         ConfigError: there is no such function.
     """
-    given = value_of(function)
-    found = _find(function) if given is None else given
+    found = _find(function)
     if not callable(found):
         raise ConfigError(f"reward {function!r} is a {type(found).__name__}, not a function; name a function")
     return found
@@ -72,11 +70,6 @@ def check_settings(function: str, found: Callable[..., Any], args: Mapping[str, 
 
 
 def _find(function: str) -> Any:
-    if was_given(function):
-        raise ConfigError(
-            f"reward {function!r} was given from Python and is in no file; give it again from Python, or put it into a "
-            "file and name it file.py:function"
-        )
     if is_builtin(function):
         check_builtin(function)
         module_name, _, attribute = BUILTIN[function].partition(":")

@@ -121,3 +121,15 @@ def test_its_numbers_are_the_same_ones_each_time(algorithm):
     ones_BT = torch.ones(1, 2)
     with pytest.raises(ConfigError, match=r"returned the numbers \[\], and before \['far'\]; return the same"):
         loss.stats(ones_BT, ones_BT, ones_BT.bool(), ones_BT, {})
+
+
+def test_functions_of_a_python_program():
+    """In the place of a name, also for a worker that gets the config as Ray sends it."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    given = AlgorithmConfig(policy_loss=lambda logp_BT, old_BT, adv_BT, mask_BT: -2 * logp_BT * adv_BT)
+    sent = cloudpickle.loads(cloudpickle.dumps(given))
+    ones_BT = torch.ones(1, 2)
+    for algorithm in (given, sent):
+        assert Loss(algorithm)(ones_BT, ones_BT, ones_BT, ones_BT.bool())[0].tolist() == [[-2.0, -2.0]]
+    with pytest.raises(ConfigError, match="loss 'python:lambda' was given from Python and is in no file; give it"):
+        Loss(AlgorithmConfig(policy_loss="python:lambda"))
