@@ -274,11 +274,12 @@ def open_roles(
         return
     transport = "in_process" if config.sync.transport == "auto" else config.sync.transport
     began = time.monotonic()
-    if config.generator.engine == "vllm":
-        note("loading the generator (vllm)")
+    engine = config.generator.engine
+    if config.generator.facts.slow_start:
+        note(f"loading the generator ({engine})")
     generator = make_generator(config, assets, transport)
-    if config.generator.engine == "vllm":
-        note(f"the generator (vllm) is ready in {time.monotonic() - began:.0f} s")
+    if config.generator.facts.slow_start:
+        note(f"the generator ({engine}) is ready in {time.monotonic() - began:.0f} s")
     try:
         learner = make_learner(config, assets, transport, sft)
         learner.connect(generator)

@@ -145,11 +145,11 @@ def train_bytes(size: Size, settings: TrainEngineConfig, dtype: torch.dtype) -> 
     too. What is offloaded lies in host memory and is not counted.
     """
     ranks = settings.world_size
-    stage = settings.zero_stage if settings.engine == "deepspeed" else 0
+    stage = settings.zero_stage if settings.facts.shards else 0
     gradients = size.trained * MASTER_BYTES
     weights = (size.parameters - size.packed) * dtype.itemsize + math.ceil(size.packed * PACKED_BITS / 8)
     # DeepSpeed keeps masters in float32 runs as well.
-    masters = size.trained * MASTER_BYTES if dtype != torch.float32 or settings.engine == "deepspeed" else 0
+    masters = size.trained * MASTER_BYTES if dtype != torch.float32 or settings.facts.shards else 0
     optimiser = size.trained * ADAM_BYTES + masters
     if settings.offload != "none":
         optimiser = 0
@@ -163,7 +163,7 @@ def train_bytes(size: Size, settings: TrainEngineConfig, dtype: torch.dtype) -> 
 
 
 def _trainer(name: str, settings: TrainEngineConfig, hardware: Hardware, size: Size | None) -> PlannedRole:
-    engine = settings.engine if settings.engine == "torch" else f"deepspeed ZeRO-{settings.zero_stage}"
+    engine = f"{settings.engine} ZeRO-{settings.zero_stage}" if settings.facts.shards else settings.engine
     held = None if size is None else train_bytes(size, settings, hardware.dtype)
     return PlannedRole(name, engine, settings.world_size, 1, held)
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_ray.config.engines import is_own
 from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
@@ -27,6 +28,7 @@ from rlhf_ray.data.paths import HUB_PREFIX, looks_local
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tasks import is_task
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.user_code import find
 
 # More rows would cost more seconds than their answers are worth; but held-out rows must fit.
 MOST_ROWS = 2000
@@ -201,7 +203,17 @@ def _open_own_code(config: Section) -> list[str]:
 
     for observer in config.logging.observers:
         find_observer(observer)
-    return [*config.logging.observers, *own_formulas_of(config)]
+    return [*config.logging.observers, *own_formulas_of(config), *_own_engines(config)]
+
+
+def _own_engines(config: Section) -> list[str]:
+    """Engines that a user has written, found and not made. Raises ConfigError."""
+    sections = [getattr(config, name, None) for name in ("generator", "learner", "critic")]
+    own = dict.fromkeys(section.engine for section in sections if section is not None and is_own(section.engine))
+    for engine in own:
+        if not callable(find(engine, "engine")):
+            raise ConfigError(f"engine {engine!r} cannot be called; name a function that makes one (docs/runs.md)")
+    return list(own)
 
 
 def own_formulas_of(config: Section) -> list[str]:

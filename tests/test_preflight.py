@@ -229,6 +229,13 @@ def test_a_loss_and_an_advantage_of_ones_own_are_tried_before_the_run(tmp_path, 
         f"# opened: repetition_penalty, {own['policy_loss']} as loss(logp_BT, old_BT, adv_BT, mask_BT, clip_low=0.2, "
         f"beta=2.0), {own['advantage']} as advantage(reward_B, group_B)"
     ]
+    tiny_tree["generator"] = {"engine": f"{tmp_path}/own.py:engine"}
+    with pytest.raises(ConfigError, match="engine .*own.py has no 'engine'; check the spelling"):
+        preflight(RunConfig.model_validate(tiny_tree))
+    tiny_tree["generator"] = {"engine": "hff"}
+    with pytest.raises(ValueError, match="'hff' is unknown: did you mean 'hf'.* Your own: module:function"):
+        RunConfig.model_validate(tiny_tree)
+    del tiny_tree["generator"]
     tiny_tree["algorithm"] = {"advantage": f"{tmp_path}/own.py:wrong"}
     with pytest.raises(ConfigError, match=r"the advantage is a float; return a tensor of shape \[4\]"):
         preflight(RunConfig.model_validate(tiny_tree))

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from rlhf_ray.config.algorithm import is_own
 from rlhf_ray.config.data_checks import sft_problems, template_problems
+from rlhf_ray.config.engines import AUTO, TrainingEngine
 from rlhf_ray.config.given import GivenModel
 from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.ray_checks import placement_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE, RunConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
 from rlhf_ray.config.sources import source_problems
 from rlhf_ray.config.vllm_limits import generator_problems
@@ -153,9 +154,10 @@ def _model(config: RunConfig) -> list[str]:
     problems = scratch_problems(config.model)
     if config.model.path != "scratch:lstm":
         return problems
-    if config.generator.engine == "vllm":
+    if not config.generator.facts.serves_lstm:
         problems.append(
-            "generator.engine=vllm cannot serve scratch:lstm (vLLM has no such model); set generator.engine=hf"
+            f"generator.engine={config.generator.engine} cannot serve scratch:lstm (it has no such model); "
+            "set generator.engine=hf"
         )
     for name, section in _trained(config):
         if section.gradient_checkpointing:
@@ -234,15 +236,15 @@ def _training(config: RunConfig, device: str) -> list[str]:
         problems.append(
             "dtype=bfloat16 on MPS loses log-probabilities to rounding and is slower there; set dtype=float32 or auto"
         )
-    return [*problems, *quantize_problems(config.model.lora, config.learner.engine, device)]
+    return [*problems, *quantize_problems(config.model.lora, config.learner.facts, device)]
 
 
-def quantize_problems(lora: LoraConfig | None, engine: str, device: str) -> list[str]:
+def quantize_problems(lora: LoraConfig | None, engine: TrainingEngine, device: str) -> list[str]:
     """Frozen weights in 4 bits: can the learner hold them so?"""
     problems = []
     if lora is None or lora.quantize == "none":
         return problems
-    if engine == "deepspeed":
+    if engine.shards:
         problems.append(
             f"model.lora.quantize={lora.quantize} packs the weights, and ZeRO would cut the packed bytes to pieces; "
             "set learner.engine=torch, or model.lora.quantize=none"
@@ -258,17 +260,17 @@ def quantize_problems(lora: LoraConfig | None, engine: str, device: str) -> list
 def engine_problems(name: str, section: TrainEngineConfig, executor: str, device: str) -> list[str]:
     """What a section that trains a model, called `name` in the config, cannot have together."""
     problems = []
-    if section.engine == "torch" and section.world_size > 1:
+    if not section.facts.shards and section.world_size > 1:
         problems.append(
-            f"{name}.engine=torch runs in one process, {name}.world_size={section.world_size} needs sharding; "
-            f"set {name}.engine=deepspeed"
+            f"{name}.engine={section.engine} runs in one process, {name}.world_size={section.world_size} needs "
+            f"sharding; set {name}.engine=deepspeed"
         )
     if executor == "local" and section.world_size > 1:
         problems.append(
             f"executor=local is one process, {name}.world_size={section.world_size} is not; "
             f"set executor=ray or {name}.world_size=1"
         )
-    if section.engine == "torch" and section.offload != "none":
+    if not section.facts.shards and section.offload != "none":
         problems.append(
             f"{name}.offload={section.offload} is DeepSpeed's; set {name}.engine=deepspeed or {name}.offload=none"
         )
@@ -276,8 +278,8 @@ def engine_problems(name: str, section: TrainEngineConfig, executor: str, device
         problems.append(
             f"{name}.offload=parameters needs {name}.zero_stage=3, for only stage 3 shards parameters; set it"
         )
-    if section.engine == "deepspeed" and device == "mps":
-        problems.append(f"{name}.engine=deepspeed has no MPS backend; set {name}.engine=torch or device=cpu")
+    if not section.facts.on_mac and device == "mps":
+        problems.append(f"{name}.engine={section.engine} has no MPS backend; set {name}.engine=torch or device=cpu")
     return problems
 
 
@@ -288,8 +290,8 @@ def _generation(config: RunConfig, device: str) -> list[str]:
             f"executor=local has one generator, generator.count={generator.count}; "
             "set executor=ray or generator.count=1"
         )
-    if generator.engine == "vllm" and (sys.platform == "darwin" or device == "mps"):
-        problems.append("generator.engine=vllm does not run on a Mac; set generator.engine=hf")
+    if not generator.facts.on_mac and (sys.platform == "darwin" or device == "mps"):
+        problems.append(f"generator.engine={generator.engine} does not run on a Mac; set generator.engine=hf")
     if generator.tensor_parallel > 1 and not _may_be_vllm(config, device):
         problems.append(
             "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
@@ -301,9 +303,10 @@ def _generation(config: RunConfig, device: str) -> list[str]:
         "eval.temperature": config.eval.temperature,
     }
     hottest = max(temperatures, key=temperatures.__getitem__)
-    if generator.engine == "vllm" and temperatures[hottest] > VLLM_MAX_TEMPERATURE:
+    highest = generator.facts.highest_temperature
+    if highest is not None and temperatures[hottest] > highest:
         problems.append(
-            f"generator.engine=vllm samples at temperatures up to {VLLM_MAX_TEMPERATURE}, not "
+            f"generator.engine={generator.engine} samples at temperatures up to {highest}, not "
             f"{hottest}={temperatures[hottest]}; lower it, or set generator.engine=hf"
         )
     if config.executor == "local" and staleness > 0:
@@ -325,4 +328,4 @@ def _generation(config: RunConfig, device: str) -> list[str]:
 
 def _may_be_vllm(config: RunConfig, device: str) -> bool:
     follows = config.executor == "ray" and device in ("auto", "cuda")
-    return config.generator.engine == "vllm" or (config.generator.engine == "auto" and follows)
+    return config.generator.facts.tensor_parallel or (config.generator.engine == AUTO and follows)

@@ -194,13 +194,13 @@ def _generator_problems(config: SampledRunConfig) -> list[str]:
     generator, problems = config.generator, []
     if generator.count > 1:
         problems.append(f"generator.count={generator.count}: here one model answers at a time; set generator.count=1")
-    if generator.engine != "vllm" and generator.tensor_parallel > 1:
+    if not generator.facts.tensor_parallel and generator.tensor_parallel > 1:
         problems.append(
             "generator.tensor_parallel is vLLM's; set generator.engine=vllm or generator.tensor_parallel=1"
         )
-    if generator.engine == "vllm" and (sys.platform == "darwin" or config.device == "mps"):
-        problems.append("generator.engine=vllm does not run on a Mac; set generator.engine=hf")
-    if generator.engine == "vllm":
+    if not generator.facts.on_mac and (sys.platform == "darwin" or config.device == "mps"):
+        problems.append(f"generator.engine={generator.engine} does not run on a Mac; set generator.engine=hf")
+    if generator.facts.limits_shapes:
         problems += engine_args_problems(generator)
         if generator.tensor_parallel > 1:
             problems.append(

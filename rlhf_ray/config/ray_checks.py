@@ -19,9 +19,10 @@ def transport_problems(config: RunConfig, device: str) -> list[str]:
         return [f"sync.transport={transport} moves CUDA memory and device={device}; use shared_memory"]
     if transport in ("nccl", "cuda_ipc") and config.executor == "local":
         return [f"sync.transport={transport} connects processes and executor=local is one; use in_process"]
-    if transport in ("nccl", "cuda_ipc") and config.generator.engine == "hf":
+    if transport in ("nccl", "cuda_ipc") and not config.generator.facts.receives_on_gpu:
         return [
-            f"sync.transport={transport} ends in vLLM, and generator.engine=hf receives by shared_memory only; "
+            f"sync.transport={transport} ends in vLLM, and generator.engine={config.generator.engine} receives by "
+            "shared_memory only; "
             "set sync.transport=shared_memory (or auto), or generator.engine=vllm"
         ]
     if transport == "cuda_ipc" and not config.ray.colocate:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PASSES, AlgorithmConfig, passes_of
 from rlhf_ray.config.data import SFTDataConfig
+from rlhf_ray.config.engines import GENERATORS, GeneratorEngine, GeneratorName, generator_facts
 from rlhf_ray.config.given import FunctionName, RowsPath
 from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
 from rlhf_ray.config.sections import (
@@ -95,15 +96,22 @@ class RolloutConfig(Section):
     max_staleness: int = Field(0, ge=0, description="weight versions that generation runs behind learning")
 
 
-VLLM_MAX_TEMPERATURE = 2.0
+VLLM_MAX_TEMPERATURE = GENERATORS["vllm"].highest_temperature
 
 
 class GeneratorConfig(Section):
     """What runs the model that answers."""
 
-    engine: Literal["auto", "hf", "vllm"] = Field(
-        "auto", description="auto: vllm on the CUDA devices of a Ray cluster where it is installed; else hf"
-    )
+    engine: GeneratorName = Field(
+        "auto", description="auto: vllm on the CUDA devices of a Ray cluster where it is installed; else hf; or your "
+        "own, `module:function` or `file.py:function` (runs.md)"
+    )  # fmt: skip
+
+    @property
+    def facts(self) -> GeneratorEngine:
+        """What is known of this engine."""
+        return generator_facts(self.engine)
+
     count: int = Field(1, gt=0, le=MOST_WORKERS, description="generator actors (ray)")
     tensor_parallel: int = Field(1, gt=0, le=MOST_WORKERS, description="vLLM: GPUs that share one generator's model")
     batch_size: int = Field(1024, gt=0, description="hf: most sequences written side by side; does not depend on count")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from rlhf_ray.config.engines import TrainerName, TrainingEngine, trainer_facts
 from rlhf_ray.config.given import ModelPath, RowsPath, TokenizerPath
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -141,9 +142,10 @@ class RowsConfig(Section):
 class TrainEngineConfig(Section):
     """How a trained model is held and stepped: shared by the learner and the critic."""
 
-    engine: Literal["torch", "deepspeed"] = Field(
-        "torch", description="torch: one process; deepspeed: one or more, with ZeRO"
-    )
+    engine: TrainerName = Field(
+        "torch", description="torch: one process; deepspeed: one or more, with ZeRO; or your own, "
+        "`module:function` or `file.py:function` (runs.md)"
+    )  # fmt: skip
     world_size: int = Field(1, gt=0, le=MOST_WORKERS, description="deepspeed: processes (ranks) that train together")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="deepspeed: what each rank holds a part of: 0: nothing; 1: the optimiser's state; 2: gradients "
@@ -167,6 +169,11 @@ class TrainEngineConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="compute activations anew in the backward pass: less memory, more time"
     )
+
+    @property
+    def facts(self) -> TrainingEngine:
+        """What is known of this engine."""
+        return trainer_facts(self.engine)
 
 
 class RayConfig(Section):

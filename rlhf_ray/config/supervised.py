@@ -78,7 +78,7 @@ class SupervisedConfig(TrainingRunConfig):
             *scratch_problems(self.model, self.scratch_kinds),
             *tokenizer_problems(self.model),
             *engine_problems("learner", self.learner, self.executor, device or self.device),
-            *quantize_problems(self.model.lora, self.learner.engine, device or self.device),
+            *quantize_problems(self.model.lora, self.learner.facts, device or self.device),
             *self._shared_gpus(device or self.device),
             *_learner_problems(self.learner, self.model),
             *source_problems(self.data),

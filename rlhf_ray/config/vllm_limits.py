@@ -35,7 +35,7 @@ class Shape:
 def generator_problems(config: RunConfig, device: str) -> list[str]:
     """Of a training run: whatever the settings alone show."""
     generator = config.generator
-    if generator.engine != "vllm":
+    if not generator.facts.limits_shapes:
         return []
     problems = engine_args_problems(generator)
     if config.executor == "local" and generator.tensor_parallel > 1 and config.sync.transport in ("auto", "in_process"):

@@ -187,8 +187,9 @@ class AnsweringModel:
     def longest_window(self) -> int:
         """Tokens of a sequence whose log-probabilities the generator can give."""
         longest = self.positions or 1 << 30
-        if self.run.generator.engine == "vllm":  # it samples one token more than it is asked about
-            longest = min(longest, self.run.data.max_prompt_tokens + self.run.rollout.max_new_tokens - 1)
+        spare = self.run.generator.facts.spare_tokens
+        if spare:
+            longest = min(longest, self.run.data.max_prompt_tokens + self.run.rollout.max_new_tokens - spare)
         return longest
 
 

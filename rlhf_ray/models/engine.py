@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.config.engines import TRAINERS, is_own, trainer_facts
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.user_code import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from rlhf_ray.models.pretrained import Export
 
-EngineKind = Literal["torch", "deepspeed"]
 
 
 class TrainEngine(Protocol):
@@ -83,23 +84,21 @@ class TrainEngine(Protocol):
         """Free what must be freed by hand (process groups)."""
 
 
-def build_engine(kind: EngineKind, module: nn.Module, **settings: Any) -> TrainEngine:
-    """The one place that chooses an engine; `settings` are the keywords of `TorchEngine` or `DeepSpeedEngine`.
+def build_engine(kind: str, module: nn.Module, **settings: Any) -> TrainEngine:
+    """The one place that makes an engine, by a name of config/engines.py or by `module:function`.
 
-    Raises ConfigError for an unknown engine, and for settings that it does not have.
+    `settings` are the keywords of its maker. Raises ConfigError for an unknown engine, and for settings that it does
+    not have.
     """
-    if kind == "torch":
-        from rlhf_ray.models.torch_engine import TorchEngine
-
-        unknown = sorted(settings.keys() - signature(TorchEngine).parameters.keys())
-        if unknown:
-            raise ConfigError(
-                f"learner.engine=torch does not know {unknown}: it trains in one process "
-                "without ZeRO; set learner.engine=deepspeed or drop these settings"
-            )
-        return TorchEngine(module, **settings)
-    if kind == "deepspeed":
-        from rlhf_ray.models.deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(module, **settings)
-    raise ConfigError(f"learner.engine={kind!r} is unknown; choose 'torch' or 'deepspeed'")
+    facts = trainer_facts(kind)
+    if not is_own(facts.maker):
+        raise ConfigError(f"learner.engine={kind!r} is unknown; choose one of {', '.join(TRAINERS)}")
+    make = find(facts.maker, "engine")
+    parameters = signature(make).parameters
+    unknown = sorted(settings.keys() - parameters.keys())
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        why = "" if facts.shards else ": it trains in one process without ZeRO"
+        raise ConfigError(
+            f"learner.engine={kind} does not know {unknown}{why}; set learner.engine=deepspeed or drop these settings"
+        )
+    return make(module, **settings)

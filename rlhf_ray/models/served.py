@@ -23,7 +23,7 @@ def require_served(
     Raises:
         ModelError: what does not fit, why, and what to set.
     """
-    if generator.engine != "vllm":
+    if not generator.facts.limits_shapes:
         return
     config = load_shape(path, trust_remote_code=trust_remote_code).get_text_config()
     shape = shape_of(config)

@@ -76,7 +76,7 @@ def choose_transport(config: RunConfig, device: str) -> str:
     """sync.transport, `auto` resolved. What a placement cannot serve, config/checks.py has refused."""
     if config.sync.transport != "auto":
         return config.sync.transport
-    if device != "cuda" or config.generator.engine != "vllm":
+    if device != "cuda" or not config.generator.facts.receives_on_gpu:
         return "shared_memory"
     if config.ray.colocate:
         return "cuda_ipc"

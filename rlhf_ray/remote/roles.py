@@ -148,7 +148,7 @@ def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
     generator = config.generator
     split: Split = partial(fixed_pieces, size=generator.batch_size)
-    if generator.engine == "vllm":
+    if generator.facts.queues:
         split = partial(even_pieces, count=generator.count, new_tokens=config.rollout.max_new_tokens)
     generators = RemoteGenerators(
         crew, crew.named("generator"), split, workers_each=generator.tensor_parallel,

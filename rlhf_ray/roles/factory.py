@@ -14,6 +14,7 @@ import torch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
+from rlhf_ray.user_code import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,25 +48,33 @@ class Rank:
 
 
 def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
-    generator = config.generator
-    if generator.engine == "vllm":
-        from rlhf_ray.roles.generator_vllm import VLLMGenerator
+    """By the engine's maker: config/engines.py, or the user's own."""
+    return find(config.generator.facts.maker, "engine")(config, assets, transport)
 
-        return VLLMGenerator(
-            assets.policy,
-            dtype=assets.hardware.dtype,
-            transport=transport,
-            tensor_parallel_size=generator.tensor_parallel,
-            max_model_len=_longest_sequence(config, assets),
-            gpu_memory_utilization=generator.gpu_memory_utilization or (0.4 if config.ray.colocate else 0.8),
-            kv_cache_gb=generator.kv_cache_gb_on_cpu,
-            enforce_eager=generator.enforce_eager,
-            sleep_mode=config.ray.colocate,
-            engine_args=generator.engine_args,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+
+def make_vllm_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
+    from rlhf_ray.roles.generator_vllm import VLLMGenerator
+
+    generator = config.generator
+    return VLLMGenerator(
+        assets.policy,
+        dtype=assets.hardware.dtype,
+        transport=transport,
+        tensor_parallel_size=generator.tensor_parallel,
+        max_model_len=_longest_sequence(config, assets),
+        gpu_memory_utilization=generator.gpu_memory_utilization or (0.4 if config.ray.colocate else 0.8),
+        kv_cache_gb=generator.kv_cache_gb_on_cpu,
+        enforce_eager=generator.enforce_eager,
+        sleep_mode=config.ray.colocate,
+        engine_args=generator.engine_args,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def make_hf_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
     from rlhf_ray.roles.generator_hf import HFGenerator
 
+    generator = config.generator
     tokenizer = _tokenizer(config, assets)
     model = _policy(config, assets)
     return HFGenerator(
@@ -202,7 +211,7 @@ def train_engine(
     from rlhf_ray.models.engine import build_engine
 
     sharding = {}
-    if settings.engine == "deepspeed":
+    if settings.facts.shards:
         sharding = {
             "zero_stage": settings.zero_stage,
             "offload": settings.offload,

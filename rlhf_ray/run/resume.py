@@ -11,6 +11,7 @@ import yaml
 
 from rlhf_ray.algo.registry import ADVANTAGES, OWN_ADVANTAGE
 from rlhf_ray.config.clock import Dated, at_moment
+from rlhf_ray.config.engines import trainer_facts
 from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError
@@ -182,7 +183,7 @@ def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     if critics[0] != critics[1]:
         return ["algorithm.advantage"]
     roles = ["learner", "critic"] if critics[0] else ["learner"]
-    sharded = [role for role in roles if _at(new, f"{role}.engine") == "deepspeed"]
+    sharded = [role for role in roles if trainer_facts(_at(new, f"{role}.engine")).shards]
     names = [name for name in LAYOUT if critics[0] or not name.startswith("critic")]
     if "auto" in (_at(old, "dtype"), _at(new, "dtype")):
         names.remove("dtype")  # what it stood for is not known here; the engines compare what they hold

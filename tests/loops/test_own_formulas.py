@@ -1,4 +1,4 @@
-"""A loss and an advantage from a user's file train a run; nothing of the package knows their names."""
+"""A loss, an advantage and engines from a user's file train a run; nothing of the package knows their names."""
 
 import pytest
 
@@ -19,6 +19,14 @@ def others(reward_B, group_B):
     same_BB = group_B[:, None] == group_B[None, :]
     total_B, count_B = (same_BB * reward_B[None, :]).sum(1), same_BB.sum(1)
     return reward_B - (total_B - reward_B) / (count_B - 1)
+
+def generator(config, assets, transport):
+    from rlhf_ray.roles.factory import make_hf_generator
+    return make_hf_generator(config, assets, transport)
+
+def trainer(model, **settings):
+    from rlhf_ray.models.torch_engine import TorchEngine
+    return TorchEngine(model, **settings)
 """
 
 
@@ -27,7 +35,8 @@ def test_the_same_formulas_give_the_same_run(tiny_config, tmp_path, read_rows):
     shape = ("steps=2", "eval.size=2", "learner.minibatches=2", "learner.lr=1e-2")
     own = (f"algorithm.policy_loss={tmp_path}/own.py:loss", f"algorithm.advantage={tmp_path}/own.py:others")
     run_rl(tiny_config(*shape, "algorithm.advantage=rloo"), tmp_path / "built_in")
-    run_rl(tiny_config(*shape, *own), tmp_path / "own")
+    engines = (f"generator.engine={tmp_path}/own.py:generator", f"learner.engine={tmp_path}/own.py:trainer")
+    run_rl(tiny_config(*shape, *own, *engines), tmp_path / "own")
     run_rl(tiny_config(*shape, *own, "algorithm.policy_loss_args={factor: 3}"), tmp_path / "other")
     built_in, mine, other = (read_rows(tmp_path / name) for name in ("built_in", "own", "other"))
     assert all(row["loss/policy"] != 0 for row in built_in)

@@ -223,7 +223,7 @@ def test_a_critic_trains_and_its_folder_loads(tmp_path: Path) -> None:
 def test_factory_refusals() -> None:
     with pytest.raises(ConfigError, match="zero_stage"):
         build_engine("torch", tiny(), zero_stage=2)
-    with pytest.raises(ConfigError, match="choose 'torch' or 'deepspeed'"):
+    with pytest.raises(ConfigError, match="choose one of torch, deepspeed"):
         build_engine("fsdp", tiny())
     with pytest.raises(ModelError, match="float16"):
         build_engine("torch", tiny(), dtype=torch.float16)

@@ -1,0 +1,109 @@
+"""Engines by name: where each is made, and what the rest of the house must know of it.
+
+An engine that a user names by `module:function` or `file.py:function` has the facts that a field has by default.
+Nothing is imported here before an engine is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Attributes:
+    maker: place of the function that makes it.
+    package: optional package that it needs, also the name of the extra that installs it.
+    on_mac: it runs on macOS and on MPS.
+    """
+
+    maker: str = ""
+    package: str | None = None
+    on_mac: bool = True
+
+
+@dataclass(frozen=True)
+class GeneratorEngine(Engine):
+    """Its maker is called as make(config, assets, transport) and returns a `roles.protocols.Generator`.
+
+    Attributes:
+        receives_on_gpu: weights may reach it by nccl and cuda_ipc, not by shared memory alone.
+        tensor_parallel: several GPUs may share one model.
+        serves_lstm: it can run scratch:lstm.
+        limits_shapes: it has kernels for some shapes of models only, and arguments of its own (vllm_limits.py).
+        highest_temperature: it samples at no higher one.
+        queues: it takes any number of requests at once, and lets them wait itself.
+        slow_start: it takes so long to load that people want to be told.
+        spare_tokens: tokens that it samples beyond those that it is asked about.
+    """
+
+    receives_on_gpu: bool = False
+    tensor_parallel: bool = False
+    serves_lstm: bool = True
+    limits_shapes: bool = False
+    highest_temperature: float | None = None
+    queues: bool = False
+    slow_start: bool = False
+    spare_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingEngine(Engine):
+    """Its maker is called as make(model, **settings) and returns a `models.engine.TrainEngine`.
+
+    Attributes:
+        shards: several processes may train one model, and it takes ZeRO's settings and a rank.
+    """
+
+    shards: bool = False
+
+
+GENERATORS = {
+    "hf": GeneratorEngine("rlhf_ray.roles.factory:make_hf_generator"),
+    "vllm": GeneratorEngine(
+        "rlhf_ray.roles.factory:make_vllm_generator", package="vllm", on_mac=False, receives_on_gpu=True,
+        tensor_parallel=True, serves_lstm=False, limits_shapes=True, highest_temperature=2.0, queues=True,
+        slow_start=True, spare_tokens=1,
+    ),
+}  # fmt: skip
+TRAINERS = {
+    "torch": TrainingEngine("rlhf_ray.models.torch_engine:TorchEngine"),
+    "deepspeed": TrainingEngine(
+        "rlhf_ray.models.deepspeed_engine:DeepSpeedEngine", package="deepspeed", on_mac=False, shards=True
+    ),
+}
+AUTO = "auto"  # what it stands for is known when the device is: it contradicts nothing before
+_OPEN = GeneratorEngine(receives_on_gpu=True)
+
+
+def is_own(engine: str) -> bool:
+    """Whether a user names an engine of their own; else it has a name here."""
+    return ":" in engine
+
+
+def generator_facts(engine: str) -> GeneratorEngine:
+    return _OPEN if engine == AUTO else GENERATORS.get(engine, GeneratorEngine(engine))
+
+
+def trainer_facts(engine: str) -> TrainingEngine:
+    return TRAINERS.get(engine, TrainingEngine(engine))
+
+
+def _known(engine: str, names: Mapping[str, Engine], more: tuple[str, ...] = ()) -> str:
+    known = (*more, *names)
+    if engine in known or is_own(engine):
+        return engine
+    near = difflib.get_close_matches(engine, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it is {', '.join(known)}."
+    said = f"{engine!r} is unknown: {hint} Your own: module:function or file.py:function"
+    raise PydanticCustomError("unknown_name", "{said}", {"said": said})
+
+
+GeneratorName = Annotated[str, AfterValidator(lambda engine: _known(engine, GENERATORS, (AUTO,)))]
+TrainerName = Annotated[str, AfterValidator(lambda engine: _known(engine, TRAINERS))]
