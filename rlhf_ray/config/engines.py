@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -78,8 +78,9 @@ TRAINERS = {
         "rlhf_ray.models.deepspeed_engine:DeepSpeedEngine", package="deepspeed", on_mac=False, shards=True
     ),
 }
-AUTO = "auto"  # what it stands for is known when the device is: it contradicts nothing before
-_OPEN = GeneratorEngine(receives_on_gpu=True)
+AUTO = "auto"
+# What `auto` stands for is known when the device is; it contradicts nothing before, and where nobody asks it is hf.
+_UNDECIDED = replace(GENERATORS["hf"], receives_on_gpu=True)
 
 
 def is_own(engine: str) -> bool:
@@ -88,7 +89,7 @@ def is_own(engine: str) -> bool:
 
 
 def generator_facts(engine: str) -> GeneratorEngine:
-    return _OPEN if engine == AUTO else GENERATORS.get(engine, GeneratorEngine(engine))
+    return _UNDECIDED if engine == AUTO else GENERATORS.get(engine, GeneratorEngine(engine))
 
 
 def trainer_facts(engine: str) -> TrainingEngine:
