@@ -19,6 +19,7 @@ from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.given import require_portable
 from rlhf_ray.remote.handles import RemoteGenerators, Split
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost
@@ -57,6 +58,7 @@ def open_remote_roles(
             died or hangs.
         RlhfRayError: what a role refused when it was built, as it would locally.
     """
+    require_portable(config.rewards)
     device = assets.hardware.device
     transport = choose_transport(config, device)
     plan = plan_seats(config, device, transport)
