@@ -107,6 +107,14 @@ def write(row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def hook_masks(module: Any) -> None:
+    """The one change of numbers that is meant: moments of advantages are summed in float64, so that the order in which
+    ranks add up does not show. The house before that rounds its advantages otherwise by 1e-7, and PPO's 320 optimiser
+    steps make 1e-4 of it. So it gets the same sums; whatever else differs still shows."""
+    whiten = module.masked_whiten
+    module.masked_whiten = lambda x_BT, *rest, **named: whiten(x_BT.double(), *rest, **named).to(x_BT.dtype)
+
+
 # ---- how close a draw was -----------------------------------------------------------------------------------------
 
 
@@ -201,6 +209,8 @@ class Hooks(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self.waiting = {"rlhf_ray.sample": hook_sample, "rlhf_ray.batch": hook_batch}
+        if not os.path.exists(f"{CHECKOUT}/rlhf_ray/sample.py"):
+            self.waiting["rlhf_ray.algo.masks"] = hook_masks
         if not ANSWERS:
             self.waiting |= {
                 "rlhf_ray.roles.generator_hf": hook_hf, "rlhf_ray.roles.generator_vllm": hook_vllm_generator,
