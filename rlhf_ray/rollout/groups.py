@@ -25,24 +25,27 @@ class Group:
     def tokens(self, rows: Rows) -> dict[str, int]:
         """Completion tokens that were `sampled`, written as the `greedy` answer, and `given`."""
         lengths = rows.response_lengths
+        given = sum([lengths[row] for row in self.given])
         return {
-            "sampled": sum(lengths[row] for row in self.rows if row not in self.given),
+            "sampled": sum([lengths[row] for row in self.rows]) - given,
             "greedy": 0 if self.greedy is None else lengths[self.greedy],
-            "given": sum(lengths[row] for row in self.given),
+            "given": given,
         }
 
 
-def groups_of(requests: Sequence[Request], version: int) -> tuple[Group, ...]:
-    """The groups that the answers to these requests make up, in the order of their prompts."""
-    by_prompt: dict[int, list[int]] = {}
-    for row, request in enumerate(requests):
-        by_prompt.setdefault(request.prompt_id, []).append(row)
-    groups = []
-    for position, rows in by_prompt.items():
-        greedy = next((row for row in rows if requests[row].temperature == 0), None)
-        given = frozenset(row for row in rows if requests[row].answer is not None)
-        groups.append(Group(position, version, tuple(row for row in rows if row != greedy), given, greedy))
-    return tuple(groups)
+def groups_of(requests: Sequence[Request], members: int, version: int) -> tuple[Group, ...]:
+    """The groups of so many members that the answers to these requests make up; all are made up alike."""
+    first = requests[:members]
+    learned = [member for member, request in enumerate(first) if request.temperature != 0]
+    given = [member for member in learned if first[member].answer is not None]
+    greedy = next((member for member, request in enumerate(first) if request.temperature == 0), None)
+    return tuple(
+        Group(
+            requests[start].prompt_id, version, tuple([start + member for member in learned]),
+            frozenset([start + member for member in given]), None if greedy is None else start + greedy,
+        )
+        for start in range(0, len(requests), members)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class Answers:
 def joined(rounds: Sequence[Answers], positions: Set[int]) -> tuple[Rows, Scores]:
     """All answers to these prompts but the greedy ones, as far as plain numbers tell of them."""
     picked = [(answers, answers.rows_of(positions)) for answers in rounds]
-    rows = Rows.cat([answers.rows.select(rows) for answers, rows in picked])
+    # Of thousands of rows a copy costs more than all else here, and most often there is one round of which all stay.
+    kept = [a.rows if len(rows) == len(a.rows) else a.rows.select(rows) for a, rows in picked]
+    rows = kept[0] if len(kept) == 1 else Rows.cat(kept)
     return rows, Scores.cat([answers.scores.select(rows) for answers, rows in picked])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from math import fsum, sqrt
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -80,5 +81,11 @@ def _group_metrics(prompt_ids: Sequence[int], scores: Sequence[float]) -> Mappin
         "groups/all_wrong": wrong,
         "groups/mixed": 1 - correct - wrong,
         "groups/same": sum(min(group) == max(group) for group in groups.values()) / len(groups),
-        "reward/std_in_group": fmean(pstdev(group) for group in groups.values()),
+        "reward/std_in_group": fmean(map(_std, groups.values())),
     }
+
+
+def _std(values: Sequence[float]) -> float:
+    # Fifty times faster than statistics.pstdev, which reckons in fractions, and equal to it but for the last digit.
+    mean = fsum(values) / len(values)
+    return sqrt(fsum([(value - mean) ** 2 for value in values]) / len(values))

@@ -116,7 +116,7 @@ class Rollouts:
             self.generator.wake()
             batch = self.generator.generate(requests, self.sampling)
             self.generator.sleep()
-        groups, rows = groups_of(requests, version), batch.rows
+        groups, rows = groups_of(requests, asking.members, version), batch.rows
         with self._lock:
             for group in groups:
                 self.ledger.finish(group.position, **group.tokens(rows))
