@@ -15,7 +15,7 @@ from rlhf_ray.clock import Clock
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device, validated
 from rlhf_ray.config.rewards import right_by
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.schema import EvalConfig, RolloutConfig, RunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.prompt_sources import load_split
 from rlhf_ray.data.prompts import PromptSet
@@ -70,7 +70,7 @@ def run_rl(
     with kept_only_if_used(directory):
         config = frozen_clock(config, directory)
         tokenizer, train_prompts, held_out, sft = check_inputs(config, directory.start, hardware.device)
-    read = sources_of(config, train_prompts, held_out, tokenizer) | (sft.fingerprints if sft else {})
+    read = sources_of(config.eval, train_prompts, held_out, tokenizer) | (sft.fingerprints if sft else {})
     run = TrainingRun(config, directory, read, observers=[make() for make in told], clock=clock)
     try:
         run.note(
@@ -92,10 +92,10 @@ def run_rl(
         with open_roles(config, assets, sft.rows if sft else None, run.note) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
-                roles.generator, roles.reward, held_out, sampling_of(config, stop, config.eval.temperature),
+                roles.generator, roles.reward, held_out, sampling_of(config.rollout, stop, config.eval.temperature),
                 seed=config.seed, right=right_by(config.rewards), best=_best(config, roles, directory),
             )  # fmt: skip
-            rollouts = _rollouts(config, roles, train_prompts, sampling_of(config, stop), run)
+            rollouts = _rollouts(config, roles, train_prompts, sampling_of(config.rollout, stop), run)
             try:
                 canary = _canary(config, tokenizer, max(map(len, train_prompts.token_ids)), hardware)
                 result = train(config, roles, rollouts, evaluator, canary, run)
@@ -243,13 +243,15 @@ def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:
     )
 
 
-def sources_of(config: RunConfig, train_prompts: PromptSet, held_out: PromptSet, tokenizer: Any) -> dict[str, str]:
+def sources_of(
+    evaluation: EvalConfig, train_prompts: PromptSet, held_out: PromptSet, tokenizer: Any
+) -> dict[str, str]:
     """Fingerprints of all the rows that the run reads, by source, and of the template that makes them prompts."""
     found = {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template)}
     found |= {prompts.label: prompts.read for prompts in train_prompts.sets}
     # Held-out rows of a file of their own are read as far as they are asked for.
     more = {prompts.label: prompts.read for prompts in held_out.sets if prompts.label not in found}
-    return {**found, **{f"{label}, the first {config.eval.size}": read for label, read in more.items()}}
+    return {**found, **{f"{label}, the first {evaluation.size}": read for label, read in more.items()}}
 
 
 def left_out(train_prompts: PromptSet, held_out: PromptSet) -> list[str]:
@@ -321,8 +323,7 @@ def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:
     return Workload(policy, critic, roles.devices, peak)
 
 
-def sampling_of(config: RunConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:
-    rollout = config.rollout
+def sampling_of(rollout: RolloutConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:
     return Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature if temperature is None else temperature,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.given import Given
 from rlhf_ray.config.schema import DataConfig, RunConfig
+from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.prompt_sources import held_out_counts, load_split
@@ -56,7 +57,7 @@ def starting_policy(
     if not folder.is_dir():
         tokenizer = make_tokenizer(config)
         if made:
-            model = make_model(config, tokenizer) if scratch else load_policy(
+            model = make_model(config.model, config.seed, tokenizer) if scratch else load_policy(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
             model = warm_start(config, model, tokenizer, hardware, report, note)
@@ -120,14 +121,14 @@ def _texts_of(data: DataConfig, completion: str | None) -> list[str]:
     return texts[: data.limit]
 
 
-def make_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return build_scratch(
-        config.model.path.removeprefix("scratch:"),
+        model.path.removeprefix("scratch:"),
         vocab_size=len(tokenizer),
-        seed=config.seed,
+        seed=seed,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **config.model.scratch.model_dump(),
+        **model.scratch.model_dump(),
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import TrainEngineConfig
+from rlhf_ray.config.sections import ModelConfig, TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.user_code import find
 
@@ -75,8 +75,8 @@ def make_hf_generator(config: RunConfig, assets: Assets, transport: str) -> Gene
     from rlhf_ray.roles.generator_hf import HFGenerator
 
     generator = config.generator
-    tokenizer = _tokenizer(config, assets)
-    model = _policy(config, assets)
+    tokenizer = _tokenizer(config.model, assets)
+    model = _policy(config.model, assets)
     return HFGenerator(
         model,
         pad_token_id=tokenizer.pad_token_id,
@@ -99,7 +99,7 @@ def make_reference(config: RunConfig, assets: Assets) -> Reference:
     from rlhf_ray.roles.reference import Reference
 
     return Reference(
-        _policy(config, assets),
+        _policy(config.model, assets),
         temperature=config.rollout.temperature,
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
         share_prompts=config.learner.share_prompts,
@@ -113,7 +113,7 @@ def make_reward(config: RunConfig, assets: Assets) -> Reward:
     from rlhf_ray.roles.reward import Reward, RewardModel
 
     functions = [reward_of(reward) for reward in config.rewards]
-    model, policys = None, _tokenizer(config, assets)
+    model, policys = None, _tokenizer(config.model, assets)
     if config.reward_model is not None:
         path = config.reward_model.path
         network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
@@ -146,7 +146,7 @@ def make_learner(
         receivers=config.generator.count * config.generator.tensor_parallel,
         device=assets.hardware.device,
     )
-    tokenizer = _tokenizer(config, assets)
+    tokenizer = _tokenizer(config.model, assets)
     return Learner(
         train_engine(config.learner, model, assets.hardware, rank, config.ray.call_deadline_s),
         config.learner,
@@ -189,18 +189,18 @@ def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Criti
     return Critic(engine, config.critic, seed=config.seed, total_steps=config.steps)
 
 
-def _tokenizer(config: RunConfig, assets: Assets) -> PreTrainedTokenizerBase:
+def _tokenizer(model: ModelConfig, assets: Assets) -> PreTrainedTokenizerBase:
     from rlhf_ray.models.loading import load_tokenizer
 
-    return load_tokenizer(assets.tokenizer, trust_remote_code=config.model.trust_remote_code)
+    return load_tokenizer(assets.tokenizer, trust_remote_code=model.trust_remote_code)
 
 
-def _policy(config: RunConfig, assets: Assets):
+def _policy(model: ModelConfig, assets: Assets):
     from rlhf_ray.models.loading import load_policy
 
     hardware = assets.hardware
     return load_policy(
-        assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=config.model.trust_remote_code
+        assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=model.trust_remote_code
     )
 
 
