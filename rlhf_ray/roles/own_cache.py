@@ -90,6 +90,7 @@ class OwnCache:
         self.clear()
 
     def _forward(self, **how: Any) -> Tensor:
+        # What a step is given differs from model to model (names, masks, states): ask it as `generate` does.
         inputs = self.model.prepare_inputs_for_generation(self._tokens, **how, **self._kept)
         output = self.model(**inputs, return_dict=True)
         self._kept = self.model._update_model_kwargs_for_generation(output, self._kept)
