@@ -27,6 +27,21 @@ class RewardError(RlhfRayError, RuntimeError):
     """A reward function raised, or returned something that is not a reward."""
 
 
+class RequestError(RlhfRayError, RuntimeError):
+    """A generator's engine gave up some requests; the others go on. `sample_ids` names those that failed."""
+
+    def __init__(self, message: str, sample_ids: tuple[int, ...] = ()) -> None:
+        super().__init__(message, sample_ids)
+        self.sample_ids = sample_ids
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class EngineError(RlhfRayError, RuntimeError):
+    """A generator's engine died, and what was being written in it is lost; that generator must be replaced."""
+
+
 class SyncError(RlhfRayError, RuntimeError):
     """Weights did not arrive whole in a generator; that generator must be replaced."""
 

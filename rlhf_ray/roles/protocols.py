@@ -152,7 +152,10 @@ class Engine(WeightReceiver, Protocol):
         """
 
     def collect(self) -> list[Sample]:
-        """Run the engine until a request ends; all that ended with that step. Empty only if nothing is open."""
+        """Run the engine until a request ends; all that ended with that step. Empty only if nothing is open.
+
+        Raises RequestError if the engine gave up some of them, while the others go on; EngineError if it died.
+        """
 
     def cancel(self, sample_ids: Sequence[int]) -> None:
         """Drop these requests and what has been written of them; those that are not open are passed over."""

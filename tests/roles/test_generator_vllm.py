@@ -1,10 +1,12 @@
-"""Real vLLM on CPU. Three engines, started one after the other, for all tests here."""
+"""Real vLLM on CPU. Three engines, started one after the other, for most tests here."""
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,14 @@ import torch
 
 from rlhf_ray.batch import Batch
 from rlhf_ray.config.vllm_limits import OWN_ENGINE_ARGS
-from rlhf_ray.errors import ConfigError, DataError, ModelError, SyncError
+from rlhf_ray.errors import ConfigError, DataError, EngineError, ModelError, RequestError, RlhfRayError, SyncError
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.models.scratch import build_scratch
-from rlhf_ray.roles import generator_vllm
+from rlhf_ray.roles import vllm_engine
 from rlhf_ray.roles.generator_vllm import VLLMGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
+from rlhf_ray.sample import Sample
 from rlhf_ray.sync.canary import Canary, canary_tokens
 from rlhf_ray.sync.factory import make_sender
 from rlhf_ray.sync.sender import WeightSender
@@ -236,6 +239,162 @@ def test_bad_requests_are_refused_before_vllm_cuts_them_short(case):
         case.generator.logprobs([[3] * 96])
 
 
+# ---- the engine as a service
+
+
+def collect(generator: VLLMGenerator, until: int | None = None) -> dict[int, Sample]:
+    """All that ends before the sample `until` has, and that one; None: all that is open."""
+    found: dict[int, Sample] = {}
+    while generator.open and until not in found:
+        found |= {sample.sample_id: sample for sample in generator.collect()}
+    return found
+
+
+def swapped_twice(case: Case, models, *, late: bool) -> dict[int, Sample]:
+    """Eight answers of 24 tokens; after 6 of them, and after 5 more, the next of three models. `late`: others join."""
+    case.sync(models[0])
+    case.generator.submit(requests(8), Sampling(24))
+    found = {}
+    for turn, tokens in enumerate((6, 5)):
+        clock = Request(90 + turn, 90 + turn, (5, 6), seed=1)
+        case.generator.submit([clock], Sampling(tokens))
+        found |= collect(case.generator, clock.sample_id)
+        case.sync(models[1 + turn])
+        if late:
+            joining = [replace(r, sample_id=r.sample_id + 10 * (1 + turn)) for r in requests(8)]
+            case.generator.submit(joining, Sampling(9, temperature=1.5))
+    return found | collect(case.generator)
+
+
+def same(one: Sample, other: Sample) -> bool:
+    return one.tokens.tolist() == other.tokens.tolist() and one.spans == other.spans and one.ended == other.ended
+
+
+def test_weights_change_between_steps_while_requests_run(case):
+    models = [copy.deepcopy(case.model) for _ in range(3)]
+    for seed, model in enumerate(models[1:]):
+        perturb(model, seed)
+    found = swapped_twice(case, models, late=True)
+    last = case.version
+    writers = {last - 2: models[0], last - 1: models[1], last: models[2]}
+    for sample in found.values():
+        start, row = sample.spans[0][0], sample.tokens.tolist()
+        temperature = 1.5 if 10 <= sample.sample_id < 30 else 1.0
+        expected = {version: hf_logprobs(model, [row], temperature)[0] for version, model in writers.items()}
+        for place, (version, logprob) in enumerate(zip(sample.versions, sample.logprobs, strict=True), start):
+            assert abs(logprob - expected[version][place]) < BOUND, (sample.sample_id, place)
+    long = [found[sample_id] for sample_id in range(8)]
+    for sample in long:
+        assert sample.versions.tolist() == [last - 2] * 6 + [last - 1] * 5 + [last] * 13 and sample.ended == "length"
+    assert found[10].versions.tolist() == [last - 1] * 5 + [last] * 4 and set(found[20].versions) == {last}
+    # It repeats, and who joins late changes nothing for the others.
+    again, alone = swapped_twice(case, models, late=True), swapped_twice(case, models, late=False)
+    assert again.keys() == found.keys() and all(same(again[i], found[i]) for i in found)
+    assert all(again[i].logprobs.tolist() == found[i].logprobs.tolist() for i in found)
+    assert all(same(alone[i], found[i]) for i in range(8)) and len(alone) == 10
+    # One set of weights throughout writes something else.
+    case.sync(models[0])
+    case.generator.submit(requests(8), Sampling(24))
+    unswapped = collect(case.generator)
+    assert not any(same(unswapped[i], found[i]) for i in range(8))
+    assert all(unswapped[i].tokens[: found[i].spans[0][0] + 6].tolist()
+               == found[i].tokens[: found[i].spans[0][0] + 6].tolist() for i in range(8))  # fmt: skip
+
+
+def test_a_cancelled_request_leaves_nothing_behind(case):
+    generator, engine = case.generator, case.generator._llm.llm_engine
+    case.sync(case.model)
+    core = engine.engine_core.engine_core
+    free = core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
+    everything, before = requests(12), free()
+    generator.submit(everything, Sampling(20))
+    undisturbed = collect(generator)
+    generator.submit(everything, Sampling(20))
+    generator.submit([Request(90, 90, (5, 6), seed=1), Request(91, 91, (5, 6), seed=2)], Sampling(4))
+    first = generator.collect()
+    assert generator.open == 12 and {sample.sample_id for sample in first} == {90, 91}
+    assert free() < before
+    generator.cancel([0, 5, 11, 777])
+    assert generator.open == 9
+    left = collect(generator)
+    assert left.keys() == set(range(12)) - {0, 5, 11} and all(same(left[i], undisturbed[i]) for i in left)
+    generator.submit([everything[5]], Sampling(20))  # from its first token
+    assert same(collect(generator)[5], undisturbed[5])
+    generator.submit(everything[:2], Sampling(20))
+    generator.cancel([0, 1])
+    assert generator.open == 0 and generator.collect() == []
+    assert generator.logprobs([[2, 3]]), "a step later nothing is left in the engine"
+    assert free() == before and not core.scheduler.requests
+    assert not engine.output_processor.request_states and not any(engine.output_processor.external_req_ids.values())
+
+
+def test_log_probabilities_while_requests_run(case):
+    """The canary is asked between two steps; what ends meanwhile is not lost."""
+    case.sync(case.model)
+    rows = canary_tokens(VOCAB, count=3, length=20)
+    quiet = case.generator.logprobs(rows)
+    sampling = Sampling(2)
+    case.generator.submit(requests(6), sampling)
+    expected = collect(case.generator)
+    case.generator.submit(requests(6), sampling)
+    for _ in range(3):
+        assert largest_difference(case.generator.logprobs(rows), quiet) < BOUND
+    assert case.generator.open == 6
+    case.generator.cancel([4])
+    (found,) = [case.generator.collect()]
+    assert [sample.sample_id for sample in found] == [0, 1, 2, 3, 5] and case.generator.open == 0
+    assert all(same(sample, expected[sample.sample_id]) for sample in found)
+
+
+def test_what_is_refused_while_requests_are_open(case):
+    generator = case.generator
+    generator.submit(requests(4), Sampling(5))
+    with pytest.raises(RlhfRayError, match="cannot sleep with 4 open requests; collect or cancel them"):
+        generator.sleep()
+    with pytest.raises(RlhfRayError, match="4 requests are open; collect or cancel them first"):
+        generator.generate(requests(1), Sampling(5))
+    with pytest.raises(RlhfRayError, match="same sample_id"):
+        generator.submit([requests(9)[8], requests(4)[3]], Sampling(5))
+    with pytest.raises(RlhfRayError, match="same sample_id"):
+        generator.submit([requests(9)[8]] * 2, Sampling(5))
+    with pytest.raises(DataError, match="prompt 1 is empty"):
+        generator.submit([requests(9)[8], Request(0, 9, (), seed=1)], Sampling(5))
+    with pytest.raises(Exception, match="top_p must be in"):  # vLLM's own
+        generator.submit([requests(9)[8]], Sampling(5, top_p=7.0))
+    assert generator.open == 4, "of a refused call nothing stays"
+    generator.cancel(range(4))
+    generator.submit([], Sampling(5))
+    assert generator.open == 0
+
+
+def test_a_request_that_fails_is_told_and_the_others_go_on(case, monkeypatch):
+    generator, engine = case.generator, case.generator._llm.llm_engine
+    case.sync(case.model)
+    step, sampling = engine.step, Sampling(6)
+    expected = rows_of(generator.generate(requests(4), sampling))
+
+    def failing():
+        outputs = step()
+        for output in outputs:
+            if output.request_id == "2":
+                output.outputs[0].finish_reason = "error"
+        return outputs
+
+    monkeypatch.setattr(engine, "step", failing)
+    generator.submit(requests(4), sampling)
+    with pytest.raises(RequestError, match=r"1 requests failed.*sample 2 .*finish_reason=error; submit them") as one:
+        generator.collect()
+    assert one.value.sample_ids == (2,) and generator.open == 3
+    assert {i: sample.tokens.tolist() for i, sample in collect(generator).items()} == {
+        i: tokens for i, tokens in expected.items() if i != 2
+    }
+    with pytest.raises(RequestError, match="sample 2"):
+        generator.generate(requests(4), sampling)
+    assert generator.open == 0, "whoever asked for all has got none, and blocks nobody"
+    monkeypatch.undo()
+    assert rows_of(generator.generate(requests(4), sampling)) == expected
+
+
 def test_sleep_does_nothing_on_cpu(case):
     case.generator.sleep()
     assert case.generator.logprobs([[2, 3]])
@@ -256,9 +415,13 @@ def test_update_cut_half_way_or_with_a_hole(case):
     def hole():
         yield from ((n, t) for n, t in plain_state(case.model) if n != broken)
 
+    case.generator.submit(requests(3), Sampling(max_new_tokens=2))
     with pytest.raises(SyncError, match="learner died|other tensors than in the update before"):
         case.sender.send(cut if case.model.config.model_type == "qwen2" else hole, case.generator, 99)
     assert case.generator.version != 99
+    with pytest.raises(SyncError, match="cannot generate.*replace this generator"):
+        case.generator.collect()
+    case.generator.cancel([0, 1, 2])
     with pytest.raises(SyncError, match="cannot generate.*replace this generator"):
         case.generator.generate(requests(1), Sampling(max_new_tokens=2))
     with pytest.raises(SyncError, match="replace this generator"):
@@ -298,6 +461,35 @@ def test_prompts_of_more_tokens_than_one_pass_takes(small):
     assert len(whole) == 300 and few == {i: whole[i] for i in few}
 
 
+def test_five_times_what_the_cache_holds_and_then_the_engine_dies(tmp_path, monkeypatch):
+    model = build_scratch("qwen2", vocab_size=VOCAB, hidden_size=32, layers=1, heads=1, max_length=256)
+    model.save_pretrained(tmp_path)
+    # 256 bytes of keys and values a token: 12 of the 60 rows. They grow while they are written: some must wait again.
+    generator = VLLMGenerator(str(tmp_path), max_model_len=256, kv_cache_gb=12 * 256 * 256 / 2**30)
+    generator.submit(requests(60), Sampling(200))
+    found = collect(generator)
+    for sample_id in (0, 30, 59):
+        generator.submit([requests(60)[sample_id]], Sampling(200))
+        assert same(collect(generator)[sample_id], found[sample_id])
+
+    def break_down(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(generator._llm.llm_engine.model_executor, "execute_model", break_down)
+    generator.submit(requests(3), Sampling(5))
+    with pytest.raises(EngineError, match="cannot go on: its engine died of RuntimeError: CUDA.*and 3 open requests"):
+        generator.collect()
+    submit = partial(generator.submit, requests(1), Sampling(5))
+    for ask in (generator.collect, submit, partial(generator.logprobs, [[2]])):
+        with pytest.raises(EngineError, match="its engine died of RuntimeError: CUDA error.*replace this generator"):
+            ask()
+    generator.cancel([0, 1, 2])
+    assert generator.open == 0
+    generator.close()
+    with pytest.raises(EngineError, match="its engine was closed; replace this generator|died of"):
+        generator.generate(requests(1), Sampling(5))
+
+
 def test_missing_parameter_in_the_very_first_sync_is_found_by_the_worker(small):
     model, generator = small
     pairs = [(n, t) for n, t in plain_state(model) if "input_layernorm" not in n]
@@ -327,13 +519,16 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch):
         VLLMGenerator(str(tmp_path), engine_args={"seed": 1, "dtype": "float16", "max_num_seqs": 8})
     made = []
     with monkeypatch.context() as patch:
-        patch.setattr(generator_vllm, "_start", lambda settings, transport: made.append(settings))
-        patch.setattr(generator_vllm, "_check_head_size", lambda llm, model: None)
+        patch.setattr(vllm_engine, "start", lambda settings, transport: made.append(settings))
+        patch.setattr(vllm_engine, "label_weights", lambda llm, version: None)
         VLLMGenerator(str(tmp_path))
         patch.setattr(torch.cuda, "is_available", lambda: True)
         VLLMGenerator(str(tmp_path))
+        VLLMGenerator(str(tmp_path), engine_args={"async_scheduling": True})
     # vllm_limits.py names them before there is an engine.
-    assert made[0].keys() | made[1].keys() | {"weight_transfer_config"} == OWN_ENGINE_ARGS | {"max_num_seqs"}
-    monkeypatch.setattr(generator_vllm.importlib.util, "find_spec", lambda name: None)
+    own = made[0].keys() | made[1].keys() | {"weight_transfer_config"}
+    assert own == OWN_ENGINE_ARGS | vllm_engine.MAY_BE_CHOSEN
+    assert [settings["async_scheduling"] for settings in made] == [False, False, True]
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed; install rlhf-ray\[vllm\].*generator.engine=hf"):
         VLLMGenerator(str(tmp_path))

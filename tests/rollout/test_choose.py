@@ -11,7 +11,6 @@ from rlhf_ray.batch import build_batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.errors import RewardError
-from rlhf_ray.roles.given import with_given_answers
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.timer import Timer
@@ -222,19 +221,6 @@ def test_the_last_members_come_from_the_pool(rollouts, generator):
     here.next(0)
     again = generator.asked[1][1]
     assert again.answer == (20 + int(again.columns["answer"]), 5, 1), "goes on in the pool"
-
-
-def test_given_answers_become_rows_in_their_places(generator, rollouts):
-    requests = rollouts({}, answers=POOLS, reference_answers=1).asking.requests([0, 1])
-    generator.awake = 1
-    batch = with_given_answers(generator.generate, requests, dataclasses.replace(SAMPLING, max_new_tokens=1), 0)
-    assert [r.sample_id for r in generator.asked[0]] == [0, 2], "only those without an answer"
-    assert batch.sample_id.tolist() == [0, 1, 2, 3]
-    assert batch.rows.weight_version == (0, -1, 0, -1) and batch.rows.truncated == (False, True, False, True)
-    row, answer = batch.select([1]), requests[1].answer
-    assert row.tokens[row.response_mask].tolist() == [answer[0]], "cut at max_new_tokens"
-    whole = with_given_answers(generator.generate, requests[1:2], SAMPLING, 0)
-    assert whole.tokens[whole.response_mask].tolist() == list(answer) and whole.rows.truncated == (False,)
 
 
 def test_temperatures_are_those_of_the_sampled_members(rollouts):
