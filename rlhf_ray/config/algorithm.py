@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from rlhf_ray.algo.registry import ADVANTAGES, OWN_ADVANTAGE, OWN_LOSS, POLICY_LOSSES, Advantage, PolicyLoss
+from rlhf_ray.config.formula_names import ADVANTAGES, OWN_ADVANTAGE, OWN_LOSS, POLICY_LOSSES, Advantage, PolicyLoss
 from rlhf_ray.config.given import FunctionName
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.sections import Section
@@ -174,5 +174,5 @@ class AlgorithmConfig(Section):
 
 
 def is_own(name: str) -> bool:
-    """Whether a loss or an advantage is a user's own; else it has a name in algo/registry.py."""
+    """Whether a loss or an advantage is a user's own; else it has a name in config/formula_names.py."""
     return ":" in name

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.algo.registry import ADVANTAGES, OWN_ADVANTAGE
 from rlhf_ray.config.clock import Dated, at_moment
 from rlhf_ray.config.engines import trainer_facts
+from rlhf_ray.config.formula_names import ADVANTAGES, OWN_ADVANTAGE
 from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError

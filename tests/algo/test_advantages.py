@@ -19,7 +19,7 @@ from rlhf_ray.algo.advantages import (
     rloo,
 )
 from rlhf_ray.algo.groups import informative_groups
-from rlhf_ray.algo.registry import ADVANTAGES
+from rlhf_ray.config.formula_names import ADVANTAGES
 
 # two prompts, their answers interleaved: 1, 2, 3 for prompt 7; 0, 0, 1 for prompt -4
 REWARD_B = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0, 1.0])

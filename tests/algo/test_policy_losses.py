@@ -15,7 +15,7 @@ from rlhf_ray.algo.policy_losses import (
     policy_gradient_loss,
     ratio_stats,
 )
-from rlhf_ray.algo.registry import POLICY_LOSSES
+from rlhf_ray.config.formula_names import POLICY_LOSSES
 
 LN2 = math.log(2.0)
 ON = torch.ones(1, 1, dtype=torch.bool)

@@ -13,8 +13,8 @@ from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismat
 from rlhf_ray.algo.groups import informative_groups
 from rlhf_ray.algo.masks import masked_whiten
 from rlhf_ray.algo.policy_losses import combine_stats, past_clip, ratio_stats
-from rlhf_ray.algo.registry import ADVANTAGES, POLICY_LOSSES
 from rlhf_ray.algo.value_losses import clipped_value_loss, explained_variance, value_stats
+from rlhf_ray.config.formula_names import ADVANTAGES, POLICY_LOSSES
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)

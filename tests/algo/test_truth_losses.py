@@ -43,7 +43,7 @@ from rlhf_ray.algo import advantages
 from rlhf_ray.algo.aggregation import loss_totals, loss_weights
 from rlhf_ray.algo.corrections import importance_weights
 from rlhf_ray.algo.policy_losses import cispo_loss, clipped_loss, gspo_loss, policy_gradient_loss
-from rlhf_ray.algo.registry import POLICY_LOSSES
+from rlhf_ray.config.formula_names import POLICY_LOSSES
 
 dual_clipped_loss = partial(clipped_loss, dual_clip=1.5)
 

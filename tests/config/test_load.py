@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
-from rlhf_ray.algo.registry import ADVANTAGES, POLICY_LOSSES
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
+from rlhf_ray.config.formula_names import ADVANTAGES, POLICY_LOSSES
 from rlhf_ray.config.load import dump_config, load_config, on_device, parse_config
 from rlhf_ray.config.reward_server import RewardServerConfig
 from rlhf_ray.config.rewards import RewardConfig, right_by

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Formula:
-    """A function of this room, by its place: `file:function`."""
+    """A function of algo/, by its place: `file:function`."""
 
     place: str
 
