@@ -27,6 +27,7 @@ from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.split import even_pieces, fixed_pieces
+from rlhf_ray.remote.store import RemoteStore
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.protocols import Critic, Generator, Learner, Reference, Reward, Roles
@@ -174,5 +175,6 @@ def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
         critic=critic,
         replicas=generators.replicas,
         gather=gather_remote,
+        store=RemoteStore(crew, crew.named("generator")[0], deadline),
         parallel=True,
     )

@@ -187,6 +187,26 @@ class Generator(WeightReceiver, Protocol):
 Gather = Callable[[Sequence[tuple[Batch, Sequence[int]]]], Batch]
 
 
+class BatchStore(Protocol):
+    """How a batch comes to where it can be written down, and back to where it is computed with."""
+
+    def fetch(self, batch: Any) -> Batch: ...
+    def place(self, batch: Batch) -> Any: ...
+
+
+class Here:
+    """The store of batches that are there already."""
+
+    def fetch(self, batch: Batch) -> Batch:
+        return batch
+
+    def place(self, batch: Batch) -> Batch:
+        return batch
+
+
+HERE = Here()
+
+
 class Reward(Protocol):
     @reads(TEXTS)
     def score(self, batch: Batch, texts: int = 0) -> Scores:
@@ -283,6 +303,7 @@ class Roles:
     critic: Critic | None = None
     replicas: Sequence[CanaryTarget] = ()  # each generator by itself, for the canary
     gather: Gather = gather  # one batch from the given rows of several
+    store: BatchStore = HERE  # for checkpoints
     parallel: bool = False  # roles run on workers of their own, so waiting for one need not wait for all
     devices: float = 1.0  # accelerators that the run occupies; on CPU, machines
     device_name: str | None = None  # the maker's, or cpu or mps; None where they differ or nobody knows

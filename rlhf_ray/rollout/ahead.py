@@ -7,7 +7,7 @@ weights wait until everything that is due to the present ones has been written. 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 # How long a healthy thread may take to notice that it should end.
@@ -34,15 +34,19 @@ class Ahead(Generic[T]):
         self._end = end
         self._unwritten = end  # the first step that the generator is not done with
         self._made: dict[int, T] = {}
+        self._taken = 0  # the first step that nobody has taken
         self._version: int | None = None
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def start(self, step: int, version: int) -> None:
-        """Begin with this step; the generator holds `version`."""
-        self._unwritten, self._version = step, version
+    def start(self, version: int, made: Mapping[int, T]) -> None:
+        """Begin; the generator holds `version`, which step `version` learns from at the latest. `made`: the steps from
+        there on that are ready already."""
+        step = version + len(made)
+        self._made = dict(made)
+        self._taken, self._unwritten, self._version = version, step, version
         self._thread = threading.Thread(target=self._run, args=(step,), name="rollouts", daemon=True)
         self._thread.start()
 
@@ -50,10 +54,21 @@ class Ahead(Generic[T]):
         """This step, once it is ready. Raises what making it, or one before it, raised."""
         with self._changed:
             self._wait_for(lambda: step in self._made)
+            if step not in self._made:
+                raise self._error
+            self._taken = step + 1
             return self._made.pop(step)
 
+    def due_before(self, version: int) -> dict[int, T]:
+        """The steps that older weights than these have written and nobody has taken, once they are ready. After an
+        error those that are."""
+        with self._changed:
+            steps = [s for s in range(self._taken, self._end) if self._version_of(s) < version]
+            self._wait_for(lambda: all(step in self._made for step in steps))
+            return {step: self._made[step] for step in steps if step in self._made}
+
     def finish_writing(self) -> None:
-        """Wait until all that is due to the present weights is written. Raises what the thread raised."""
+        """Wait until all that is due to the present weights is written, or cannot be any more."""
         with self._changed:
             self._wait_for(lambda: not self._due())
 
@@ -72,8 +87,6 @@ class Ahead(Generic[T]):
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         self._changed.wait_for(lambda: condition() or self._error is not None)
-        if self._error is not None and not condition():
-            raise self._error
 
     def _due(self) -> bool:
         """Whether there is a step that the present weights write."""

@@ -8,33 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from rlhf_ray.algo.policy_losses import combine_stats
-from rlhf_ray.batch import Batch, gather
+from rlhf_ray.batch import gather
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.errors import RewardError
-from rlhf_ray.roles.protocols import Gather, Generator, Reward, Sampling, Scores
+from rlhf_ray.roles.protocols import HERE, BatchStore, Gather, Generator, Reward, Sampling
 from rlhf_ray.rollout.ahead import Ahead
 from rlhf_ray.rollout.choose import Asking, Choice, LearningRows
 from rlhf_ray.rollout.groups import Answers, groups_of, joined
-from rlhf_ray.rollout.ledger import Ledger, Outcome
+from rlhf_ray.rollout.kept import Scored, from_plain, plain
+from rlhf_ray.rollout.ledger import Ledger
 from rlhf_ray.rollout.measures import rollout_metrics, source_metrics, staleness
 from rlhf_ray.run.timer import Timer
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One step's rollouts with their rewards attached."""
-
-    batch: Batch
-    scores: Scores
-    metrics: dict[str, float]
-    outcomes: Mapping[int, Outcome]  # what becomes of each prompt that was asked, by its position
-    sources: tuple[str, ...] = ()  # each row's, where there are several
 
 
 class Rollouts:
@@ -54,8 +44,14 @@ class Rollouts:
         timer: Timer,
         texts: int,
         gather: Gather = gather,
+        store: BatchStore = HERE,
     ) -> None:
-        """`steps`: of the whole run. `texts`: so many completions of each call to the reward come with their texts."""
+        """
+        Args:
+            steps: of the whole run.
+            texts: so many completions of each call to the reward come with their texts.
+            gather, store: where batches lie with workers, those of `roles.protocols.Roles`.
+        """
         self.generator = generator
         self.reward = reward
         self.asking = Asking(prompts, config, algorithm, seed=seed, steps=steps)
@@ -66,6 +62,9 @@ class Rollouts:
         self.timer = timer
         self.texts = texts
         self.ledger = Ledger(config.max_staleness)
+        self.store = store
+        self._kept: dict[int, Scored] = {}  # from the checkpoint, by step
+        self._dropped = 0  # samples that were too old when the run went on
         self._version: int | None = None  # that the generator holds; nobody has pushed any yet
         self._lock = threading.Lock()  # of the ledger
         self._ahead = Ahead(self._make, self.ledger.version_for, steps) if config.max_staleness else None
@@ -81,7 +80,8 @@ class Rollouts:
         with self._lock:
             for position, outcome in scored.outcomes.items():
                 self.ledger.settle(position, outcome)
-        return scored
+        dropped, self._dropped = self._dropped, 0
+        return replace(scored, metrics=scored.metrics | {"dropped_stale": float(dropped)}) if dropped else scored
 
     def _make(self, step: int, written: Callable[[], None]) -> Scored:
         """One step. `written` is called when the generator is done with it."""
@@ -134,16 +134,37 @@ class Rollouts:
         return metrics | combine_stats(answers.scores.stats for answers in choice.rounds) | choice.stats()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the prompts of the next batch depend on, and the books."""
+        """The books, and the steps that are ready: what a run that goes on from here needs to lose nothing, to repeat
+        nothing, and to be the same run."""
+        ready = {}
+        if self._ahead is not None and self._version is not None:
+            ready = self._ahead.due_before(self._version)
+        steps = {step: plain(replace(made, batch=self.store.fetch(made.batch))) for step, made in ready.items()}
         with self._lock:
-            return self.ledger.state_dict(before=self._version)
+            return {**self.ledger.state_dict(before=self._version), "ready": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. Answers that were ready for later steps are not part of it: they are lost, and their
-        prompts go out again."""
+        """Go on from there. Steps that are too old under today's `max_staleness` are dropped, and what the books call
+        open and the state does not hold is lost, so that its prompts go out again."""
         self.ledger.load_state_dict(state)
-        for position in list(self.ledger.open):
+        before, fresh = self.ledger.counts()["stale"].samples, True
+        for step, made in sorted(state.get("ready", {}).items()):
+            # The steps after one that is written anew come after it in the stream, too.
+            fresh = fresh and not any(self.ledger.too_old(position, step) for position in made["outcomes"])
+            if fresh:
+                self._kept[step] = self._restored(made)
+                continue
+            for position in made["outcomes"]:
+                self.ledger.settle(position, "stale")
+        self._dropped = self.ledger.counts()["stale"].samples - before
+        kept = {position for scored in self._kept.values() for position in scored.outcomes}
+        for position in self.ledger.open.keys() - kept:
             self.ledger.lose(position)
+
+    def _restored(self, made: Mapping[str, Any]) -> Scored:
+        prompts = {position: self.asking.requests([position])[0] for position in made["outcomes"]}
+        scored = from_plain(made, [prompts[position] for position in made["batch"]["prompt_id"].tolist()])
+        return replace(scored, batch=self.store.place(scored.batch))
 
     def finish_writing(self) -> None:
         """Until `weights_changed` nothing is written any more: the moment to change the generator's weights."""
@@ -159,7 +180,10 @@ class Rollouts:
         with self._lock:
             metrics = self.ledger.metrics(before=version)
         if self._ahead is not None:
-            self._ahead.start(version, version) if first else self._ahead.changed(version)
+            if first:
+                self._ahead.start(version, self._kept)
+            else:
+                self._ahead.changed(version)
         return metrics
 
     def close(self) -> None:

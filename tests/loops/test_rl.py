@@ -264,9 +264,9 @@ def test_while_the_critic_warms_up_the_policy_rests(tiny_config, tmp_path, read_
     assert [row["kl_coef"] for row in rows] == [0.05] * 3
 
 
-def test_an_overlapped_run_repeats_itself(tiny_config, tmp_path, read_rows, monkeypatch):
+def test_an_overlapped_run_repeats_itself_and_goes_on(tiny_config, tmp_path, read_rows, monkeypatch, stop_at):
     """One process is refused this in a config (it gains nothing), but the machinery is the same as on Ray."""
-    config = tiny_config("steps=5", "eval.size=2", "algorithm.correction=truncate")
+    config = tiny_config("steps=5", "eval.size=2", "algorithm.correction=truncate", "checkpoint.every=2")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 2})})
     monkeypatch.setattr(build, "on_device", lambda config, _: config)
     monkeypatch.setattr(build, "validated", lambda config: config)
@@ -280,7 +280,10 @@ def test_an_overlapped_run_repeats_itself(tiny_config, tmp_path, read_rows, monk
     monkeypatch.setattr(HFGenerator, "generate", as_an_actor)
     run_rl(config, tmp_path / "a")
     pause[0] = 0.05
-    run_rl(config, tmp_path / "b")
+    stop_at(4, "before")
+    with pytest.raises(KeyboardInterrupt):
+        run_rl(config, tmp_path / "b")
+    run_rl(config, tmp_path / "b", resume=True)
     rows = read_rows(tmp_path / "a")
     assert read_rows(tmp_path / "b") == rows and rollout_files(tmp_path / "b") == rollout_files(tmp_path / "a")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,9 +160,17 @@ def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp
     )
     own = f"algorithm.policy_loss={tmp_path}/own.py:loss"  # each worker finds it by itself
     overlap = ("rollout.max_staleness=1", "algorithm.correction=truncate", "algorithm.kl_coef=0.01", own)
-    run_rl(tiny_config("executor=ray", "steps=12", *overlap), tmp_path / "run")
+    config = tiny_config("executor=ray", "steps=12", "checkpoint.every=6", "checkpoint.keep=3", *overlap)
+    run_rl(config, tmp_path / "run")
     steps = metrics_of(tmp_path / "run")
     assert [m["staleness/max"] for m in steps] == [0, *[1] * 11] == [m["staleness/mean"] for m in steps]
     assert all(m["sync/canary_absdiff"] < 1e-5 and m["policy_loss/old"] < 0 for m in steps)
     # A step's batch and the next one's are there, and each worker's pulse: what is older is gone.
     assert max(counts[4:]) <= max(counts[1:4]) + 4, counts
+    # Step 7 was ready when the checkpoint of step 6 was written.
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_12")
+    run_rl(config, tmp_path / "again", resume=True)
+    assert completions_of(tmp_path / "again") == completions_of(tmp_path / "run")
+    for name in ("grad_norm", "ledger/sampled", "ledger/open_tokens"):
+        assert [m[name] for m in metrics_of(tmp_path / "again")] == [m[name] for m in steps]

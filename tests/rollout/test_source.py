@@ -1,9 +1,12 @@
+import dataclasses
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 
+from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompt_sources import joined, named
@@ -11,6 +14,7 @@ from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.rollout.measures import rollout_metrics, staleness
 from rlhf_ray.rollout.source import Rollouts
+from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.timer import Timer
 
 SAMPLING = Sampling(4)
@@ -263,6 +267,76 @@ def test_the_wait_is_measured(overlapped, generator):
     threading.Timer(0.1, generator.gate.set).start()
     ahead.next(0)
     assert ahead.timer.take()["time/wait"] > 0.05
+
+
+# ---- going on ---------------------------------------------------------------------------------------------------
+
+
+def saved(ahead: Rollouts, folder) -> dict[str, Any]:
+    """Its state, by way of a checkpoint."""
+    return Checkpoints(folder).load(Checkpoints(folder).save(1, lambda path: None, ahead.state_dict()))[2]
+
+
+def test_what_is_ready_is_learned_from_after_a_stop(overlapped, generator, prompts, tmp_path):
+    whole = overlapped(2, steps=7)
+    batches, states, books = [], [], []
+    for step in range(7):
+        books.append(push(whole, generator, step))
+        states.append(saved(whole, tmp_path / str(step)))
+        batches.append(whole.next(step))
+    asked = [[request.prompt_id for request in requests] for requests in generator.asked]
+    for stopped in (1, 3, 6):
+        del generator.asked[:]
+        generator.version = -5  # that of the folder
+        again = overlapped(2, steps=7)
+        again.load_state_dict(states[stopped])
+        for step in range(stopped, 7):
+            assert push(again, generator, step) == books[step]
+            found, expected = again.next(step), batches[step]
+            assert found.metrics == expected.metrics and found.outcomes == expected.outcomes
+            for field in dataclasses.fields(Batch):
+                one, other = getattr(found.batch, field.name), getattr(expected.batch, field.name)
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+            assert found.scores.texts == expected.scores.texts
+        assert [[r.prompt_id for r in requests] for requests in generator.asked] == asked[stopped + 2 :], "no more"
+
+
+def test_with_a_smaller_bound_the_older_ones_are_dropped(overlapped, rollouts, generator, tmp_path):
+    """At version 4, steps 4 and 5 are ready, written by versions 2 and 3. A bound of 1 wants 3 and 4."""
+    ahead = overlapped(2)
+    for step in range(4):
+        push(ahead, generator, step)
+        ahead.next(step)
+    push(ahead, generator, 4)
+    state = saved(ahead, tmp_path)
+    ahead.close()
+    for bound in (1, 0):
+        less = overlapped(bound) if bound else rollouts()
+        less.load_state_dict(state)
+        push(less, generator, 4)
+        scored = less.next(4)
+        assert scored.batch.prompt_id.tolist() == [18, 18, 19, 19, 20, 20], "behind those of steps 4 and 5"
+        assert scored.metrics["dropped_stale"] == 12 and scored.metrics["staleness/max"] == 0
+        push(less, generator, 5)
+        assert "dropped_stale" not in less.next(5).metrics
+        metrics = push(less, generator, 6)
+        assert metrics["ledger/stale"] == 12 and metrics["ledger/learned"] == 36
+        less.close()
+
+
+def test_books_without_what_is_ready_ask_it_again(overlapped, generator):
+    ahead = overlapped(1)
+    for step in range(3):
+        push(ahead, generator, step)
+        ahead.next(step)
+    push(ahead, generator, 3)
+    state = {**ahead.state_dict(), "ready": {}}
+    ahead.close()
+    again = overlapped(1)
+    again.load_state_dict(state)
+    metrics = push(again, generator, 3)
+    assert metrics["ledger/lost"] == 6 and metrics["ledger/sampled"] == 24 and metrics["ledger/open"] == 0
+    assert again.next(3).batch.prompt_id.tolist() == [9, 9, 10, 10, 11, 11]
 
 
 # ---- several sources ------------------------------------------------------------------------------------------

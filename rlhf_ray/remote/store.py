@@ -1,0 +1,43 @@
+"""A batch's way into a checkpoint and back: the one time that its tokens pass through the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from torch import Tensor
+
+from rlhf_ray.batch import Batch
+from rlhf_ray.packed import Packed, pack, unpack
+from rlhf_ray.remote.batch import COLUMNS, Part, RemoteBatch
+from rlhf_ray.remote.calls import Call, Deadline, Worker
+from rlhf_ray.remote.crew import Crew
+
+
+@dataclass(frozen=True)
+class RemoteStore:
+    """A `roles.protocols.BatchStore` for batches that wait for the learner.
+
+    Args:
+        holder: who cuts what comes back; any worker that lives as long as the run.
+    """
+
+    crew: Crew
+    holder: Worker
+    deadline: Deadline
+
+    def fetch(self, batch: RemoteBatch) -> Batch:
+        """Its tokens and what the driver knows of its rows; without texts. Raises WorkerError if a part is lost."""
+        held = self.crew.results([Call(part.worker, "fetch", part.ref, self.deadline) for part in batch.parts])
+        pieces = [packed.select(part.places) for packed, part in zip(held, batch.parts, strict=True)]
+        order = np.argsort(np.concatenate([part.rows for part in batch.parts]))
+        values = {name: value for name, value in batch.values.items() if isinstance(value, Tensor)}
+        return unpack(Packed.cat(pieces).select(order), values, {})
+
+    def place(self, batch: Batch) -> RemoteBatch:
+        """What `fetch` gave, where workers can have it; `columns` and `chats` belong to its prompts."""
+        ids, every = batch.prompt_id.tolist(), np.arange(len(batch))
+        prompts = dict(zip(ids, zip(batch.columns, batch.chats, strict=True), strict=True))
+        values = {name: value for name in COLUMNS if (value := getattr(batch, name)) is not None and value.dim() == 1}
+        return RemoteBatch((Part(self.holder, ray.put(pack(batch)), every, every),), batch.rows, prompts, values)
