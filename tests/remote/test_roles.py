@@ -12,6 +12,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+import rlhf_ray
 from rlhf_ray.build import run_rl
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.run.training_run import TrainingRun
@@ -174,3 +175,18 @@ def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp
     assert completions_of(tmp_path / "again") == completions_of(tmp_path / "run")
     for name in ("grad_norm", "ledger/sampled", "ledger/open_tokens"):
         assert [m[name] for m in metrics_of(tmp_path / "again")] == [m[name] for m in steps]
+
+
+def test_a_closure_and_rows_of_the_program_give_the_numbers_of_a_local_run(tiny_config, tmp_path):
+    worth, runs = 3.0, []
+    for executor in ("local", "ray"):
+        runs.append(rlhf_ray.rl(
+            tiny_config("steps=1", "eval.size=2", "data.eval_size=2", f"executor={executor}"),
+            prompts=[{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(9)],
+            rewards=lambda completions, answer: [worth * len(text) for text in completions],
+            run_dir=tmp_path / executor,
+        ))  # fmt: skip
+    local, remote = (run.rollouts(1) for run in runs)
+    assert local == remote and {row["reward"] % 3 for row in remote} == {0.0}
+    assert remote[0]["rewards"].keys() == {"lambda"}
+    assert runs[1].metrics[0]["grad_norm"] == pytest.approx(runs[0].metrics[0]["grad_norm"], abs=1e-6)
