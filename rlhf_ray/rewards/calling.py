@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from rlhf_ray.errors import ConfigError, ModelError
@@ -18,6 +19,9 @@ from rlhf_ray.rewards.loading import check_settings, find_function, is_builtin
 from rlhf_ray.rewards.process import Child, ChildLost
 
 Inputs = Mapping[str, Sequence[Any]]  # what TRL's convention passes, each with one entry a row
+
+BEGIN_S = 10.0  # a thread begins in much less
+LOOK_S = 0.2  # between two looks for ctrl-C
 
 
 @dataclass(frozen=True)
@@ -101,20 +105,30 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     if not _loop_runs():
         return asyncio.run(coroutine)
     begun: SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = SimpleQueue()
+    result: Future[Any] = Future()
 
     async def known() -> Any:
         begun.put((asyncio.get_running_loop(), asyncio.current_task()))
         return await coroutine
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(asyncio.run, known())
+    def run() -> None:
         try:
-            return waiting.result()
-        except KeyboardInterrupt:  # only this thread gets it, and leaving the pool waits for the other one
-            loop, task = begun.get()
-            with contextlib.suppress(RuntimeError):  # it has ended by now
-                loop.call_soon_threadsafe(task.cancel)
-            raise
+            result.set_result(asyncio.run(known()))
+        except BaseException as error:  # whatever it is, it belongs to who asked
+            result.set_exception(error)
+
+    try:
+        # No pool: it would not know of a thread that ctrl-C meets while it starts, and so not wait for it.
+        threading.Thread(target=run, name="coroutine", daemon=True).start()
+        while not result.done():  # a signal that comes just before an endless wait would not interrupt it
+            wait([result], timeout=LOOK_S)
+        return result.result()
+    except KeyboardInterrupt:  # only this thread gets it
+        with contextlib.suppress(Empty, RuntimeError):  # it has not begun, or has ended by now
+            loop, task = begun.get(timeout=BEGIN_S)
+            loop.call_soon_threadsafe(task.cancel)
+            wait([result])
+        raise
 
 
 def _loop_runs() -> bool:
