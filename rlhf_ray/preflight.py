@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_ray.config.engines import is_own
 from rlhf_ray.config.evaluation import EvalRunConfig, SampledRunConfig
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.judge import JudgeConfig
+from rlhf_ray.config.names import is_own
 from rlhf_ray.config.rewards import RewardConfig
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RowsConfig, Section, TrainingRunConfig

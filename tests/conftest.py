@@ -203,11 +203,11 @@ def rlhf_ray(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def docs_script():
-    """A script of docs/ as a module, by its name."""
+def script():
+    """A script that lies outside the package as a module, by its path: `script("docs/make_map.py")`."""
 
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    def load(path: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

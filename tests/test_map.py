@@ -6,8 +6,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def make_map(docs_script):
-    return docs_script("make_map")
+def make_map(script):
+    return script("docs/make_map.py")
 
 
 def test_the_map_is_true(repo_root, make_map):

@@ -58,6 +58,12 @@ def test_everything_that_the_makefile_installs_is_pinned():
     wanted += [line for line in lines if line and not line.startswith("#")]
     wanted = {re.sub(r"\[.*", "", name_of(r)) for r in wanted}
     assert wanted - set(pins()) == set(), "constraints.txt says nothing about these"
+
+
+def test_no_pin_keeps_a_build_of_torch_out():
+    """The CPU build, with which pins are written down, asks for none of these; the CUDA builds each for their own."""
+    theirs = [name for name in pins() if name == "triton" or name.startswith(("nvidia-", "cuda-"))]
+    assert not theirs, f"constraints.txt: pip could not install PyPI's torch beside {theirs}"
     assert all("==" in line for line in pins().values())
 
 

@@ -16,8 +16,8 @@ from rlhf_ray.config.supervised import SCHEMAS
 
 
 @pytest.fixture(scope="module")
-def make_settings(docs_script):
-    return docs_script("make_settings")
+def make_settings(script):
+    return script("docs/make_settings.py")
 
 
 def test_the_page_is_what_the_schema_says(repo_root, make_settings):

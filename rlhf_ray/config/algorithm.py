@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config.formula_names import ADVANTAGES, OWN_ADVANTAGE, OWN_LOSS, POLICY_LOSSES, Advantage, PolicyLoss
 from rlhf_ray.config.given import FunctionName
 from rlhf_ray.config.limits import LARGEST_REWARD
+from rlhf_ray.config.names import known_or_own
 from rlhf_ray.config.sections import Section
 
 # What each algorithm means; every field may still be set by hand.
@@ -151,13 +150,7 @@ class AlgorithmConfig(Section):
     @field_validator("advantage", "policy_loss")
     @classmethod
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
-        known = ADVANTAGES if info.field_name == "advantage" else POLICY_LOSSES
-        if name in known or is_own(name):
-            return name
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(known)}."
-        said = f"{name!r} is unknown: {hint} Your own: module:function or file.py:function"
-        raise PydanticCustomError("unknown_name", "{said}", {"said": said})
+        return known_or_own(name, ADVANTAGES if info.field_name == "advantage" else POLICY_LOSSES)
 
     @property
     def advantage_facts(self) -> Advantage:
@@ -171,8 +164,3 @@ class AlgorithmConfig(Section):
         """Those of these settings that `function` takes by keyword only."""
         known, parameters = self.model_dump(), inspect.signature(function).parameters.values()
         return {p.name: known[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in known}
-
-
-def is_own(name: str) -> bool:
-    """Whether a loss or an advantage is a user's own; else it has a name in config/formula_names.py."""
-    return ":" in name

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rlhf_ray.config.algorithm import is_own
 from rlhf_ray.config.data_checks import sft_problems, template_problems
 from rlhf_ray.config.engines import AUTO, TrainingEngine
 from rlhf_ray.config.given import GivenModel
 from rlhf_ray.config.judge import judge_problems
+from rlhf_ray.config.names import is_own
 from rlhf_ray.config.ray_checks import placement_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems

@@ -6,13 +6,12 @@ Nothing is imported here before an engine is made.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
+
+from rlhf_ray.config.names import known_or_own
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,6 @@ AUTO = "auto"
 _UNDECIDED = replace(GENERATORS["hf"], receives_on_gpu=True)
 
 
-def is_own(engine: str) -> bool:
-    """Whether a user names an engine of their own; else it has a name here."""
-    return ":" in engine
-
-
 def generator_facts(engine: str) -> GeneratorEngine:
     return _UNDECIDED if engine == AUTO else GENERATORS.get(engine, GeneratorEngine(engine))
 
@@ -96,15 +90,5 @@ def trainer_facts(engine: str) -> TrainingEngine:
     return TRAINERS.get(engine, TrainingEngine(engine))
 
 
-def _known(engine: str, names: Mapping[str, Engine], more: tuple[str, ...] = ()) -> str:
-    known = (*more, *names)
-    if engine in known or is_own(engine):
-        return engine
-    near = difflib.get_close_matches(engine, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it is {', '.join(known)}."
-    said = f"{engine!r} is unknown: {hint} Your own: module:function or file.py:function"
-    raise PydanticCustomError("unknown_name", "{said}", {"said": said})
-
-
-GeneratorName = Annotated[str, AfterValidator(lambda engine: _known(engine, GENERATORS, (AUTO,)))]
-TrainerName = Annotated[str, AfterValidator(lambda engine: _known(engine, TRAINERS))]
+GeneratorName = Annotated[str, AfterValidator(lambda engine: known_or_own(engine, (AUTO, *GENERATORS)))]
+TrainerName = Annotated[str, AfterValidator(lambda engine: known_or_own(engine, TRAINERS))]

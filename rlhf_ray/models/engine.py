@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.config.engines import TRAINERS, is_own, trainer_facts
+from rlhf_ray.config.engines import TRAINERS, trainer_facts
+from rlhf_ray.config.names import is_own
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.user_code import find
 

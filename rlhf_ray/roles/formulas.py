@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algo.policy_losses import ratio_stats
-from rlhf_ray.config.algorithm import AlgorithmConfig, is_own
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.names import is_own
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.user_code import find
 from rlhf_ray.user_frames import frames_of_users

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from types import ModuleType
 
 import pytest
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture
-def example(repo_root):
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, repo_root / "examples" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def test_the_notebook(repo_root, tmp_path, monkeypatch):
@@ -38,16 +25,16 @@ def test_the_notebook(repo_root, tmp_path, monkeypatch):
     assert first < 0.2 and last > 0.6
 
 
-def test_grpo_with_functions_of_its_own(example, tmp_path, capsys):
-    example("grpo_own_function").main(steps=10, run_dir=str(tmp_path / "run"))
+def test_grpo_with_functions_of_its_own(script, tmp_path, capsys):
+    script("examples/grpo_own_function.py").main(steps=10, run_dir=str(tmp_path / "run"))
     assert re.search(r"^step 10: rising \d\.\d\d$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_loop_over_roles(example, capsys):
-    example("loop_over_roles").main(steps=2)
+def test_a_loop_over_roles(script, capsys):
+    script("examples/loop_over_roles.py").main(steps=2)
     assert re.search(r"^step 2: reward \d\.\d{3}, \('\d\+\d=', '.*'\)$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_loss_and_an_advantage_of_its_own(example, tmp_path, capsys):
-    example("custom_loss").main(steps=2, run_dir=str(tmp_path / "run"))
+def test_a_loss_and_an_advantage_of_its_own(script, tmp_path, capsys):
+    script("examples/custom_loss.py").main(steps=2, run_dir=str(tmp_path / "run"))
     assert "over the range: " in capsys.readouterr().out
