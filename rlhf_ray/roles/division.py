@@ -1,19 +1,21 @@
-"""How the ranks of a trainer divide a step: which rows each of them holds, and in what passes it computes them.
+"""Who computes which rows, and in what order: minibatches, ranks, micro-batches.
 
-All of it is a pure function of the step's rows (their prompts and lengths). So the driver can send each rank its own
-samples and nothing else, a second pass over the same rows meets the same neighbours, and the number of ranks changes
-no optimiser step.
+All of it is a pure function of the rows (their prompts and lengths). So the driver can send each rank its own samples
+and nothing else, a second pass over the same rows meets the same neighbours (and the same floating-point sums), and the
+number of ranks changes no optimiser step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+import itertools
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from rlhf_ray.batch import Batch, Rows
-from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
 from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines
 
 
@@ -102,3 +104,82 @@ def _part(step: Rows, shares: list[Share]) -> RankPart:
             dummies.append(step.lengths[repeated[0][0][0]])
         own.append(replace(share, microbatches=tuple(passes)))
     return RankPart(tuple(rows), tuple(dummies), tuple(own))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """This rank's micro-batches, as places in a list of items; dummies at the end keep it in step with the others."""
+
+    parts: tuple[tuple[int, ...], ...]
+    real: int
+    padding: float  # share of padding in what all ranks compute, dummies included
+
+
+def plan_items(rows: Sequence[Sequence[int]], max_tokens: int, rank: int = 0, world_size: int = 1) -> Plan:
+    """Micro-batches of items of about the same length, balanced over the ranks; every rank gets equally many.
+
+    Args:
+        rows: of each item, the tokens of each sequence that it makes.
+        max_tokens: padded tokens of a micro-batch.
+    """
+    costs = [len(lengths) * max(lengths) for lengths in rows]
+    ranks = split_ranks(range(len(rows)), costs, world_size)
+    parts = [split_microbatches(own, costs, max_tokens) for own in ranks]
+    shortest = min(range(len(rows)), key=lambda place: costs[place])
+    longest = max(map(len, parts))
+    parts_of_all = [[*own, *[[shortest]] * (longest - len(own))] for own in parts]
+    # The first item of a micro-batch is its longest.
+    computed = sum(len(places) * costs[places[0]] for own in parts_of_all for places in own)
+    padding = 1 - sum(map(sum, rows)) / computed
+    return Plan(tuple(map(tuple, parts_of_all[rank])), len(parts[rank]), padding)
+
+
+def split_minibatches(prompt_ids: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """Rows of each minibatch: whole groups, shuffled, the same number of groups in each or one more.
+
+    Args:
+        prompt_ids: [B] group of each row.
+        count: number of minibatches; fewer where there are fewer groups, for some may have been dropped.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompt_ids):
+        groups.setdefault(int(prompt), []).append(row)
+    order = sorted(groups)
+    if count > 1:
+        random.Random(f"{seed}:{order[0]}").shuffle(order)
+    parts = min(count, len(order))
+    starts = [i * len(order) // parts for i in range(parts + 1)]
+    return [
+        [row for prompt in order[start:end] for row in groups[prompt]] for start, end in itertools.pairwise(starts)
+    ]
+
+
+def split_ranks(rows: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Rows of each rank, balanced by tokens: the longest remaining row goes to the lightest rank."""
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, rank) for rank in range(world_size)]  # a heap; of equal loads the first rank's comes first
+    for row in _longest_first(rows, lengths):
+        load, lightest = loads[0]
+        shares[lightest].append(row)
+        heapq.heapreplace(loads, (load + int(lengths[row]), lightest))
+    return shares
+
+
+def split_microbatches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Rows of each micro-batch: sorted by length (little padding), at most `max_tokens` padded tokens each.
+
+    A single row longer than `max_tokens` gets a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    for row in _longest_first(rows, lengths):
+        # Longest first: the first row of a micro-batch is its padded width.
+        if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Of equal lengths the first row comes first: sorting keeps their order, also in reverse."""
+    return sorted(sorted(rows), key=lengths.__getitem__, reverse=True)

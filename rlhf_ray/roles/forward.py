@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_ray.algo.logprobs import entropy_at, logprobs_at
 from rlhf_ray.batch import Batch, pad_columns
-from rlhf_ray.roles.microbatch import split_microbatches
+from rlhf_ray.roles.division import split_microbatches
 from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines, shared_logits
 
 Model = Callable[..., Any]  # a module or a TrainEngine: called with input_ids and attention_mask

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.stream import Part, stream_over
 from rlhf_ray.models.engine import TrainEngine
-from rlhf_ray.roles.microbatch import plan_items
+from rlhf_ray.roles.division import plan_items
 from rlhf_ray.roles.objectives import SFT
 
 # One forward pass: its share of the loss, and what was counted.

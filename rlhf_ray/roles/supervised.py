@@ -23,7 +23,7 @@ from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
-from rlhf_ray.roles.microbatch import Plan, plan_items
+from rlhf_ray.roles.division import Plan, plan_items
 from rlhf_ray.roles.objectives import Measured, Objective, language_model_inputs, pad_examples
 from rlhf_ray.roles.preferences import ReferencedPair, answer_logprobs
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf_ray.roles.microbatch import split_microbatches, split_minibatches, split_ranks
+from rlhf_ray.roles.division import split_microbatches, split_minibatches, split_ranks
 
 PROMPTS = [7, 7, 3, 3, 9, 9, 5, 5]
 
