@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
+from rlhf_ray.remote.failures import LostError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -111,7 +112,7 @@ def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) ->
 
 
 def value_of(call: Call) -> Any:
-    """The result of a call that has ended. Raises what it raised, or WorkerError if its worker died."""
+    """The result of a call that has ended. Raises what it raised, or LostError if its worker or its result is lost."""
     try:
         return ray.get(call.ref, timeout=FETCH_S)
     except RayTaskError as error:
@@ -122,7 +123,7 @@ def value_of(call: Call) -> Any:
     except (RayActorError, ActorUnavailableError) as error:
         raise death(call.worker, error, f"during {call.name}") from None
     except RayError as error:  # its result or an argument was lost with the node that held it
-        raise WorkerError(f"{call}: the result is lost ({one_line(error)}); resume with --resume auto") from None
+        raise LostError(f"{call}: the result is lost ({one_line(error)}); resume with --resume auto") from None
 
 
 def results(
@@ -143,13 +144,13 @@ def results(
     return [values[call.ref] for call in calls]
 
 
-def death(worker: Worker, error: BaseException, when: str) -> WorkerError:
+def death(worker: Worker, error: BaseException, when: str) -> LostError:
     if "creation task" in str(error):
-        return WorkerError(
+        return LostError(
             f"{worker.name} did not start: {one_line(error)}; every machine of the cluster needs this version of "
             "rlhf-ray with the same extras"
         )
-    return WorkerError(
+    return LostError(
         f"{worker} died {when}: {_reason(error)}; look for a signal or the out-of-memory killer on that node, "
         "then resume with --resume auto"
     )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
 import pickle
+import socket
 import threading
+from pathlib import Path
 
 import pytest
+import torch
+from ray import exceptions as of_ray
+from torch import distributed
 
 from rlhf_ray import errors
 from rlhf_ray.errors import DataError, RlhfRayError, WorkerError
 from rlhf_ray.remote.calls import Worker, death
-from rlhf_ray.remote.failures import ForeignError, portable, reported
+from rlhf_ray.remote.failures import ForeignError, LostError, is_infrastructure, portable, reported
 
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
 
@@ -78,3 +85,83 @@ def test_a_death_is_told_in_one_sentence():
         "code 2. End of file; look for a signal or the out-of-memory killer on that node, then resume with "
         "--resume auto"
     )
+
+
+def closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def times_out() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.settimeout(0.01)
+        listener.listen()
+        listener.accept()
+
+
+def meets_nobody() -> None:
+    distributed.TCPStore("127.0.0.1", closed_port(), is_master=False, timeout=datetime.timedelta(milliseconds=1))
+
+
+def raises(error: BaseException, cause: BaseException | None = None) -> None:
+    raise error from cause
+
+
+# What libraries raise here and now, and what it takes a GPU, a second machine or bad luck to see.
+INFRASTRUCTURE = {
+    "no memory, Python": lambda: bytearray(1 << 62),
+    "no memory, torch": lambda: torch.empty(1 << 60, dtype=torch.uint8),
+    "nobody listens": lambda: socket.create_connection(("127.0.0.1", closed_port())),
+    "a socket's timeout": times_out,
+    "no meeting point": meets_nobody,
+    "no route": lambda: raises(OSError(errno.EHOSTUNREACH, "No route to host")),
+    "a broken disk": lambda: raises(OSError(errno.EIO, "Input/output error")),
+    "gloo": lambda: raises(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711")),
+    "nccl": lambda: raises(distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process")),
+    "ecc": lambda: raises(torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered", 214)),
+    "cuda, as older code has it": lambda: raises(RuntimeError("CUDA error: an illegal memory access was encountered")),
+    "an actor died": lambda: raises(of_ray.ActorDiedError()),
+    "an actor is out of reach": lambda: raises(of_ray.ActorUnavailableError("cut", None)),
+    "a machine died": lambda: raises(of_ray.NodeDiedError("gone")),
+    "a result was lost": lambda: raises(of_ray.ObjectLostError("ab" * 14, None, "")),
+    "Ray's memory monitor": lambda: raises(of_ray.OutOfMemoryError("the node was running low on memory")),
+    "behind another one": lambda: raises(ValueError("no answer"), ConnectionResetError(errno.ECONNRESET, "reset")),
+}
+WORK = {
+    "shapes": lambda: torch.ones(2, 3) @ torch.ones(2, 3),
+    "a token beyond the table": lambda: torch.nn.functional.embedding(torch.tensor([9]), torch.ones(2, 2)),
+    "a row without a column": lambda: {}["answer"],
+    "no file": lambda: Path("/nowhere/rows.jsonl").read_text(),
+    "a full disk": lambda: raises(OSError(errno.ENOSPC, "No space left on device")),
+    "a batch too large for the GPU": lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
+    "an index on the GPU": lambda: raises(torch.AcceleratorError("CUDA error: device-side assert triggered", 710)),
+    "a text that names an error": lambda: raises(ValueError("row 3: 'NCCL error' is no number")),
+}
+
+
+@pytest.mark.parametrize("name", INFRASTRUCTURE)
+def test_infrastructure_is_told_from_work(name):
+    with pytest.raises(Exception) as caught:
+        INFRASTRUCTURE[name]()
+    assert is_infrastructure(caught.value), repr(caught.value)
+    assert type(portable(caught.value, "reference: logprobs")) is LostError
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_that_fails_fails_everywhere(name):
+    with pytest.raises(Exception) as caught:
+        WORK[name]()
+    assert not is_infrastructure(caught.value), repr(caught.value)
+    assert type(portable(caught.value, "reward: score")) is ForeignError
+
+
+def test_a_lost_process_says_where_to_look():
+    sent = pickle.loads(pickle.dumps(portable(MemoryError("4 GiB"), "reward: score")))
+    first, _, rest = str(sent).partition("\n")
+    assert first == (
+        "reward: score failed: MemoryError: 4 GiB; its process, machine or network failed, not the work: look there "
+        "(memory, devices, the kernel's log), then resume with --resume auto"
+    )
+    assert rest.startswith("--- traceback of the worker ---\n") and type(sent) is LostError

@@ -17,7 +17,7 @@ from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
 from rlhf_ray.remote import calls, crew
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.crew import Crew, Group
-from rlhf_ray.remote.failures import ForeignError, reported
+from rlhf_ray.remote.failures import ForeignError, LostError, reported
 from rlhf_ray.remote.host import Host
 
 pytestmark = pytest.mark.engine
@@ -123,7 +123,7 @@ def test_foreign_errors_are_quoted(hire, monkeypatch):
 def test_a_killed_worker_is_named_at_once(hire):
     team = hire(1)
     dies_in(0.5, team, 0)
-    with pytest.raises(WorkerError, match=rf"learner rank 0 \(node .*, pid {team.workers[0].pid}\) died during wait"):
+    with pytest.raises(LostError, match=rf"learner rank 0 \(node .*, pid {team.workers[0].pid}\) died during wait"):
         team.result(call(team, 0, Toy.wait, 1000, seconds=2000))
 
 
