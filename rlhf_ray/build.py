@@ -35,10 +35,11 @@ from rlhf_ray.models.served import require_served
 from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
-from rlhf_ray.roles.factory import Assets, make_critic, make_generator, make_learner, make_reference, make_reward
+from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.formulas import own_formulas
-from rlhf_ray.roles.protocols import Learner, Roles, Sampling
-from rlhf_ray.roles.reference import AdapterFreeReference, Reference
+from rlhf_ray.roles.makers import Makers
+from rlhf_ray.roles.protocols import Roles, Sampling
+from rlhf_ray.roles.reference import AdapterFreeReference
 from rlhf_ray.roles.sft_term import SFTRows
 from rlhf_ray.rollout.order import prompt_stream
 from rlhf_ray.rollout.source import Rollouts
@@ -86,7 +87,7 @@ def run_rl(
             config, directory.start, own_hardware(hardware), report=run.warm_start_progress(),
             note=run.note,
         )
-        assets = Assets(policy, tokenizer_path, hardware)
+        assets = Assets(policy, tokenizer_path, hardware, config.model.trust_remote_code)
         named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
         stop = with_turn_ends(named, tokenizer)
         with open_roles(config, assets, sft.rows if sft else None, run.note) as roles:
@@ -164,7 +165,7 @@ def check_inputs(
     own_formulas(config.algorithm)
     for reward in config.rewards:
         reward_of(reward).close()
-    for path in config.judge_paths:
+    for path in config.judging.networks:
         load_tokenizer(path)
         load_shape(path)
     tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
@@ -179,12 +180,15 @@ def check_inputs(
     if not config.model.path.startswith("scratch:"):
         require_served(
             config.model.path, config.generator, device,
-            longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens, bfloat16=config.dtype == "bfloat16",
+            longest=config.longest_sequence, bfloat16=config.dtype == "bfloat16",
             trust_remote_code=config.model.trust_remote_code,
         )  # fmt: skip
     if config.uses_critic and config.critic.path is not None:
         _check_critic_fits(config, tokenizer, longest)
-    return tokenizer, train, held_out, load_sft_data(config, tokenizer)
+    sft = config.sft_data and load_sft_data(
+        config.sft_data, config.model, tokenizer, seed=config.seed, clock=config.clock
+    )
+    return tokenizer, train, held_out, sft
 
 
 def _check_policy_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> int:
@@ -279,19 +283,22 @@ def open_roles(
     engine = config.generator.engine
     if config.generator.facts.slow_start:
         note(f"loading the generator ({engine})")
-    generator = make_generator(config, assets, transport)
+    makers = Makers.of(config, assets, transport)
+    generator = makers.generator()
     if config.generator.facts.slow_start:
         note(f"the generator ({engine}) is ready in {time.monotonic() - began:.0f} s")
     try:
-        learner = make_learner(config, assets, transport, sft)
+        alone = Rank(deadline_s=config.ray.call_deadline_s)
+        learner = makers.learner(sft, alone)
         learner.connect(generator)
+        own_reference = AdapterFreeReference(learner) if config.uses_reference else None
         yield Roles(
             generator=generator,
-            reward=make_reward(config, assets),
+            reward=makers.reward(),
             learner=learner,
             advantages=AdvantageEstimator(config.algorithm),
-            reference=_reference(config, assets, learner),
-            critic=make_critic(config, assets) if config.uses_critic else None,
+            reference=makers.reference() if makers.reference else own_reference,
+            critic=makers.critic(alone) if makers.critic else None,
             replicas=(generator,),
             device_name=device_name(assets.hardware.device),
         )
@@ -305,12 +312,6 @@ def _best(config: RunConfig, roles: Roles, directory: RunDirectory) -> BestPolic
     return BestPolicy(
         config.eval.best_by, roles.learner, directory, measure=measure_of(config), lora=config.model.lora is not None
     )
-
-
-def _reference(config: RunConfig, assets: Assets, learner: Learner) -> Reference | AdapterFreeReference | None:
-    if config.holds_reference:
-        return make_reference(config, assets)
-    return AdapterFreeReference(learner) if config.uses_reference else None
 
 
 def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:

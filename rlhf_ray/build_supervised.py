@@ -30,7 +30,7 @@ from rlhf_ray.loops.supervised_start import (
     starting_model,
 )
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.roles.factory import Assets
+from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.supervised_factory import make_trainer
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
@@ -73,7 +73,8 @@ def run_supervised(
     )
     try:
         say_what_is_read(config, reports, splits, batches, run)
-        assets = Assets(*starting_model(config, tokenizer, splits, directory.start), hardware)
+        start = starting_model(config, tokenizer, splits, directory.start)
+        assets = Assets(*start, hardware, config.model.trust_remote_code)
         with open_trainer(config, assets, splits, run.note) as trainer:
             run.workload = Workload(devices=trainer.devices)
             if isinstance(config, DPOConfig) and config.dpo.needs_reference:
@@ -207,7 +208,7 @@ def open_trainer(
         with open_remote_trainer(config, assets, splits, note) as trainer:
             yield trainer
         return
-    trainer = make_trainer(config, assets, splits)
+    trainer = make_trainer(config, assets, splits, Rank(deadline_s=config.ray.call_deadline_s))
     try:
         yield trainer
     finally:

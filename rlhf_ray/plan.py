@@ -106,7 +106,7 @@ def _on_ray(config: RunConfig, device: str) -> str:
         from rlhf_ray.remote.placement import choose_transport, plan_seats
     except ImportError:
         return "#   (ray: not installed here, so its placement is not worked out; pip install 'rlhf-ray[ray]')"
-    transport = choose_transport(config, device)
+    transport = choose_transport(config.sync, config.generator, config.ray, device)
     plan = plan_seats(config, device, transport)
     wanted = " and ".join(f"{plan.total(kind):g} {kind}s" for kind in ("GPU", "CPU") if plan.total(kind))
     lines = [f"#   ray: {wanted} in {len(plan.bundles)} bundles, each on one machine; weights by {transport}"]
@@ -133,7 +133,7 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         if config.critic.path is not None:
             size = saved_size(config.critic.path, "policy")
         roles.append(_trainer("critic", config.critic, hardware, size))
-    judges = [saved_size(path, "classifier") for path in config.judge_paths]
+    judges = [saved_size(path, "classifier") for path in config.judging.networks]
     held = None if None in judges else sum(size.parameters * width for size in judges)
     return [*roles, PlannedRole("reward", "model" if judges else "functions", 1, 1, held)]
 

@@ -81,5 +81,6 @@ def open_session(config: RunConfig, folder: str | Path | None, note: Callable[[s
             config, start, own_hardware(hardware), report=lambda step, loss: None, note=note
         )
         stop = with_turn_ends(stop_token_ids(policy, tokenizer, trust_remote_code=trust), tokenizer)
-        with open_roles(config, Assets(policy, tokenizer_path, hardware), sft.rows if sft else None, note) as roles:
+        assets = Assets(policy, tokenizer_path, hardware, trust)
+        with open_roles(config, assets, sft.rows if sft else None, note) as roles:
             yield Session(config, roles, tokenizer, prompts, held_out, sampling_of(config.rollout, stop))

@@ -40,9 +40,9 @@ def test_libraries_are_quiet_and_the_user_has_the_last_word(monkeypatch):
 
 def test_workers_are_as_quiet_as_the_run(monkeypatch):
     config = RunConfig(data={"path": "task:arithmetic"}, model={"path": "m"})
-    assert QUIET.items() <= worker_environment(config, "cpu").items()
+    assert QUIET.items() <= worker_environment(config.ray.cpus_per_worker, "cpu").items()
     monkeypatch.setenv("RLHF_RAY_LIBRARY_LOGS", "1")
-    loud = worker_environment(config, "cpu")
+    loud = worker_environment(config.ray.cpus_per_worker, "cpu")
     assert loud["RLHF_RAY_LIBRARY_LOGS"] == "1" and not QUIET.keys() & loud.keys()
 
 

@@ -29,7 +29,9 @@ class Engine:
 
 @dataclass(frozen=True)
 class GeneratorEngine(Engine):
-    """Its maker is called as make(config, assets, transport) and returns a `roles.protocols.Generator`.
+    """Its maker is called as make(settings, assets, use) and returns a `roles.protocols.Generator`.
+
+    `settings` is the section `generator`; roles/factory.py has the other two, `Assets` and `GeneratorUse`.
 
     Attributes:
         receives_on_gpu: weights may reach it by nccl and cuda_ipc, not by shared memory alone.

@@ -11,7 +11,7 @@ from rlhf_ray.config.data_checks import template_problems
 from rlhf_ray.config.given import RowsPath
 from rlhf_ray.config.judge import JudgeConfig, judge_problems
 from rlhf_ray.config.reward_checks import failure_problems
-from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
+from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, RewardSettings, SafetyConfig
 from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig
 from rlhf_ray.config.sections import (
     Clock,
@@ -127,9 +127,19 @@ class SampledRunConfig(Section):
         return bool(self.rewards) or self.reward_model is not None or self.safety is not None
 
     @property
+    def judging(self) -> RewardSettings:
+        """All that scores the answers."""
+        return RewardSettings(self.rewards, self.reward_model, self.safety, self.clock)
+
+    @property
     def longest_prompt(self) -> int:
         """In tokens."""
         return self.data.max_prompt_tokens
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and its answer together, at most."""
+        return self.longest_prompt + self.sampling.max_new_tokens
 
     def contradictions(self) -> list[str]:
         """Everything that can be refused from the config alone, each with what, why and what to do."""

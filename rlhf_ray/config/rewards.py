@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import Field
@@ -92,3 +94,35 @@ class SafetyConfig(Section):
         None, gt=0, description="tokens; a longer text loses its beginning; empty: the model's own limit"
     )
     batch_size: int = Field(64, gt=0, description="texts read at once")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """All that judges answers in one run.
+
+    Attributes:
+        functions: their weighted sum is the reward; a reward model's output, times its own weight, is added to it.
+        safety: mixed with that sum.
+        clock: what the chat templates of these networks take for now.
+    """
+
+    functions: Sequence[RewardConfig] = ()
+    model: RewardModelConfig | None = None
+    safety: SafetyConfig | None = None
+    clock: datetime | None = None
+
+    @property
+    def networks(self) -> list[str]:
+        """Where the networks come from that the reward role holds."""
+        return [network.path for network in (self.model, self.safety) if network is not None]
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the reward role computes with a network of its own: a classifier, or a local AI judge."""
+
+        def on_gpu(reward: RewardConfig) -> bool:
+            if reward.function == "judge":
+                return reward.args.get("endpoint") is None and reward.args.get("device", "auto") in ("auto", "cuda")
+            return reward.function == "classifier" and str(reward.args.get("device")).startswith("cuda")
+
+        return bool(self.networks) or any(map(on_gpu, self.functions))

@@ -15,7 +15,7 @@ from rlhf_ray.config.algorithm import PASSES, AlgorithmConfig, passes_of
 from rlhf_ray.config.data import SFTDataConfig
 from rlhf_ray.config.engines import GENERATORS, GeneratorEngine, GeneratorName, generator_facts
 from rlhf_ray.config.given import FunctionName, RowsPath
-from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, SafetyConfig
+from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, RewardSettings, SafetyConfig
 from rlhf_ray.config.sections import (
     MOST_WORKERS,
     LearningRate,
@@ -235,20 +235,9 @@ class RunConfig(TrainingRunConfig):
         return self.uses_reference and self.model.lora is None
 
     @property
-    def judge_paths(self) -> list[str]:
-        """Where the networks come from that the reward role holds."""
-        return [judge.path for judge in (self.reward_model, self.safety) if judge is not None]
-
-    @property
-    def reward_needs_gpu(self) -> bool:
-        """Whether the reward role computes with a network of its own: a classifier, or a local AI judge."""
-
-        def on_gpu(reward: RewardConfig) -> bool:
-            if reward.function == "judge":
-                return reward.args.get("endpoint") is None and reward.args.get("device", "auto") in ("auto", "cuda")
-            return reward.function == "classifier" and str(reward.args.get("device")).startswith("cuda")
-
-        return bool(self.judge_paths) or any(map(on_gpu, self.rewards))
+    def judging(self) -> RewardSettings:
+        """All that judges this run's answers."""
+        return RewardSettings(self.rewards, self.reward_model, self.safety, self.clock)
 
     @property
     def uses_critic(self) -> bool:
@@ -262,6 +251,11 @@ class RunConfig(TrainingRunConfig):
         """
         several_steps = self.learner.epochs * self.learner.minibatches > 1
         return several_steps or self.algorithm.kl_in == "reward" or self.rollout.max_staleness > 0
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and its answer together, at most."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @property
     def samples_per_step(self) -> int:

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
-from rlhf_ray.config.rewards import RewardConfig
-from rlhf_ray.config.schema import DataConfig, PromptsConfig, RolloutConfig, RunConfig
-from rlhf_ray.config.sections import ModelConfig, TokenizerConfig
+from rlhf_ray.config.rewards import RewardConfig, RewardSettings
+from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.chat import Chat, Instruction, Messages, Prompt
 from rlhf_ray.data.messages import readable
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
@@ -28,7 +27,7 @@ from rlhf_ray.models.served import require_served
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.rewards.reading import Answered
-from rlhf_ray.roles.factory import Assets, make_generator, make_reward
+from rlhf_ray.roles.factory import Assets, GeneratorUse, make_generator, make_reward
 from rlhf_ray.roles.protocols import Generator, Request, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 
@@ -115,20 +114,27 @@ def prompt_text(asked: Prompt | Messages) -> str:
 class AnsweringModel:
     """A model with its generator; `open_model` makes one. What scores its answers needs no generator, and runs after it
     is closed: on a GPU, vLLM leaves no room for a reward model.
+
+    Attributes:
+        judging: what scores its answers.
+        stop: tokens that end one.
+        positions: of a sequence that the model has seen none beyond; None: it knows no end.
+        longest_window: tokens of a sequence whose log-probabilities the generator can give.
     """
 
     def __init__(
-        self, run: RunConfig, assets: Assets, tokenizer: PreTrainedTokenizerBase, generator: Generator
-    ) -> None:
-        self.run = run
+        self, generator: Generator, assets: Assets, tokenizer: PreTrainedTokenizerBase, judging: RewardSettings,
+        longest_window: int | None = None,
+    ) -> None:  # fmt: skip
+        self.generator: Generator | None = generator
         self.assets = assets
         self.tokenizer = tokenizer
-        self.generator: Generator | None = generator
-        trust = run.model.trust_remote_code
-        named = stop_token_ids(assets.policy, tokenizer, trust_remote_code=trust)
+        self.judging = judging
+        named = stop_token_ids(assets.policy, tokenizer, trust_remote_code=assets.trust_remote_code)
         self.stop = with_turn_ends(named, tokenizer)
-        shape = load_shape(assets.policy, trust_remote_code=trust)
+        shape = load_shape(assets.policy, trust_remote_code=assets.trust_remote_code)
         self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+        self.longest_window = min(self.positions or 1 << 30, longest_window or 1 << 30)
 
     def sample(self, prompts: PromptSet, sampling: SamplingConfig, seed: int) -> Batch:
         """`sampling.samples_per_prompt` answers to each prompt, prompt by prompt."""
@@ -152,9 +158,8 @@ class AnsweringModel:
 
     def score(self, batch: Batch, prompts: PromptSet, rewards: list[RewardConfig] | None = None) -> Answers:
         """The batch as texts with the run's rewards (or with those given, and no reward model)."""
-        only = {"rewards": rewards, "reward_model": None, "safety": None}
-        run = self.run if rewards is None else self.run.model_copy(update=only)
-        reward = make_reward(run, self.assets)
+        judging = self.judging if rewards is None else RewardSettings(rewards, clock=self.judging.clock)
+        reward = make_reward(judging, self.assets)
         try:
             scores = reward.score(batch, texts=len(batch))
         finally:
@@ -169,7 +174,7 @@ class AnsweringModel:
 
         `chats`: the prompts as conversations, where they are such, for a reward model that has a chat template.
         """
-        reward = make_reward(self.run, self.assets)
+        reward = make_reward(self.judging, self.assets)
         ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
         try:
             rows = zip(prompts, completions, chats or [None] * len(ids), strict=True)
@@ -184,38 +189,17 @@ class AnsweringModel:
         self.generator.close()
         self.generator = None
 
-    def longest_window(self) -> int:
-        """Tokens of a sequence whose log-probabilities the generator can give."""
-        longest = self.positions or 1 << 30
-        spare = self.run.generator.facts.spare_tokens
-        if spare:
-            longest = min(longest, self.run.data.max_prompt_tokens + self.run.rollout.max_new_tokens - spare)
-        return longest
-
 
 @contextmanager
 def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[AnsweringModel]:
     """The model behind the generator role that a training run with these settings would have; closed at the end."""
-    run = RunConfig(
-        seed=config.seed,
-        device=model.device or config.device,
-        dtype=model.dtype or config.dtype,
-        model=ModelConfig(
-            path=model.path,
-            tokenizer=TokenizerConfig(path=model.tokenizer),
-            trust_remote_code=model.trust_remote_code,
-        ),
-        data=DataConfig(path=config.data.path, max_prompt_tokens=config.longest_prompt),
-        rollout=RolloutConfig(max_new_tokens=config.sampling.max_new_tokens),
-        generator=config.generator,
-        rewards=config.rewards,
-        reward_model=config.reward_model,
-        safety=config.safety,
-    )
-    assets = Assets(model.path, model.tokenizer or model.path, choose_hardware(run.device, run.dtype))
+    hardware = choose_hardware(model.device or config.device, model.dtype or config.dtype)
+    assets = Assets(model.path, model.tokenizer or model.path, hardware, model.trust_remote_code)
     tokenizer = tokenizer_of(model)
     set_chat_template(tokenizer, config.data.chat_template)  # it says what ends a turn
-    opened = AnsweringModel(run, assets, tokenizer, make_generator(run, assets, "in_process"))
+    longest, spare = config.longest_sequence, config.generator.facts.spare_tokens
+    generator = make_generator(config.generator, assets, GeneratorUse("in_process", longest))
+    opened = AnsweringModel(generator, assets, tokenizer, config.judging, longest - spare if spare else None)
     try:
         yield opened
     finally:
@@ -229,7 +213,7 @@ def check_served(model: SampledModelConfig, config: SampledRunConfig) -> None:
         model.path,
         config.generator,
         choose_hardware().device if device == "auto" else device,
-        longest=config.longest_prompt + config.sampling.max_new_tokens,
+        longest=config.longest_sequence,
         bfloat16=(model.dtype or config.dtype) == "bfloat16",
         trust_remote_code=model.trust_remote_code,
     )

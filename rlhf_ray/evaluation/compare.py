@@ -147,7 +147,7 @@ def _measure(
 
 def _perplexity(settings: PerplexityConfig, model: AnsweringModel, texts: Sequence[str]) -> Perplexity:
     token_ids = model.tokenizer(list(texts))["input_ids"]
-    window = min(settings.window, model.longest_window())
+    window = min(settings.window, model.longest_window)
     return measure_perplexity(model.generator.logprobs, texts, token_ids, window=window)
 
 

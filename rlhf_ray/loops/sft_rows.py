@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.data import SFTDataConfig
+from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.datasets import load_supervised
 from rlhf_ray.data.stream import Part, described
@@ -35,17 +37,16 @@ class SFTData:
         return {f"sft_data: {source}": read for source, read in fingerprints_of(self.reports).items()}
 
 
-def load_sft_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SFTData | None:
-    """None where the run has no such rows. Raises RlhfRayError for rows that cannot be learned by this model."""
-    data = config.sft_data
-    if data is None:
-        return None
+def load_sft_data(
+    data: SFTDataConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, clock: datetime | None
+) -> SFTData:
+    """`clock`: what a chat template takes for now. Raises RlhfRayError for rows that this model cannot learn."""
     reports: list[CleaningReport] = []
     try:
-        examples, _ = load_supervised(data, tokenizer, seed=config.seed, on_report=reports.append, clock=config.clock)
+        examples, _ = load_supervised(data, tokenizer, seed=seed, on_report=reports.append, clock=clock)
     except DataError as error:
         raise DataError(f"sft_data (where it says data.*, sft_data.* is meant): {error}") from error
-    check_rows_fit(config.model, tokenizer, [example.token_ids for example in examples], "sft_data")
+    check_rows_fit(model, tokenizer, [example.token_ids for example in examples], "sft_data")
     counts = Counter(example.source for example in examples)
     parts = tuple(Part(part.name, counts[part.name], part.weight) for part in data.parts)
-    return SFTData(SFTRows(tuple(examples), parts), tuple(reports))
+    return SFTData(SFTRows(tuple(examples), parts, data.batch_size), tuple(reports))

@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.library_logs import SETTINGS, quiet, wanted
 from rlhf_ray.remote.loading import Note, silent
@@ -174,9 +173,12 @@ def require_reachable(address: str, setting: str = "ray.address") -> None:
         ) from error
 
 
-def worker_environment(config: RunConfig, device: str) -> dict[str, str]:
-    """What must be in a worker's environment before it imports anything. Never a secret: Ray shows it to everybody."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(config.ray.cpus_per_worker)))
+def worker_environment(cpus: float, device: str) -> dict[str, str]:
+    """What must be in a worker's environment before it imports anything. Never a secret: Ray shows it to everybody.
+
+    `cpus`: that the worker reserves.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus)))
     environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # As this process waits, and prints: a setting of the user's goes to the workers, on whatever machine they are.
     environment |= {name: value for name in (*WAITING, *SETTINGS) if (value := os.environ.get(name)) is not None}

@@ -1,15 +1,15 @@
 """What runs inside the actors: a host holds the very object that a local run would use, and passes calls on to it.
 
-A host class a role, for each builds its own; everything else is the same for all. Batches arrive as slices
-(`remote/slices.py`). Columns of tokens are returned as the first of two values, so that the driver can wait for the
-second without ever touching the first.
+The driver says how the role is made (`roles/makers.py`). There is a class for each role, by which a process and its
+errors are named; what they differ in is how they end. Batches arrive as slices (`remote/slices.py`). Columns of tokens
+are returned as the first of two values, so that the driver can wait for the second without ever touching the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,14 +21,8 @@ from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.requests import PackedRequests
 from rlhf_ray.remote.slices import Delivery, cut, received
-from rlhf_ray.roles import factory
 from rlhf_ray.roles.division import RankBatch
 from rlhf_ray.roles.protocols import Estimate, Sampling
-
-if TYPE_CHECKING:
-    from rlhf_ray.config.schema import RunConfig
-    from rlhf_ray.roles.factory import Assets, Rank
-    from rlhf_ray.roles.sft_term import SFTRows
 
 BATCH = "<the batch>"  # stands in for it among the arguments of a call
 COLUMN = "column"  # a column that is a call's only result
@@ -45,6 +39,12 @@ class Answer:
 
 class RoleHost(Host):
     role: Any
+
+    @reported
+    def build(self, make: Callable[..., Any], *given: Any) -> None:
+        """`given`: the maker's last arguments, such as a rank; Ray resolves a reference among them."""
+        self.release_port()  # rank 0 listens there from now on
+        self.role = make(*given)
 
     @reported
     def ask(self, name: str, args: Sequence[Any]) -> Any:
@@ -91,10 +91,6 @@ def kept(result: Any, batch: Batch) -> tuple[Packed | None, Answer]:
 
 class GeneratorHost(RoleHost):
     @reported
-    def build(self, config: RunConfig, assets: Assets, transport: str) -> None:
-        self.role = factory.make_generator(config, assets, transport)
-
-    @reported
     @ray.method(num_returns=2)
     def generate(self, requests: PackedRequests, sampling: Sampling) -> tuple[Packed, Rows]:
         batch = self.role.generate(requests.requests(), sampling)
@@ -115,30 +111,18 @@ class RankHost(RoleHost):
 
 class LearnerHost(RankHost):
     @reported
-    def build(self, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None, rank: Rank) -> None:
-        self.release_port()
-        self.role = factory.make_learner(config, assets, transport, sft, rank)
-
-    @reported
     def shut_down(self) -> None:
         self.role.sender.close()
         self.role.engine.close()
 
 
 class CriticHost(RankHost):
-    @reported
-    def build(self, config: RunConfig, assets: Assets, rank: Rank) -> None:
-        self.release_port()
-        self.role = factory.make_critic(config, assets, rank)
+    """A rank of the critic."""
 
 
 class ReferenceHost(RoleHost):
-    @reported
-    def build(self, config: RunConfig, assets: Assets) -> None:
-        self.role = factory.make_reference(config, assets)
+    """The frozen policy."""
 
 
 class RewardHost(RoleHost):
-    @reported
-    def build(self, config: RunConfig, assets: Assets) -> None:
-        self.role = factory.make_reward(config, assets)
+    """The reward functions, and the networks that judge."""

@@ -16,7 +16,8 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.schema import GeneratorConfig, RunConfig, SyncConfig
+from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.remote.loading import Note, silent
 
@@ -72,15 +73,15 @@ class Plan:
         return counts
 
 
-def choose_transport(config: RunConfig, device: str) -> str:
+def choose_transport(sync: SyncConfig, generator: GeneratorConfig, workers: RayConfig, device: str) -> str:
     """sync.transport, `auto` resolved. What a placement cannot serve, config/checks.py has refused."""
-    if config.sync.transport != "auto":
-        return config.sync.transport
-    if device != "cuda" or not config.generator.facts.receives_on_gpu:
+    if sync.transport != "auto":
+        return sync.transport
+    if device != "cuda" or not generator.facts.receives_on_gpu:
         return "shared_memory"
-    if config.ray.colocate:
+    if workers.colocate:
         return "cuda_ipc"
-    return "nccl" if config.ray.gpus_per_worker >= 1 else "shared_memory"
+    return "nccl" if workers.gpus_per_worker >= 1 else "shared_memory"
 
 
 def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:
@@ -91,7 +92,7 @@ def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:
     their numbers fit has been checked with the config.
     """
     if device == "cuda" and config.ray.colocate:
-        return _colocated(config)
+        return _colocated(_roster(config), config.learner.world_size, config.generator.tensor_parallel, config.ray)
     cpus = max(config.ray.cpus_per_worker, LEAST_CPUS)
     gpus = config.ray.gpus_per_worker if device == "cuda" else 0.0
     plan, next_bundle = Plan(), 1
@@ -112,13 +113,13 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
         roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
     if config.holds_reference:
         roster.append(("reference", 1))
-    return [*roster, ("reward", int(config.reward_needs_gpu))]
+    return [*roster, ("reward", int(config.judging.needs_gpu))]
 
 
-def _colocated(config: RunConfig) -> Plan:
-    ranks, each = config.learner.world_size, config.generator.tensor_parallel
-    cpus, plan = max(config.ray.cpus_per_worker, LEAST_CPUS), Plan()
-    for name, accelerators in _roster(config):
+def _colocated(roster: Sequence[tuple[str, int]], ranks: int, each: int, workers: RayConfig) -> Plan:
+    """`ranks` of the learner have a GPU; `each` of the generators borrows so many of these."""
+    cpus, plan = max(workers.cpus_per_worker, LEAST_CPUS), Plan()
+    for name, accelerators in roster:
         role, number = name.split()[0], int(name.split()[-1]) if name[-1].isdigit() else 0
         first = number * each if role == "generator" else number
         owners = tuple(f"learner rank {first + i}" for i in range(accelerators))

@@ -13,16 +13,17 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.schema import RunConfig, SyncConfig
+from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.remote.batch import gather_remote
-from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.calls import Call, Deadline
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.given import require_portable
 from rlhf_ray.remote.handles import RemoteGenerators, Split
 from rlhf_ray.remote.host import Host, Place
-from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost
+from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, RoleHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.proxy import proxy
@@ -30,11 +31,12 @@ from rlhf_ray.remote.split import even_pieces, fixed_pieces
 from rlhf_ray.remote.store import RemoteStore
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, Rank
+from rlhf_ray.roles.makers import Makers
 from rlhf_ray.roles.protocols import Critic, Generator, Learner, Reference, Reward, Roles
 from rlhf_ray.roles.reference import AdapterFreeReference
 from rlhf_ray.roles.sft_term import SFTRows
 
-HOSTS: dict[str, type[Host]] = {
+HOSTS: dict[str, type[RoleHost]] = {
     "learner": LearnerHost,
     "generator": GeneratorHost,
     "critic": CriticHost,
@@ -61,18 +63,21 @@ def open_remote_roles(
     """
     require_portable(config.rewards)
     device = assets.hardware.device
-    transport = choose_transport(config, device)
+    transport = choose_transport(config.sync, config.generator, config.ray, device)
     plan = plan_seats(config, device, transport)
     with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
         plan, config.ray.start_deadline_s, config.ray.colocate, note
     ) as group:
         crew, farewell = Crew(), []
         try:
-            environment = worker_environment(config, device)
+            environment = worker_environment(config.ray.cpus_per_worker, device)
             for seat in plan.seats:
                 host = HOSTS[seat.name.split()[0]]
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
-            _build(crew, plan, config, everywhere(assets), transport, sft, note)
+            makers = Makers.of(config, everywhere(assets), transport)
+            engines = {role: getattr(config, role).engine for role in ("generator", "learner", "critic")}
+            _build(crew, plan, makers, engines, config.ray, sft, note)
+            _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
             crew.built()
             yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
@@ -89,41 +94,46 @@ def everywhere(assets: Assets) -> Assets:
 
 
 def _build(
-    crew: Crew, plan: Plan, config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None, note: Note
-) -> None:
-    """Load every model, all at the same time; on shared GPUs the generators first."""
-    until = time.monotonic() + config.ray.start_deadline_s
+    crew: Crew, plan: Plan, makers: Makers, engines: Mapping[str, str], workers: RayConfig, sft: SFTRows | None,
+    note: Note,
+) -> None:  # fmt: skip
+    """Load every model, all at the same time; on shared GPUs the generators first. `engines`: role -> its engine."""
+    until = time.monotonic() + workers.start_deadline_s
 
     def left() -> Deadline:
         return Deadline(max(1.0, until - time.monotonic()), "ray.start_deadline_s")
 
+    def start(role: str) -> list[Call]:
+        make = getattr(makers, role)
+        return [worker.start(HOSTS[role].build, make, deadline=left()) for worker in crew.named(role)]
+
     note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
     _lend_gpus(crew, plan, places, left())
-    engines = {"generator": config.generator.engine, "learner": config.learner.engine, "critic": config.critic.engine}
     loading = Loading(note, crew.workers, engines)
-    calls = []
-    for worker in crew.named("generator"):
-        calls.append(worker.start(GeneratorHost.build, config, assets, transport, deadline=left()))
+    calls = start("generator")
     if plan.shared:
         # vLLM measures what is free and takes its share of it, so it must be alone; then it lies down until the sync.
         crew.results(calls, loading.done)
         calls = [worker.ask(Generator.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
     rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
-    for role, host, extra in (("learner", LearnerHost, (transport, rows)), ("critic", CriticHost, ())):
+    for role, more in (("learner", [rows]), ("critic", [])):
         ranks = crew.named(role)
         for number, worker in enumerate(ranks):
             first = places[ranks[0].name]
-            rank = Rank(number, len(ranks), first.node, first.port)
-            calls.append(worker.start(host.build, config, assets, *extra, rank, deadline=left()))
-    for role, host in (("reference", ReferenceHost), ("reward", RewardHost)):
-        calls += [worker.start(host.build, config, assets, deadline=left()) for worker in crew.named(role)]
+            rank = Rank(number, len(ranks), first.node, first.port, workers.call_deadline_s)
+            calls.append(worker.start(HOSTS[role].build, getattr(makers, role), *more, rank, deadline=left()))
+    calls += [*start("reference"), *start("reward")]
     crew.results(calls, loading.done)
-    client = GeneratorsClient(
-        crew.named("generator"), workers_each=config.generator.tensor_parallel, deadline=_sync_deadline(config)
-    )
-    crew.results([worker.ask(Learner.connect, client, deadline=left()) for worker in crew.named("learner")])
+
+
+def _connect(crew: Crew, tensor_parallel: int, sync: SyncConfig, workers: RayConfig) -> None:
+    """Tell the learner whom it sends its weights to."""
+    deadline = Deadline(sync.deadline_s, "sync.deadline_s")
+    client = GeneratorsClient(crew.named("generator"), workers_each=tensor_parallel, deadline=deadline)
+    start = Deadline(workers.start_deadline_s, "ray.start_deadline_s")
+    crew.results([worker.ask(Learner.connect, client, deadline=start) for worker in crew.named("learner")])
 
 
 def _lend_gpus(crew: Crew, plan: Plan, places: Mapping[str, Place], deadline: Deadline) -> None:
@@ -143,10 +153,6 @@ def _devices(crew: Crew, plan: Plan, device: str) -> dict[str, Any]:
     return {"devices": float(len({worker.node for worker in crew.workers})), "device_name": device}
 
 
-def _sync_deadline(config: RunConfig) -> Deadline:
-    return Deadline(config.sync.deadline_s, "sync.deadline_s")
-
-
 def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
     generator = config.generator
@@ -155,7 +161,7 @@ def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
         split = partial(even_pieces, count=generator.count, new_tokens=config.rollout.max_new_tokens)
     generators = RemoteGenerators(
         crew, crew.named("generator"), split, workers_each=generator.tensor_parallel,
-        sync_deadline=_sync_deadline(config), deadline=deadline,
+        sync_deadline=Deadline(config.sync.deadline_s, "sync.deadline_s"), deadline=deadline,
         neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
     )  # fmt: skip
 

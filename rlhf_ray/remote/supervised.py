@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
 
+from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
-from rlhf_ray.remote.failures import reported
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import RankHost
 from rlhf_ray.remote.loading import Loading, Note, silent
@@ -29,10 +30,7 @@ ROLE = "trainer"
 
 
 class SupervisedHost(RankHost):
-    @reported
-    def build(self, config: SupervisedConfig, assets: Assets, splits: Splits, rank: Rank) -> None:
-        self.release_port()
-        self.role = make_trainer(config, assets, splits, rank)
+    """A rank of the trainer."""
 
 
 @contextmanager
@@ -55,10 +53,11 @@ def open_remote_trainer(
     ) as group:
         crew, farewell = Crew(), []
         try:
-            environment = worker_environment(config, device)
+            environment = worker_environment(config.ray.cpus_per_worker, device)
             for seat in plan.seats:
                 crew.hire(SupervisedHost, seat.name, options_of(seat, group, environment), os.getcwd())
-            _build(crew, config, everywhere(assets), splits, note)
+            make = partial(make_trainer, config, everywhere(assets))
+            _build(crew, make, splits, config.learner.engine, config.ray, note)
             crew.built()
             nodes = len({worker.node for worker in crew.workers})
             deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
@@ -77,9 +76,12 @@ def plan_ranks(config: SupervisedConfig, device: str) -> Plan:
     return Plan([Seat(f"{ROLE} rank {i}", i, cpus, gpus) for i in range(config.learner.world_size)])
 
 
-def _build(crew: Crew, config: SupervisedConfig, assets: Assets, splits: Splits, note: Note) -> None:
+def _build(
+    crew: Crew, make: Callable[[Splits, Rank], SupervisedTrainer], splits: Splits, engine: str, workers: RayConfig,
+    note: Note,
+) -> None:  # fmt: skip
     """Every rank loads the model and gets the rows, all at the same time."""
-    until = time.monotonic() + config.ray.start_deadline_s
+    until = time.monotonic() + workers.start_deadline_s
 
     def left() -> Deadline:
         return Deadline(max(1.0, until - time.monotonic()), "ray.start_deadline_s")
@@ -87,14 +89,11 @@ def _build(crew: Crew, config: SupervisedConfig, assets: Assets, splits: Splits,
     note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
     ranks = crew.named(ROLE)
-    loading = Loading(note, ranks, {ROLE: config.learner.engine})
+    loading = Loading(note, ranks, {ROLE: engine})
     first = places[ranks[0].name]
     rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
-    calls = [
-        worker.start(
-            SupervisedHost.build, config, assets, rows, Rank(number, len(ranks), first.node, first.port),
-            deadline=left(),
-        )
-        for number, worker in enumerate(ranks)
-    ]  # fmt: skip
+    calls = []
+    for number, worker in enumerate(ranks):
+        rank = Rank(number, len(ranks), first.node, first.port, workers.call_deadline_s)
+        calls.append(worker.start(SupervisedHost.build, make, rows, rank, deadline=left()))
     crew.results(calls, loading.done)

@@ -1,7 +1,8 @@
 """From settings to role objects: the same functions build a local role and the one inside a Ray actor.
 
-Every argument is plain and picklable: paths, the config, a rank. A maker imports what its own role needs inside of
-itself: whoever makes one role does not load the libraries of all.
+Each takes its own section of the config first, the assets second, then what it needs of the rest of the run; a rank of
+several comes last. Every argument is plain and picklable. A maker imports what its own role needs inside of itself:
+whoever makes one role does not load the libraries of all. `roles/makers.py` gives each its part of a run's config.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import ModelConfig, TrainEngineConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.rewards import RewardSettings
+from rlhf_ray.config.schema import CriticConfig, GeneratorConfig, LearnerConfig, RolloutConfig
+from rlhf_ray.config.sections import LoraConfig, TrainEngineConfig
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.user_code import find
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf_ray.models.engine import TrainEngine
     from rlhf_ray.roles.critic import Critic
@@ -30,184 +33,221 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assets:
-    """What every role starts from: folders (or Hub names) that all machines of the run can read."""
+    """What every role starts from: folders (or Hub names) that all machines of the run can read.
+
+    `trust_remote_code`: run the Python code that comes with them.
+    """
 
     policy: str
     tokenizer: str
     hardware: Hardware
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class GeneratorUse:
+    """What a run asks of its generator, whichever engine that is.
+
+    Attributes:
+        transport: how new weights come to it: in_process, shared_memory, nccl or cuda_ipc.
+        longest: tokens of a prompt and its answer together, at most.
+        shares_gpu: it takes turns with others on the same GPU, so that it must be able to sleep.
+    """
+
+    transport: str
+    longest: int
+    shares_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Course:
+    """The run as a network that is trained sees it: the seed of its choices, and the steps of its learning rate's
+    schedule, which begins at `first`.
+    """
+
+    seed: int
+    steps: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How weights leave the learner: see `sync.factory.make_sender`."""
+
+    transport: str
+    bucket_mb: int
+    receivers: int
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A training process among its peers. `address` and `port` are where rank 0 listens."""
+    """A training process among its peers.
+
+    Attributes:
+        address, port: where rank 0 listens.
+        deadline_s: of each collective. One of the ranks may write a large model while the others wait.
+    """
 
     rank: int = 0
     world_size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
+    deadline_s: float = 1800.0
 
 
-def make_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
+def make_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorUse) -> Generator:
     """By the engine's maker: config/engines.py, or the user's own."""
-    return find(config.generator.facts.maker, "engine")(config, assets, transport)
+    return find(settings.facts.maker, "engine")(settings, assets, use)
 
 
-def make_vllm_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
+def make_vllm_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorUse) -> Generator:
     from rlhf_ray.roles.generator_vllm import VLLMGenerator
 
-    generator = config.generator
     return VLLMGenerator(
         assets.policy,
         dtype=assets.hardware.dtype,
-        transport=transport,
-        tensor_parallel_size=generator.tensor_parallel,
-        max_model_len=_longest_sequence(config, assets),
-        gpu_memory_utilization=generator.gpu_memory_utilization or (0.4 if config.ray.colocate else 0.8),
-        kv_cache_gb=generator.kv_cache_gb_on_cpu,
-        enforce_eager=generator.enforce_eager,
-        sleep_mode=config.ray.colocate,
-        engine_args=generator.engine_args,
-        trust_remote_code=config.model.trust_remote_code,
+        transport=use.transport,
+        tensor_parallel_size=settings.tensor_parallel,
+        max_model_len=_longest_sequence(assets, use.longest),
+        gpu_memory_utilization=settings.gpu_memory_utilization or (0.4 if use.shares_gpu else 0.8),
+        kv_cache_gb=settings.kv_cache_gb_on_cpu,
+        enforce_eager=settings.enforce_eager,
+        sleep_mode=use.shares_gpu,
+        engine_args=settings.engine_args,
+        trust_remote_code=assets.trust_remote_code,
     )
 
 
-def make_hf_generator(config: RunConfig, assets: Assets, transport: str) -> Generator:
+def make_hf_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorUse) -> Generator:
+    """It takes weights by any transport that ends in one process, and sequences of any length."""
     from rlhf_ray.roles.generator_hf import HFGenerator
 
-    generator = config.generator
-    tokenizer = _tokenizer(config.model, assets)
-    model = _policy(config.model, assets)
+    tokenizer = _tokenizer(assets)
     return HFGenerator(
-        model,
+        _policy(assets),
         pad_token_id=tokenizer.pad_token_id,
-        batch_size=generator.batch_size,
-        kv_cache_gb=generator.kv_cache_gb if assets.hardware.device == "cuda" else generator.kv_cache_gb_on_cpu,
+        batch_size=settings.batch_size,
+        kv_cache_gb=settings.kv_cache_gb if assets.hardware.device == "cuda" else settings.kv_cache_gb_on_cpu,
     )
 
 
-def _longest_sequence(config: RunConfig, assets: Assets) -> int:
+def _longest_sequence(assets: Assets, allowed: int) -> int:
     """What the settings allow, or what the model has positions for: the prompts that there are have been checked."""
     from rlhf_ray.models.loading import load_shape
 
-    allowed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    shape = load_shape(assets.policy, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    shape = load_shape(assets.policy, trust_remote_code=assets.trust_remote_code).get_text_config()
     return min(allowed, getattr(shape, "max_position_embeddings", None) or allowed)
 
 
-def make_reference(config: RunConfig, assets: Assets) -> Reference:
-    """A model of its own; `config.holds_reference` says whether the run needs one."""
+def make_reference(passes: LearnerConfig, assets: Assets, temperature: float) -> Reference:
+    """A model of its own; `config.holds_reference` says whether the run needs one.
+
+    `passes`: it computes as the learner does, with as many tokens at once.
+    """
     from rlhf_ray.roles.reference import Reference
 
     return Reference(
-        _policy(config.model, assets),
-        temperature=config.rollout.temperature,
-        tokens_per_microbatch=config.learner.tokens_per_microbatch,
-        share_prompts=config.learner.share_prompts,
+        _policy(assets),
+        temperature=temperature,
+        tokens_per_microbatch=passes.tokens_per_microbatch,
+        share_prompts=passes.share_prompts,
     )
 
 
-def make_reward(config: RunConfig, assets: Assets) -> Reward:
+def make_reward(settings: RewardSettings, assets: Assets) -> Reward:
     from rlhf_ray.models.loading import load_reward_model, stop_token_ids
     from rlhf_ray.rewards.classifier import Safety
     from rlhf_ray.rewards.compose import RewardSet, reward_of
     from rlhf_ray.roles.reward import Reward, RewardModel
 
-    functions = [reward_of(reward) for reward in config.rewards]
-    model, policys = None, _tokenizer(config.model, assets)
-    if config.reward_model is not None:
-        path = config.reward_model.path
+    functions = [reward_of(reward) for reward in settings.functions]
+    model, safety, policys = None, None, _tokenizer(assets)
+    if settings.model is not None:
+        path = settings.model.path
         network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
-        model = RewardModel(network, tokenizer, config.reward_model, policy=policys, clock=config.clock)
-    safety = None
-    if config.safety is not None:
-        safety = Safety(config.safety, assets.hardware.device, policy=policys, clock=config.clock)
-    stop = stop_token_ids(assets.policy, policys, trust_remote_code=config.model.trust_remote_code)
+        model = RewardModel(network, tokenizer, settings.model, policy=policys, clock=settings.clock)
+    if settings.safety is not None:
+        safety = Safety(settings.safety, assets.hardware.device, policy=policys, clock=settings.clock)
+    stop = stop_token_ids(assets.policy, policys, trust_remote_code=assets.trust_remote_code)
     return Reward(RewardSet(functions), policys, model=model, safety=safety, stop=stop)
 
 
 def make_learner(
-    config: RunConfig, assets: Assets, transport: str, sft: SFTRows | None = None, rank: Rank = Rank()
-) -> Learner:
+    settings: LearnerConfig, assets: Assets, algorithm: AlgorithmConfig, rollout: RolloutConfig,
+    lora: LoraConfig | None, course: Course, sending: Sending, sft: SFTRows | None = None, rank: Rank = Rank(),
+) -> Learner:  # fmt: skip
+    """`rollout`: at what temperature, and to what length, its answers are sampled."""
     from rlhf_ray.models.loading import load_policy
     from rlhf_ray.models.lora import apply_lora, quantization
     from rlhf_ray.roles.learner import Learner
     from rlhf_ray.sync.factory import make_sender
 
-    lora, trust = config.model.lora, config.model.trust_remote_code
     packing = {} if lora is None else quantization(lora.quantize, assets.hardware.dtype)
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
-    model = load_policy(assets.policy, dtype=torch.float32, trust_remote_code=trust, **packing)
+    model = load_policy(assets.policy, dtype=torch.float32, trust_remote_code=assets.trust_remote_code, **packing)
     if lora is not None:
-        model = apply_lora(model, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules, seed=config.seed)
+        model = apply_lora(model, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules, seed=course.seed)
     sender = make_sender(
-        transport,
-        bucket_mb=config.sync.bucket_mb,
+        sending.transport,
+        bucket_mb=sending.bucket_mb,
         rank=rank.rank,
-        receivers=config.generator.count * config.generator.tensor_parallel,
+        receivers=sending.receivers,
         device=assets.hardware.device,
     )
-    tokenizer = _tokenizer(config.model, assets)
+    tokenizer = _tokenizer(assets)
     return Learner(
-        train_engine(config.learner, model, assets.hardware, rank, config.ray.call_deadline_s),
-        config.learner,
-        config.algorithm,
+        train_engine(settings, model, assets.hardware, rank),
+        settings,
+        algorithm,
         tokenizer=tokenizer,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
         sender=sender,
-        seed=config.seed,
-        total_steps=config.steps,
-        first_step=config.critic.warmup_steps if config.uses_critic else 0,
-        sft=_sft_term(config, sft, tokenizer),
+        seed=course.seed,
+        total_steps=course.steps,
+        first_step=course.first,
+        sft=None if sft is None else _sft_term(sft, tokenizer, algorithm.sft_coef, course.seed, settings),
     )
 
 
-def _sft_term(config: RunConfig, rows: SFTRows | None, tokenizer: PreTrainedTokenizerBase) -> SFTTerm | None:
-    if config.sft_data is None or rows is None:
-        return None
+def _sft_term(
+    rows: SFTRows, tokenizer: PreTrainedTokenizerBase, coef: float, seed: int, passes: LearnerConfig
+) -> SFTTerm:
     from rlhf_ray.roles.objectives import SFT
     from rlhf_ray.roles.sft_term import SFTTerm
 
     return SFTTerm(
-        rows,
-        SFT.of(tokenizer),
-        coef=config.algorithm.sft_coef,
-        batch_size=config.sft_data.batch_size,
-        seed=config.seed,
-        tokens_per_microbatch=config.learner.tokens_per_microbatch,
-    )
+        rows, SFT.of(tokenizer), coef=coef, seed=seed, tokens_per_microbatch=passes.tokens_per_microbatch
+    )  # fmt: skip
 
 
-def make_critic(config: RunConfig, assets: Assets, rank: Rank = Rank()) -> Critic:
+def make_critic(settings: CriticConfig, assets: Assets, course: Course, rank: Rank = Rank()) -> Critic:
     from rlhf_ray.models.heads import ValueModel
     from rlhf_ray.roles.critic import Critic
 
     model = ValueModel.from_pretrained(
-        config.critic.path or assets.policy, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+        settings.path or assets.policy, dtype=torch.float32, trust_remote_code=assets.trust_remote_code
     )
-    engine = train_engine(config.critic, model, assets.hardware, rank, config.ray.call_deadline_s)
-    return Critic(engine, config.critic, seed=config.seed, total_steps=config.steps)
+    engine = train_engine(settings, model, assets.hardware, rank)
+    return Critic(engine, settings, seed=course.seed, total_steps=course.steps)
 
 
-def _tokenizer(model: ModelConfig, assets: Assets) -> PreTrainedTokenizerBase:
+def _tokenizer(assets: Assets) -> PreTrainedTokenizerBase:
     from rlhf_ray.models.loading import load_tokenizer
 
-    return load_tokenizer(assets.tokenizer, trust_remote_code=model.trust_remote_code)
+    return load_tokenizer(assets.tokenizer, trust_remote_code=assets.trust_remote_code)
 
 
-def _policy(model: ModelConfig, assets: Assets):
+def _policy(assets: Assets) -> PreTrainedModel:
     from rlhf_ray.models.loading import load_policy
 
     hardware = assets.hardware
     return load_policy(
-        assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=model.trust_remote_code
+        assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=assets.trust_remote_code
     )
 
 
-def train_engine(
-    settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank, deadline_s: float
-) -> TrainEngine:
-    """`deadline_s`: of each collective of N ranks. One of them may write a large model while the others wait."""
+def train_engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank) -> TrainEngine:
     from rlhf_ray.models.engine import build_engine
 
     sharding = {}
@@ -219,7 +259,7 @@ def train_engine(
             "world_size": rank.world_size,
             "master_address": rank.address,
             "master_port": rank.port or None,
-            "timeout_s": deadline_s,
+            "timeout_s": rank.deadline_s,
         }
     return build_engine(
         settings.engine,

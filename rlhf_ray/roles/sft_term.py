@@ -20,27 +20,26 @@ MicroLoss = Callable[[], tuple[Tensor, Mapping[str, Tensor | float]]]
 
 @dataclass(frozen=True)
 class SFTRows:
-    """Rows to learn, and the sources that they come from, one after the other."""
+    """Rows to learn, the sources that they come from, one after the other, and how many each optimiser step takes."""
 
     examples: tuple[TokenizedExample, ...]
     parts: tuple[Part, ...]
+    batch_size: int
 
 
 class SFTTerm:
-    """`coef` times the mean negative log-likelihood a token of `batch_size` rows, in every optimiser step.
+    """`coef` times the mean negative log-likelihood a token of `rows.batch_size` rows, in every optimiser step.
 
     Ouyang et al. 2022 (InstructGPT), eq. 2, the term with gamma. Which rows an optimiser step takes is a pure function
     of the seed and the step's number, so a resumed run needs no more than that. Every rank holds all rows and computes
     its share of them, in as many forward and backward passes as every other.
     """
 
-    def __init__(
-        self, rows: SFTRows, objective: SFT, *, coef: float, batch_size: int, seed: int, tokens_per_microbatch: int
-    ) -> None:
+    def __init__(self, rows: SFTRows, objective: SFT, *, coef: float, seed: int, tokens_per_microbatch: int) -> None:
         self.examples = rows.examples
         self.objective = objective
         self.coef = coef
-        self.batch_size = batch_size
+        self.batch_size = rows.batch_size
         self.tokens_per_microbatch = tokens_per_microbatch
         # Not the seed of the prompts: a file that holds both would come in the same order.
         self._stream = stream_over(rows.parts, seed + 1)

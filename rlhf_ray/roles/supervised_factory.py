@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 Splits = Mapping[str, list[Any]]
 
 
-def make_trainer(
-    config: SupervisedConfig, assets: Assets, splits: Splits, rank: Rank | None = None
-) -> SupervisedTrainer:
-    tokenizer = load_tokenizer(assets.tokenizer, trust_remote_code=config.model.trust_remote_code)
+def make_trainer(config: SupervisedConfig, assets: Assets, splits: Splits, rank: Rank) -> SupervisedTrainer:
+    tokenizer = load_tokenizer(assets.tokenizer, trust_remote_code=assets.trust_remote_code)
     labels = labels_of(config, splits)
     # Masters are kept in float32 whatever the compute dtype: load what the folder holds, unrounded.
     model = _network(config, assets, tokenizer, labels)
@@ -39,7 +37,7 @@ def make_trainer(
     if isinstance(config, DPOConfig) and config.dpo.kind == "kto":
         make, options = KTOTrainer, {"max_length": config.data.max_length}
     return make(
-        train_engine(config.learner, model, assets.hardware, rank or Rank(), config.ray.call_deadline_s),
+        train_engine(config.learner, model, assets.hardware, rank),
         make_objective(config, tokenizer, labels),
         dict(splits),
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
@@ -92,7 +90,7 @@ def _network(
 ) -> nn.Module:
     lora = config.model.lora
     options = {} if lora is None else quantization(lora.quantize, assets.hardware.dtype)
-    options["trust_remote_code"] = config.model.trust_remote_code
+    options["trust_remote_code"] = assets.trust_remote_code
     if labels:
         pad = tokenizer.pad_token_id
         model = load_classifier(assets.policy, labels=labels, pad_token_id=pad, seed=config.seed, **options)

@@ -69,7 +69,7 @@ def table(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     def install(**answers: tuple[Answer, float]) -> dict[str, TableGenerator]:
         made = {name: TableGenerator(*given) for name, given in answers.items()}
 
-        def make(run, assets, transport):
+        def make(settings, assets, use):
             return made[Path(assets.policy).name]
 
         monkeypatch.setattr("rlhf_ray.evaluation.answers.make_generator", make)

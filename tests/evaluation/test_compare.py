@@ -93,9 +93,9 @@ def test_a_model_is_gone_before_its_rewards_or_the_next_model_are_loaded(config,
 
     made, order = table(base=(wrong, 0.5), tuned=(wrong, 0.5)), []
 
-    def make_reward(run, assets, make=answers.make_reward):
+    def make_reward(judging, assets, make=answers.make_reward):
         order.append((Path(assets.policy).name, made["base"].closed, made["tuned"].closed))
-        return make(run, assets)
+        return make(judging, assets)
 
     monkeypatch.setattr(answers, "make_reward", make_reward)
     compare(config())

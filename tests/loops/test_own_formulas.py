@@ -20,9 +20,9 @@ def others(reward_B, group_B):
     total_B, count_B = (same_BB * reward_B[None, :]).sum(1), same_BB.sum(1)
     return reward_B - (total_B - reward_B) / (count_B - 1)
 
-def generator(config, assets, transport):
+def generator(settings, assets, use):
     from rlhf_ray.roles.factory import make_hf_generator
-    return make_hf_generator(config, assets, transport)
+    return make_hf_generator(settings, assets, use)
 
 def trainer(model, **settings):
     from rlhf_ray.models.torch_engine import TorchEngine

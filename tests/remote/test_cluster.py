@@ -134,18 +134,18 @@ def test_environment_of_workers_holds_no_secret(tiny_config, monkeypatch):
     config = tiny_config("executor=ray", "ray.cpus_per_worker=3.5")
     for name in (*WAITING, *library_logs.SETTINGS):
         monkeypatch.delenv(name, raising=False)
-    assert worker_environment(config, "cuda") == {
+    assert worker_environment(config.ray.cpus_per_worker, "cuda") == {
         "OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR",
     }  # fmt: skip
-    assert worker_environment(config, "cpu")["DS_ACCELERATOR"] == "cpu"
+    assert worker_environment(config.ray.cpus_per_worker, "cpu")["DS_ACCELERATOR"] == "cpu"
 
 
 def test_workers_wait_for_their_threads_as_the_user_has_said(tiny_config, monkeypatch):
     for name in WAITING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    environment = worker_environment(tiny_config("executor=ray"), "cpu")
+    environment = worker_environment(0.5, "cpu")
     assert environment["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in environment
 
 

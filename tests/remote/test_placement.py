@@ -54,7 +54,7 @@ def test_the_config_for_eight_gpus(repo_root, overrides, gpus):
     """And what its first lines say of fewer."""
     config = load_config(repo_root / "configs" / "grpo_gsm8k_8gpu.yaml", overrides, RunConfig)
     config = on_device(config, "cuda")
-    plan = plan_seats(config, "cuda", choose_transport(config, "cuda"))
+    plan = plan_seats(config, "cuda", choose_transport(config.sync, config.generator, config.ray, "cuda"))
     assert plan.total("GPU") == gpus
     assert max(bundle.get("GPU", 0) for bundle in plan.bundles) == 1
 
@@ -120,7 +120,8 @@ def test_colocated_workers_borrow_the_learners_gpus(tiny_config):
     ((*VLLM, "sync.transport=shared_memory"), "cuda", "shared_memory"),
 ])  # fmt: skip
 def test_transport(tiny_config, overrides, device, transport):
-    assert choose_transport(tiny_config("executor=ray", "device=auto", *overrides), device) == transport
+    config = tiny_config("executor=ray", "device=auto", *overrides)
+    assert choose_transport(config.sync, config.generator, config.ray, device) == transport
 
 
 THREE_GPUS = Plan([

@@ -17,7 +17,8 @@ from rlhf_ray.remote.loading import silent
 from rlhf_ray.remote.placement import Plan, plan_seats
 from rlhf_ray.remote.roles import _build, _handles
 from rlhf_ray.roles import generator_vllm
-from rlhf_ray.roles.factory import Assets, make_generator
+from rlhf_ray.roles.factory import Assets
+from rlhf_ray.roles.makers import Makers
 
 ON_GPU = Assets("nowhere", "nowhere", Hardware("cuda", torch.bfloat16))
 PPO = ("executor=ray", "generator.engine=vllm", "algorithm.name=ppo", "reward_model.path=judge")
@@ -67,7 +68,7 @@ def crew_of(tiny_config, monkeypatch) -> Callable[..., tuple[FakeCrew, Plan, Any
 
 def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
     crew, plan, config = crew_of("ray.colocate=true")
-    _build(crew, plan, config, ON_GPU, "cuda_ipc", None, silent)
+    _build(crew, plan, Makers.of(config, ON_GPU, "cuda_ipc"), {}, config.ray, None, silent)
     start = crew.log.index("generator 0: build")
     assert crew.log[start : start + 4] == ["generator 0: build", "--", "generator 0: sleep", "--"]
     rest = crew.log[start + 4 :]
@@ -76,7 +77,7 @@ def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
 
 def test_on_gpus_of_their_own_all_load_together(crew_of):
     crew, plan, config = crew_of()
-    _build(crew, plan, config, ON_GPU, "nccl", None, silent)
+    _build(crew, plan, Makers.of(config, ON_GPU, "nccl"), {}, config.ray, None, silent)
     assert [line.endswith(": build") for line in crew.log[:6]] == [True] * 5 + [False]
     assert "generator 0: sleep" not in crew.log
 
@@ -100,7 +101,7 @@ def test_what_vllm_is_told(tiny_config, tmp_path, monkeypatch, overrides, share,
     monkeypatch.setattr(generator_vllm, "VLLMGenerator", lambda model, **settings: SimpleNamespace(**settings))
     saved = ("model.path=nobody/nothing", "model.tokenizer.path=null", "data.max_prompt_tokens=1024")
     config = tiny_config(*PPO, *saved, "generator.engine_args.max_num_seqs=512", *overrides)
-    made = make_generator(config, Assets(str(tmp_path), "nowhere", ON_GPU.hardware), "cuda_ipc")
+    made = Makers.of(config, Assets(str(tmp_path), "nowhere", ON_GPU.hardware), "cuda_ipc").generator()
     assert made.max_model_len == 64, "no more than the model has positions for; the prompts have been checked"
     assert (made.gpu_memory_utilization, made.sleep_mode) == (share, sleeps)
     assert made.engine_args == {"max_num_seqs": 512}

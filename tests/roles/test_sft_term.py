@@ -28,8 +28,8 @@ EXAMPLES = (
 
 
 def term(coef: float = 0.3, *, batch_size: int = 6, budget: int = 1000, **settings) -> SFTTerm:
-    rows = SFTRows(EXAMPLES, (Part("", len(EXAMPLES)),))
-    return SFTTerm(rows, SFT(0), coef=coef, batch_size=batch_size, seed=0, tokens_per_microbatch=budget, **settings)
+    rows = SFTRows(EXAMPLES, (Part("", len(EXAMPLES)),), batch_size)
+    return SFTTerm(rows, SFT(0), coef=coef, seed=0, tokens_per_microbatch=budget, **settings)
 
 
 def with_term(learner: Learner, *args, **settings) -> Learner:
@@ -128,7 +128,7 @@ def test_two_ranks_share_the_rows_and_make_the_same_calls(
 
 
 def test_sources_come_by_their_weights():
-    rows = SFTRows(EXAMPLES, (Part("a", 4, 1.0), Part("b", 2, 3.0)))
-    mixed = SFTTerm(rows, SFT(0), coef=1.0, batch_size=8, seed=3, tokens_per_microbatch=99)
+    rows = SFTRows(EXAMPLES, (Part("a", 4, 1.0), Part("b", 2, 3.0)), 8)
+    mixed = SFTTerm(rows, SFT(0), coef=1.0, seed=3, tokens_per_microbatch=99)
     for number in range(3):
         assert sum(row >= 4 for row in mixed.rows(number)) == 6, "of source b"
