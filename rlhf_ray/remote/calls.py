@@ -33,55 +33,81 @@ class Deadline:
 
 
 @dataclass(frozen=True)
-class Worker:
-    """An actor and how to name it to people."""
+class Process:
+    """Who sits in a seat: an actor, its node's address, and its pid there."""
 
-    name: str  # "learner rank 1"
     actor: ActorHandle
-    node: str = "?"  # address
+    node: str = "?"
     pid: int = 0
+
+
+class Worker:
+    """A seat of the run ("learner rank 1"). Handles keep it, for who sits there may change: `process`."""
+
+    def __init__(self, name: str, actor: ActorHandle, node: str = "?", pid: int = 0) -> None:
+        self.name = name
+        self.process = Process(actor, node, pid)
+
+    @property
+    def actor(self) -> ActorHandle:
+        return self.process.actor
+
+    @property
+    def node(self) -> str:
+        return self.process.node
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def __str__(self) -> str:
         return f"{self.name} (node {self.node}, pid {self.pid})"
 
     def start(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> Call:
-        """Begin `method` of the actor's class; it must return one small value."""
-        return Call(self, method.__name__, getattr(self.actor, method.__name__).remote(*args), deadline)
-
-    def start_keeping(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> tuple[ObjectRef, Call]:
-        """Begin a method that returns (large value, small value): the reference to the first stays a reference."""
-        kept, small = getattr(self.actor, method.__name__).remote(*args)
-        return kept, Call(self, method.__name__, small, deadline)
+        """Begin `method` of the actor's class; it must return one small value, behind others that are kept."""
+        name = method.__name__
+        return Call(self, name, lambda actor: getattr(actor, name).remote(*args), deadline)
 
     def ask(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> Call:
         """Begin `method` of the role that the actor hosts; it must return one small value."""
-        return Call(self, method.__name__, self.actor.ask.remote(method.__name__, args), deadline)
+        name = method.__name__
+        return Call(self, name, lambda actor: actor.ask.remote(name, args), deadline)
 
     def compute(
         self, method: Callable[..., Any], args: Sequence[Any], delivery: Any, slices: Sequence[ObjectRef], *,
         deadline: Deadline,
-    ) -> tuple[ObjectRef, Call]:  # fmt: skip
+    ) -> Call:  # fmt: skip
         """Begin `method` of the role with a batch (`RoleHost.compute`). References stand at the top level, where Ray
         resolves them on the worker."""
-        kept, small = self.actor.compute.remote(method.__name__, args, delivery, *slices)
-        return kept, Call(self, method.__name__, small, deadline)
+        name = method.__name__
+        return Call(self, name, lambda actor: actor.compute.remote(name, args, delivery, *slices), deadline)
 
     def cut(
         self, names: Sequence[str], picks: Sequence[Any], held: Sequence[ObjectRef], *, deadline: Deadline
-    ) -> tuple[list[ObjectRef], Call]:
-        """Begin to cut a slice for each consumer out of what the actor holds."""
-        *slices, small = self.actor.cut.options(num_returns=len(picks) + 1).remote(names, picks, *held)
-        return slices, Call(self, "cut", small, deadline)
+    ) -> Call:  # fmt: skip
+        """Begin to cut a slice for each consumer out of what the actor holds; the call keeps them."""
+        count = len(picks) + 1
+
+        def send(actor: ActorHandle) -> Any:
+            return actor.cut.options(num_returns=count).remote(names, picks, *held)
+
+        return Call(self, "cut", send, deadline)
 
 
 class Call:
-    """A remote call under way."""
+    """A remote call under way.
 
-    def __init__(self, worker: Worker, name: str, ref: ObjectRef, deadline: Deadline) -> None:
+    Attributes:
+        kept: references to large results, which stay references. They are final when the call has returned.
+        ref: of the small one, which says that it has.
+    """
+
+    def __init__(self, worker: Worker, name: str, send: Callable[[ActorHandle], Any], deadline: Deadline) -> None:
         self.worker = worker
         self.name = name
-        self.ref = ref
         self.deadline = deadline
+        refs = send(worker.actor)
+        *self.kept, self.ref = refs if isinstance(refs, list | tuple) else [refs]
         self.until = time.monotonic() + deadline.seconds
 
     def __str__(self) -> str:
@@ -138,10 +164,10 @@ def results(
     waiting, values = list(calls), {}
     while waiting:
         call = next_done(waiting, check)
-        values[call.ref] = value_of(call)
+        values[call] = value_of(call)
         waiting.remove(call)
         done(call)
-    return [values[call.ref] for call in calls]
+    return [values[call] for call in calls]
 
 
 def death(worker: Worker, error: BaseException, when: str) -> LostError:

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from rlhf_ray.errors import RlhfRayError, WorkerError
-from rlhf_ray.remote.calls import FETCH_S, Call, Deadline, Worker, death, next_done, results, silence, value_of
+from rlhf_ray.remote.calls import FETCH_S, Call, Deadline, Process, Worker, death, next_done, results, silence, value_of
 from rlhf_ray.remote.host import Host, Place
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ class Crew:
         name."""
         calls = [worker.start(Host.place, deadline=deadline) for worker in self.workers]
         places = dict(zip((worker.name for worker in self.workers), self.results(calls), strict=True))
-        self.workers = [
-            Worker(w.name, w.actor, places[w.name].node, places[w.name].pid) for w in self.workers
-        ]
+        for worker in self.workers:
+            worker.process = Process(worker.actor, places[worker.name].node, places[worker.name].pid)
         self._watcher = threading.Thread(target=self._watch, name="crew-watch", daemon=True)
         self._watcher.start()
         return places

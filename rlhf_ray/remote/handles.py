@@ -66,18 +66,17 @@ class RemoteGenerators(GeneratorsClient):
     ) -> list[tuple[Worker, ObjectRef, Rows]]:
         """(who wrote it, reference to a Packed, its rows) of each chunk, in order."""
         waiting, idle = deque(enumerate(chunks)), deque(self.generators)
-        running: dict[Call, tuple[int, ObjectRef]] = {}
+        running: dict[Call, int] = {}
         pieces: dict[int, tuple[Worker, ObjectRef, Rows]] = {}
         while waiting or running:
             while waiting and idle:
                 index, chunk = waiting.popleft()
-                ref, call = idle.popleft().start_keeping(
+                call = idle.popleft().start(
                     GeneratorHost.generate, PackedRequests.of(chunk), sampling, deadline=self.group.deadline
                 )
-                running[call] = (index, ref)
+                running[call] = index
             call, rows = self.group.crew.next_done(list(running))
-            index, ref = running.pop(call)
-            pieces[index] = (call.worker, ref, rows)
+            pieces[running.pop(call)] = (call.worker, call.kept[0], rows)
             idle.append(call.worker)
         return [pieces[index] for index in range(len(chunks))]
 

@@ -94,8 +94,8 @@ class _Forward:
             rank.compute(method, args, delivery, slices, deadline=deadline)
             for rank, (delivery, slices) in zip(self.group.ranks, sent, strict=True)
         ]
-        answers = self.group.finish([call for _, call in started])
-        return self._assembled(answers, [ref for ref, _ in started], parts)
+        answers = self.group.finish(started)
+        return self._assembled(answers, [call.kept[0] for call in started], parts)
 
     def _parts(self, batch: RemoteBatch) -> list[RankPart]:
         """Which rows each rank computes; the same for every call with this batch."""

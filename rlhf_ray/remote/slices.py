@@ -121,41 +121,39 @@ class Sender:
         known = batch.sent.setdefault(self.name, [])
         wanted = {*TOKENS, *ROWS, *(name for name in reads if name in ("logp_gen", "weight_version"))}
         there = {name for pieces in known for name in pieces[0][0].names.values()}
-        found, calls = [pieces for pieces in known if set(pieces[0][0].names.values()) & wanted], []
-        if wanted - there:
-            new, started = self._cut(batch.parts, {name: name for name in sorted(wanted - there)}, place)
-            known += new
-            found, calls = found + new, calls + started
+        found = [pieces for pieces in known if set(pieces[0][0].names.values()) & wanted]
+        tokens = self._cut(batch.parts, {name: name for name in sorted(wanted - there)}, place)
         columns: dict[int, tuple[tuple[Part, ...], dict[str, str]]] = {}
         for name in reads:
             column = batch.values.get(name)
             if isinstance(column, RemoteColumn):
                 columns.setdefault(id(column.parts), (column.parts, {}))[1][column.key] = name
-        for parts, names in columns.values():
-            new, started = self._cut(parts, names, place)
-            found, calls = found + new, calls + started
-        self.crew.results(calls)
-        return found
+        others = [cut for parts, names in columns.values() for cut in self._cut(parts, names, place)]
+        self.crew.results([refs for _, refs in [*tokens, *others] if isinstance(refs, Call)])
+        new = [_pieces(*cut) for cut in tokens]
+        known += new
+        return [*found, *new, *(_pieces(*cut) for cut in others)]
 
     def _cut(
         self, parts: Sequence[Part], names: Mapping[str, str], place: np.ndarray
-    ) -> tuple[list[list[tuple[Incoming, Any]]], list[Call]]:
+    ) -> list[tuple[list[Incoming], list[Any] | Call]]:
+        """By producer: what its slice is to each consumer, and their references or the call that will keep them."""
+        if not names:
+            return []
         if self._own(parts, place):  # they computed it themselves: it does not move
-            return [[(Incoming(names, place[i][part.rows]), part.ref) for i, part in enumerate(parts)]], []
+            mine = [Incoming(names, place[i][part.rows]) for i, part in enumerate(parts)]
+            return [(mine, [part.ref for part in parts])]
         by_worker: dict[str, list[Part]] = {}
         for part in parts:
             by_worker.setdefault(part.worker.name, []).append(part)
-        slices, calls = [], []
+        cuts: list[tuple[list[Incoming], list[Any] | Call]] = []
         for held in by_worker.values():
             places = [[own[part.rows] for part in held] for own in place]
             picks = [[part.places[at >= 0] for part, at in zip(held, own, strict=True)] for own in places]
-            refs, call = held[0].worker.cut(list(names), picks, [part.ref for part in held], deadline=self.deadline)
-            calls.append(call)
-            slices.append([
-                (Incoming(names, np.concatenate([at[at >= 0] for at in own])), ref)
-                for own, ref in zip(places, refs, strict=True)
-            ])
-        return slices, calls
+            incoming = [Incoming(names, np.concatenate([at[at >= 0] for at in own])) for own in places]
+            refs = [part.ref for part in held]
+            cuts.append((incoming, held[0].worker.cut(list(names), picks, refs, deadline=self.deadline)))
+        return cuts
 
     def _own(self, parts: Sequence[Part], place: np.ndarray) -> bool:
         """Whether each consumer holds exactly its own rows of these columns."""
@@ -163,3 +161,7 @@ class Sender:
             len(part.rows) == (own >= 0).sum() and (own[part.rows] >= 0).all()
             for part, own in zip(parts, place, strict=True)
         )
+
+
+def _pieces(incoming: Sequence[Incoming], refs: Sequence[Any] | Call) -> list[tuple[Incoming, Any]]:
+    return list(zip(incoming, refs.kept if isinstance(refs, Call) else refs, strict=True))

@@ -29,7 +29,9 @@ class RemoteStore:
 
     def fetch(self, batch: RemoteBatch) -> Batch:
         """Its tokens and what the driver knows of its rows; without texts. Raises WorkerError if a part is lost."""
-        held = self.crew.results([Call(part.worker, "fetch", part.ref, self.deadline) for part in batch.parts])
+        held = self.crew.results([
+            Call(part.worker, "fetch", lambda actor, ref=part.ref: ref, self.deadline) for part in batch.parts
+        ])  # fmt: skip
         pieces = [packed.select(part.places) for packed, part in zip(held, batch.parts, strict=True)]
         order = np.argsort(np.concatenate([part.rows for part in batch.parts]))
         values = {name: value for name, value in batch.values.items() if isinstance(value, Tensor)}

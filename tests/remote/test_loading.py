@@ -16,7 +16,7 @@ def test_only_changes_are_said_and_who_is_waited_for():
 
     def done(index: int, seconds: float) -> None:
         now[0] = 100.0 + seconds
-        loading.done(Call(workers[index], "build", None, SOON))
+        loading.done(Call(workers[index], "build", lambda actor: None, SOON))
 
     assert lines == ["loading learner rank 0-1 (deepspeed), generator 0 (vllm), reward"]
     done(3, 2.0)

@@ -27,8 +27,6 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
 
-SOON = Deadline(30, "ray.call_deadline_s")
-
 
 class Toy(Host):
     def ask(self, name, args):
@@ -201,9 +199,9 @@ def test_a_group_that_loses_a_rank_is_killed_whole(hire):
 
 def test_large_results_stay_with_the_worker(hire):
     team = hire(1)
-    ref, started = team.workers[0].start_keeping(Toy.large, 4, deadline=SOON)
-    assert team.result(started) is None and ray.get(ref) == [4, 4, 4]
-    _, started = team.workers[0].start_keeping(Toy.large, 4, True, deadline=SOON)
+    started = call(team, 0, Toy.large, 4)
+    assert team.result(started) is None and [ray.get(ref) for ref in started.kept] == [[4, 4, 4]]
+    started = call(team, 0, Toy.large, 4, True)
     with pytest.raises(errors.RewardError, match="no number"):
         team.result(started)
 
