@@ -20,7 +20,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.supervised import SCHEMAS, DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.library_logs import borrowed
+from rlhf_ray.models.library_logs import borrowed
 from rlhf_ray.run.result import Evaluation, Result
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from rlhf_ray.run.observer import Observer as RunObserver
     from rlhf_ray.run.observer import StepRecord
-    from rlhf_ray.session import Session
+    from rlhf_ray.start.session import Session
 
     # A file, a folder, a Hub dataset or a task by name; or the rows themselves, a mapping of columns each.
     Rows = str | Path | Sequence[Mapping[str, Any]] | Dataset | DatasetDict
@@ -103,7 +103,7 @@ def rl(
     """
     settled = _rl_config(config, rewards, prompts, eval_prompts, model, tokenizer, settings)
     with borrowed(settled.device):
-        from rlhf_ray.build import run_rl
+        from rlhf_ray.start.rl import run_rl
 
         return _result(run_rl(settled, run_dir, resume=resume, observers=observers))
 
@@ -132,7 +132,7 @@ def open_roles(
     """
     settled = _rl_config(config, rewards, prompts, None, model, tokenizer, settings)
     with borrowed(settled.device):
-        from rlhf_ray.session import open_session
+        from rlhf_ray.start.session import open_session
 
         with open_session(settled, folder, print) as session:
             yield session
@@ -219,7 +219,7 @@ def _supervised(
     objects = {**_model(model, tokenizer), **_rows("data.path", data), **_rows("data.eval_path", eval_data)}
     settled = config_of(config, schema, {**settings, **objects})
     with borrowed(settled.device):
-        from rlhf_ray.build_supervised import run_supervised
+        from rlhf_ray.start.supervised import run_supervised
 
         return _result(run_supervised(settled, run_dir, resume=resume, observers=observers))
 

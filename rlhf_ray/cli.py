@@ -13,26 +13,24 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.commands import (
-    classifier,
-    doctor,
-    dpo,
-    eval,
-    generate,
-    init,
-    pairs,
-    pipeline,
-    quickstart,
-    rl,
-    rm,
-    serve_reward,
-    sft,
-    validate_data,
-)
+from rlhf_ray.commands.classifier import classifier
+from rlhf_ray.commands.doctor import doctor
+from rlhf_ray.commands.dpo import dpo
+from rlhf_ray.commands.eval import evaluate
+from rlhf_ray.commands.generate.command import generate
 from rlhf_ray.commands.hints import HintingGroup
+from rlhf_ray.commands.init.command import init
+from rlhf_ray.commands.pairs import pairs
+from rlhf_ray.commands.pipeline.command import pipeline
+from rlhf_ray.commands.quickstart import quickstart
+from rlhf_ray.commands.rl import rl
+from rlhf_ray.commands.rm import rm
+from rlhf_ray.commands.serve_reward import serve_reward
+from rlhf_ray.commands.sft import sft
+from rlhf_ray.commands.validate_data import validate_data
 from rlhf_ray.errors import RlhfRayError, Terminated
-from rlhf_ray.library_logs import quiet
-from rlhf_ray.threads import wait_briefly
+from rlhf_ray.models.library_logs import quiet
+from rlhf_ray.models.threads import wait_briefly
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -43,11 +41,10 @@ app = typer.Typer(
 )
 
 for command in (
-    quickstart.quickstart, init.init, sft.sft, rm.rm, dpo.dpo, classifier.classifier, rl.rl, eval.evaluate,
-    generate.generate, pairs.pairs, pipeline.pipeline, validate_data.validate_data, serve_reward.serve_reward,
-    doctor.doctor,
+    quickstart, init, sft, rm, dpo, classifier, rl, evaluate, generate, pairs, pipeline, validate_data, serve_reward,
+    doctor,
 ):  # fmt: skip
-    app.command(name="eval" if command is eval.evaluate else None)(command)
+    app.command(name="eval" if command is evaluate else None)(command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,6 +1,6 @@
 """One sequence as a policy wrote it: ragged and frozen, the unit between prompts and gradients.
 
-Nothing here is padded. A learner makes a `Batch` (batch.py) of the samples it learns from.
+Nothing here is padded. A learner makes a `Batch` (roles/batch.py) of the samples it learns from.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from rlhf_ray.batch import Batch, build_batch
 from rlhf_ray.data.prompts import Example, PromptSet
+from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.protocols import Request, Sampling, Scores
 
 

@@ -14,7 +14,7 @@ from rlhf_ray import cli
 from rlhf_ray.commands.summary import print_summary
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.shipped import shipped_config
-from rlhf_ray.library_logs import quiet_libraries
+from rlhf_ray.models.library_logs import quiet_libraries
 from rlhf_ray.run.directory import RunDirectory
 
 
@@ -153,7 +153,7 @@ def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, tiny, tmp_path, monkeypa
     def train(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf_ray.build.train", train)
+    monkeypatch.setattr("rlhf_ray.start.rl.train", train)
     status, out, err = rlhf_ray("rl", tiny, "--run-dir", tmp_path / "run")
     assert status == 130 and err.endswith("rlhf-ray: interrupted\n")
     assert "interrupted after step 0 of 1, before its first checkpoint (the first is due after step 50): " in out
@@ -232,7 +232,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(tiny, monkeypatch):
     def run_rl(*args, **kwargs):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("rlhf_ray.build.run_rl", run_rl)
+    monkeypatch.setattr("rlhf_ray.start.rl.run_rl", run_rl)
     monkeypatch.setattr(sys, "argv", ["rlhf-ray", "rl", str(tiny)])
     with pytest.raises(AssertionError, match="a bug"):
         cli.main()

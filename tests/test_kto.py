@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_ray.build_supervised import run_supervised
 from rlhf_ray.config.load import apply_override, parse_config
 from rlhf_ray.config.supervised import DPOConfig
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.start.supervised import run_supervised
 
 pytestmark = pytest.mark.slow
 

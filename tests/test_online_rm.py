@@ -13,7 +13,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rlhf_ray import cli, pipeline
+from rlhf_ray import cli
+from rlhf_ray.commands.pipeline import stages
 
 # A reward model of four steps is a weak judge, and the run says so.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*weak_judge")]
@@ -46,9 +47,9 @@ def run_dir(shared_data: Path, repo_root: Path, tmp_path_factory) -> Path:
         (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     files = [f"values.{part}={folder / f'{part}.jsonl'}" for part in ("train", "test")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "run_command", in_this_process)
+        patch.setattr(stages, "run_command", in_this_process)
         config = repo_root / "configs" / "pipeline_online_rm.yaml"
-        summary = pipeline.run_pipeline(config, [*files, *SMALL], folder / "run")
+        summary = stages.run_pipeline(config, [*files, *SMALL], folder / "run")
     assert summary["status"] == "finished" and tuple(summary["stages"]) == STAGES
     return folder / "run"
 

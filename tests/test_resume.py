@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_ray.build import run_rl
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.run.directory import RunDirectory, require_alone
+from rlhf_ray.start.rl import run_rl
 
 MakeConfig = Callable[..., RunConfig]
 HOLDER = """

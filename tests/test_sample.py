@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_ray.batch import batch_of
+from rlhf_ray.roles.batch import batch_of
 from rlhf_ray.sample import GIVEN, Sample
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_ray.build import run_rl
-from rlhf_ray.build_supervised import run_supervised
 from rlhf_ray.config.load import load_config, parse_config
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.start.rl import run_rl
+from rlhf_ray.start.supervised import run_supervised
 
 pytestmark = pytest.mark.slow
 

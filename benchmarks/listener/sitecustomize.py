@@ -208,7 +208,9 @@ class Hooks(importlib.abc.MetaPathFinder):
     """Calls a hook with a module once it has been imported."""
 
     def __init__(self) -> None:
-        self.waiting = {"rlhf_ray.sample": hook_sample, "rlhf_ray.batch": hook_batch}
+        self.waiting = {
+            "rlhf_ray.sample": hook_sample, "rlhf_ray.roles.batch": hook_batch, "rlhf_ray.batch": hook_batch,
+        }  # fmt: skip
         if not os.path.exists(f"{CHECKOUT}/rlhf_ray/sample.py"):
             self.waiting["rlhf_ray.algo.masks"] = hook_masks
         if not ANSWERS:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, RunDir, print_dry_run
-from rlhf_ray.library_logs import quiet_libraries
+from rlhf_ray.models.library_logs import quiet_libraries
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_ray.config.shipped import PREFIX, shipped_config
-from rlhf_ray.library_logs import quiet_libraries
+from rlhf_ray.models.library_logs import quiet_libraries
 
 
 def _shipped_or_given(path: Path) -> Path:
@@ -49,7 +49,7 @@ def print_dry_run(settings: Any, describe: Callable[[Any], str] | None = None) -
     opened. Raises RlhfRayError for what cannot be used, before anything is printed.
     """
     from rlhf_ray.config.load import dump_config
-    from rlhf_ray.preflight import preflight
+    from rlhf_ray.start.preflight import preflight
 
     quiet_libraries(settings.device)
     plan = [] if describe is None else [describe(settings)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.commands.options import ConfigFile, DryRun, Overrides, RunDir, print_dry_run
-from rlhf_ray.library_logs import quiet_libraries
+from rlhf_ray.models.library_logs import quiet_libraries
 
 
 def pairs(

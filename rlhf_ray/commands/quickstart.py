@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.commands import pipeline, rl
+from rlhf_ray.commands import rl
 from rlhf_ray.commands.options import DryRun, Overrides, Resume, ResumeMode, RunDir
+from rlhf_ray.commands.pipeline import command as pipeline
 from rlhf_ray.config.shipped import shipped_config
 
 

@@ -14,7 +14,7 @@ from rlhf_ray.commands.options import (
     interruptible,
     print_dry_run,
 )
-from rlhf_ray.library_logs import quiet_libraries
+from rlhf_ray.models.library_logs import quiet_libraries
 
 
 def rl(
@@ -30,13 +30,13 @@ def run(config: Path, overrides: list[str], run_dir: Path | None, resume: Resume
 
     settings = load_config(config, overrides)
     if dry_run:
-        from rlhf_ray.plan import describe_plan
+        from rlhf_ray.start.plan import describe_plan
 
         print_dry_run(settings, describe_plan)
         return
     quiet_libraries(settings.device)
-    from rlhf_ray.build import run_rl
     from rlhf_ray.commands.summary import print_summary
+    from rlhf_ray.start.rl import run_rl
 
     with interruptible():  # the run itself has said how to go on
         summary = run_rl(settings, run_dir, resume=resume is ResumeMode.auto)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ray.commands.options import ResumeMode, interruptible, print_dry_run
-from rlhf_ray.library_logs import quiet_libraries
+from rlhf_ray.models.library_logs import quiet_libraries
 
 
 def run(
@@ -16,13 +16,13 @@ def run(
 
     settings = load_config(config, overrides or [], SCHEMAS[command])
     if dry_run:
-        from rlhf_ray.plan import describe_supervised_plan
+        from rlhf_ray.start.plan import describe_supervised_plan
 
         print_dry_run(settings, describe_supervised_plan)
         return
     quiet_libraries(settings.device)
-    from rlhf_ray.build_supervised import run_supervised
     from rlhf_ray.commands.summary import print_summary
+    from rlhf_ray.start.supervised import run_supervised
 
     with interruptible():  # the run itself has said how to go on
         summary = run_supervised(settings, run_dir, resume=resume is ResumeMode.auto)

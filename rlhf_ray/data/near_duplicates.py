@@ -1,8 +1,8 @@
 """Texts that say nearly the same: MinHash signatures find them (Broder 1997), their word triples decide.
 
 How alike two texts are is Jaccard's index of their word triples: those that both have, over those that either has.
-Words are those of rlhf_ray/words.py, in any script, folded (case, width), with the signs of arithmetic between them,
-for `a + b` and `a - b` are two texts. A text of fewer than three words is one piece.
+Words are those of words.py, in any script, folded (case, width), with the signs of arithmetic between them, for `a + b`
+and `a - b` are two texts. A text of fewer than three words is one piece.
 
 An index by locality-sensitive hashing of 128 MinHash values (datasketch) names candidates; each is compared exactly.
 So nothing is taken for a duplicate that is none. Of pairs that lie right at the threshold 2 % are missed, of others
@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import regex
 
+from rlhf_ray.data.words import WORD, fold
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.words import WORD, fold
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -16,8 +16,8 @@ from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.trees import TreeForm
 from rlhf_ray.data.types import detect, parse, prompt_of
+from rlhf_ray.data.words import fold
 from rlhf_ray.errors import DataError
-from rlhf_ray.words import fold
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.types import detect, detect_asked, parse, prompt_column, prompt_of, prompts_in, texts_of
 from rlhf_ray.data.values import EmptyRowError, says_something, shown
+from rlhf_ray.data.words import segment_spans
 from rlhf_ray.errors import DataError
-from rlhf_ray.words import segment_spans
 
 _TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions get these from the rollout
 

@@ -16,7 +16,7 @@ from rlhf_ray.data.parts import parts_of, written
 from rlhf_ray.data.privacy import explain_personal, masked_row, shape
 from rlhf_ray.data.rows import Row, placed
 from rlhf_ray.data.types import PreferenceRow, RankedRow, Record, prompt_of
-from rlhf_ray.words import words
+from rlhf_ray.data.words import words
 
 SHOWN = 5  # places named of each kind; the counts are of all
 

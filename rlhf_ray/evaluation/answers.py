@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.config.evaluation import SampledModelConfig, SampledRunConfig, SamplingConfig
 from rlhf_ray.config.rewards import RewardConfig, RewardSettings
 from rlhf_ray.config.schema import PromptsConfig
@@ -27,6 +26,7 @@ from rlhf_ray.models.served import require_served
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.rewards.reading import Answered
+from rlhf_ray.roles.batch import Batch, Rows
 from rlhf_ray.roles.factory import Assets, GeneratorUse, make_generator, make_reward
 from rlhf_ray.roles.protocols import Generator, Request, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed

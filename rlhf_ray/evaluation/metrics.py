@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from rlhf_ray.batch import Rows
+from rlhf_ray.data.words import Chinese
 from rlhf_ray.evaluation.text import distinct_n, distinct_ngrams
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.rollout.measures import function_means
-from rlhf_ray.words import Chinese
 
 
 def reward_metrics(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from rlhf_ray.words import Chinese, segments, spaced
+from rlhf_ray.data.words import Chinese, segments, spaced
 
 
 def distinct_n(texts: Sequence[str], n: int, *, chinese: Chinese = "characters") -> float:
     """Different n-grams of words over all n-grams, of all texts together (Li et al., 2016). 1 if there are none.
 
-    Words are those between blanks, and characters where a script has no blanks (words.py).
+    Words are those between blanks, and characters where a script has no blanks (data/words.py).
     """
     return distinct_ngrams([segments(text, chinese=chinese) for text in texts], n)
 

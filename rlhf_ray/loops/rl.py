@@ -19,9 +19,9 @@ from typing import Any
 
 from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, ScheduledKL
 from rlhf_ray.algo.schedules import linear
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Roles
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.training_run import TrainingRun

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rlhf_ray.config.engines import TRAINERS, trainer_facts
 from rlhf_ray.config.names import is_own
+from rlhf_ray.config.user_code import find
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.user_code import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,14 +15,14 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf_ray.data.words import EMOJI, WIDE, WORD
 from rlhf_ray.errors import ConfigError, DataError, ModelError
-from rlhf_ray.library_logs import wanted
-from rlhf_ray.words import EMOJI, WIDE, WORD
+from rlhf_ray.models.library_logs import wanted
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 TokenizerKind = Literal["char", "word", "bpe"]
 
-# Words and characters are those of words.py. A run of one punctuation mark is one token ("...", "--"), because
+# Words and characters are those of data/words.py. A run of one punctuation mark is one token ("...", "--"), because
 # different marks side by side ("?)") mean different things. A blank beside a script without blanks is a token, for
 # there nothing else says that it was written.
 _TOKEN = rf"{WORD}|{EMOJI}|\s(?=\s*{WIDE})|(?<={WIDE})\s|(?<={WIDE}\s)\s|([^\w\s])\1*"

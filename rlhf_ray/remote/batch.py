@@ -1,8 +1,8 @@
 """A batch as the driver sees it on Ray: references and plain numbers, never anything that grows with its tokens.
 
 `RemoteBatch` mirrors `Batch` as far as the loop and the estimator of advantages use it, so that both serve locally and
-on Ray. What its rows hold lies with the workers that made it, unpadded (`rlhf_ray/packed.py`), each row with one of
-them; `remote/slices.py` sends to each consumer what it reads of its own rows.
+on Ray. What its rows hold lies with the workers that made it, unpadded (packed.py), each row with one of
+them; slices.py sends to each consumer what it reads of its own rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.remote.calls import Worker
+from rlhf_ray.roles.batch import Batch, Rows
 
 if TYPE_CHECKING:
     from ray import ObjectRef

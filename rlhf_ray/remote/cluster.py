@@ -17,9 +17,9 @@ from typing import Any
 import ray
 
 from rlhf_ray.errors import ConfigError, PlacementError
-from rlhf_ray.library_logs import SETTINGS, quiet, wanted
+from rlhf_ray.models.library_logs import SETTINGS, quiet, wanted
+from rlhf_ray.models.threads import WAITING, wait_briefly
 from rlhf_ray.remote.loading import Note, silent
-from rlhf_ray.threads import WAITING, wait_briefly
 
 PROBE_S = 10.0
 CONNECT_S = 90.0

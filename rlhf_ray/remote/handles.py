@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.remote.batch import Part, RemoteBatch
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
@@ -20,6 +19,7 @@ from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import GeneratorHost
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.requests import PackedRequests
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Generator, Request, Sampling
 
 if TYPE_CHECKING:

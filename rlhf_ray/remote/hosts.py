@@ -15,12 +15,12 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from rlhf_ray.batch import Batch, Rows
-from rlhf_ray.packed import Packed, Ragged, pack
 from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
+from rlhf_ray.remote.packed import Packed, Ragged, pack
 from rlhf_ray.remote.requests import PackedRequests
 from rlhf_ray.remote.slices import Delivery, cut, received
+from rlhf_ray.roles.batch import Batch, Rows
 from rlhf_ray.roles.division import RankBatch
 from rlhf_ray.roles.protocols import Estimate, Sampling
 

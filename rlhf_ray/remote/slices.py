@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.batch import Batch
-from rlhf_ray.packed import ROWS, TOKENS, Packed, empty_rows, unpack
 from rlhf_ray.remote.batch import Part, RemoteBatch, RemoteColumn
 from rlhf_ray.remote.calls import Call, Deadline, Worker
+from rlhf_ray.remote.packed import ROWS, TOKENS, Packed, empty_rows, unpack
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.division import RankBatch, RankPart, Share
 from rlhf_ray.roles.protocols import TEXTS
 

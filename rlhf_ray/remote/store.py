@@ -8,11 +8,11 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from rlhf_ray.batch import Batch
-from rlhf_ray.packed import Packed, pack, unpack
 from rlhf_ray.remote.batch import COLUMNS, Part, RemoteBatch
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.crew import Crew
+from rlhf_ray.remote.packed import Packed, pack, unpack
+from rlhf_ray.roles.batch import Batch
 
 
 @dataclass(frozen=True)

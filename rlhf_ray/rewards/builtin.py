@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
+from rlhf_ray.data.words import Chinese, is_latin, occurs, segments
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.words import Chinese, is_latin, occurs, segments
 
 Unit = Literal["tokens", "words"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_ray.config.limits import LARGEST_REWARD
-from rlhf_ray.user_frames import frames_of_users
+from rlhf_ray.config.user_frames import frames_of_users
 
 _TOO_LARGE = f"rewards end at {LARGEST_REWARD:g}, where float32's sums of squares do; scale it, or lower its weight"
 

@@ -8,8 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_ray.config.user_code import find, is_place
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.user_code import find, is_place
 
 # Name -> where it lives. Imported when a config asks for it: some need packages that nobody else needs.
 BUILTIN = {

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from rlhf_ray.data.words import Chinese, fold, words
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.failures import Failure, Outcome
-from rlhf_ray.words import Chinese, fold, words
 
 KINDS = ("rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum")
 _MEASURES = {"precision": 0, "recall": 1, "f1": 2}

@@ -13,9 +13,9 @@ from rlhf_ray.algo.kl import kl_estimate
 from rlhf_ray.algo.masks import masked_sum
 from rlhf_ray.algo.shaping import MomentsBySource, clip_reward, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import explained_variance, value_stats
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.errors import DataError
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.formulas import GroupAdvantage
 from rlhf_ray.roles.protocols import Estimate, TokenWork
 

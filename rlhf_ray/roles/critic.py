@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlhf_ray.algo.aggregation import loss_weights
 from rlhf_ray.algo.value_losses import clipped_value_loss
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import CriticConfig
 from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.forward import critic_values
 from rlhf_ray.roles.training import Share, Totals, Trainer
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rlhf_ray.batch import Batch, Rows
+from rlhf_ray.roles.batch import Batch, Rows
 from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines
 
 

@@ -16,8 +16,8 @@ from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.rewards import RewardSettings
 from rlhf_ray.config.schema import CriticConfig, GeneratorConfig, LearnerConfig, RolloutConfig
 from rlhf_ray.config.sections import LoraConfig, TrainEngineConfig
+from rlhf_ray.config.user_code import find
 from rlhf_ray.models.devices import Hardware
-from rlhf_ray.user_code import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

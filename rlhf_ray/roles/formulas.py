@@ -17,9 +17,9 @@ from torch import Tensor
 from rlhf_ray.algo.policy_losses import ratio_stats
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.names import is_own
+from rlhf_ray.config.user_code import find
+from rlhf_ray.config.user_frames import frames_of_users
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.user_code import find
-from rlhf_ray.user_frames import frames_of_users
 
 LOSS_ARGUMENTS = ("logp_BT", "old_BT", "adv_BT", "mask_BT")
 ADVANTAGE_ARGUMENTS = ("reward_B", "group_B")

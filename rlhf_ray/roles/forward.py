@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algo.logprobs import entropy_at, logprobs_at
-from rlhf_ray.batch import Batch, pad_columns
+from rlhf_ray.roles.batch import Batch, pad_columns
 from rlhf_ray.roles.division import split_microbatches
 from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines, shared_logits
 

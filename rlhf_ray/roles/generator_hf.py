@@ -9,8 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from rlhf_ray.algo.logprobs import token_logprobs
-from rlhf_ray.batch import Batch
 from rlhf_ray.roles import serving
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.decode_loop import DecodeLoop
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sample import Sample

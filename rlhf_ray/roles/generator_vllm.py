@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.schema import VLLM_MAX_TEMPERATURE
 from rlhf_ray.errors import ConfigError, DataError, EngineError, RequestError, RlhfRayError, SyncError
 from rlhf_ray.roles import serving, vllm_engine
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sample import Sample
 from rlhf_ray.sync.session import SyncSession

@@ -16,12 +16,12 @@ from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismat
 from rlhf_ray.algo.kl import kl_estimate, kl_loss
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.algo.schedules import linear
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.formulas import Loss
 from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_ray.batch import Batch, gather
 from rlhf_ray.data.chat import Chat
+from rlhf_ray.roles.batch import Batch, gather
 from rlhf_ray.sample import Sample
 from rlhf_ray.sync.canary import CanaryTarget
 

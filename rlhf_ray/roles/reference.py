@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_ray.batch import Batch
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.forward import batched_logprobs
 from rlhf_ray.roles.protocols import Learner
 from rlhf_ray.roles.shared_prompts import PromptSharing

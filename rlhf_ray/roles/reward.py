@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.data.completion_text import CompletionText
@@ -17,6 +16,7 @@ from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.classifier import Classifier, Safety, TextScores
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.rewards.reading import Answered, Reader
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Scores
 
 if TYPE_CHECKING:

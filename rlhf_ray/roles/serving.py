@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_ray.batch import Batch, batch_of
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.roles.batch import Batch, batch_of
 from rlhf_ray.roles.protocols import Engine, Request, Sampling
 from rlhf_ray.sample import GIVEN, Sample
 

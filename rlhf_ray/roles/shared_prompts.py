@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.batch import Batch, Rows
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.roles.batch import Batch, Rows
 
 Line = tuple[int, ...]  # the rows of a batch that stand in one line of the model's input
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algo.policy_losses import combine_stats
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import CriticConfig, LearnerConfig
 from rlhf_ray.config.sections import TrainEngineConfig
@@ -18,6 +17,7 @@ from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.advantages import answer_kl, token_advantages
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.division import Division, RankBatch, Share
 from rlhf_ray.roles.forward import over_microbatches
 from rlhf_ray.roles.protocols import Estimate

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.errors import ConfigError, ModelError
-from rlhf_ray.library_logs import quiet, wanted
+from rlhf_ray.models.library_logs import quiet, wanted
 from rlhf_ray.roles.protocols import Sampling
 
 GIB = 2**30

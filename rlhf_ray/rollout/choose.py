@@ -13,10 +13,10 @@ import torch
 
 from rlhf_ray.algo.schedules import linear
 from rlhf_ray.algo.shaping import overlong_penalty
-from rlhf_ray.batch import Batch, Rows, gather
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.roles.batch import Batch, Rows, gather
 from rlhf_ray.roles.protocols import Gather, Request, Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.rollout.groups import Answers, gathered

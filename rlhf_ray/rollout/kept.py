@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_ray.batch import Batch
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Request, Scores
 from rlhf_ray.rollout.ledger import Outcome
 

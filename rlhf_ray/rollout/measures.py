@@ -9,8 +9,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.data.stream import Part
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Scores
 
 

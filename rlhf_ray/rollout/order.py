@@ -11,11 +11,11 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlhf_ray.config.user_code import find, is_place
+from rlhf_ray.config.user_frames import frames_of_users
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import Order, Stream, stream_over
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.user_code import find, is_place
-from rlhf_ray.user_frames import frames_of_users
 
 UserOrder = Callable[[Sequence[Mapping[str, Any]], int, int], Sequence[int]]
 

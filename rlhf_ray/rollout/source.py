@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_ray.algo.policy_losses import combine_stats
-from rlhf_ray.batch import gather
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.errors import RewardError
+from rlhf_ray.roles.batch import gather
 from rlhf_ray.roles.protocols import HERE, BatchStore, Gather, Generator, Reward, Sampling
 from rlhf_ray.rollout.ahead import Ahead
 from rlhf_ray.rollout.choose import Asking, Choice, LearningRows

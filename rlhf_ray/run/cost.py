@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.models.size import Size
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.run.directory import RunDirectory
 
 FORWARD = 2  # operations a parameter and token: one multiplication, one addition

@@ -18,9 +18,9 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from rlhf_ray.config.user_code import find
+from rlhf_ray.config.user_frames import frames_of_users
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.user_code import find
-from rlhf_ray.user_frames import frames_of_users
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ray.batch import Rows
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.observer import Alarm, Observer, StepRecord

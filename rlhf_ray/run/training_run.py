@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.clock import Clock
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import StorageError
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.cost import Spent, Workload, spent_before

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray import doctor
+from rlhf_ray.commands import doctor
 from rlhf_ray.config import extras
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.extras import needs_of, require

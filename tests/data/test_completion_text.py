@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from tokenizers import AddedToken
 
-from rlhf_ray.batch import build_batch
 from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.data.completion_text import CompletionText
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.rewards.classifier import TextScores
 from rlhf_ray.rewards.compose import RewardSet, load_reward
+from rlhf_ray.roles.batch import build_batch
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.roles.reward import Reward
 

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 import pytest
 from jinja2 import TemplateError
 
-from rlhf_ray.batch import build_batch
 from rlhf_ray.config.rewards import RewardModelConfig
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.data.encoding import Encoder
@@ -21,6 +20,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.rewards.classifier import TextScores
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.rewards.reading import Reader
+from rlhf_ray.roles.batch import build_batch
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.roles.reward import Reward
 from tests.data.make_golden_turns import GOLDEN, READ_PARTS_ONLY, conversations, templates, tokenizer_for

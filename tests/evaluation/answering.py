@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.batch import Batch, build_batch
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.protocols import Request, Sampling
 
 Answer = Callable[[Request, int], str]  # (request, number of the answer to its prompt) -> text

@@ -312,8 +312,8 @@ def _dry_run(command: str, path: Path, overrides: Sequence[str]) -> tuple[int, s
     argv = ["rlhf-ray", command, str(path), "--dry-run", "--", *overrides]
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        opens_nothing = mock.patch("rlhf_ray.preflight.preflight", return_value=[])
-        in_pipelines = mock.patch("rlhf_ray.pipeline.preflight", return_value=[])
+        opens_nothing = mock.patch("rlhf_ray.start.preflight.preflight", return_value=[])
+        in_pipelines = mock.patch("rlhf_ray.commands.pipeline.stages.preflight", return_value=[])
         printed = (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err))
         with opens_nothing, in_pipelines, mock.patch.object(sys, "argv", argv), printed[0], printed[1]:
             with bounded():

@@ -35,8 +35,8 @@ from rlhf_ray.data.validate import validate
 from rlhf_ray.data.validation_report import ValidationReport
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.feedback.pairs import human_pairs
-from rlhf_ray.loops import supervised_start, warm_start
 from rlhf_ray.models.tokenizers import bpe_tokenizer
+from rlhf_ray.start import supervised_inputs, warm_start
 
 MAX_LENGTH = 4096
 COMMANDS = ("sft", "rm", "dpo", "kto", "classifier", "rl")
@@ -224,7 +224,8 @@ def _check_other_readers(data: DatasetConfig, reports: dict[str, ValidationRepor
     tree = {"model": SCRATCH, "data": {"path": data.path, "chat_template": "zephyr"}}
     rl = parse_config({**tree, "rewards": [{"function": "repetition_penalty"}]}, RunConfig, "fuzz")
     sft = parse_config({**tree, "data": {**tree["data"], "max_length": MAX_LENGTH}}, SFTConfig, "fuzz")
-    for command, make, config in (("rl", warm_start.make_tokenizer, rl), ("sft", supervised_start.make_tokenizer, sft)):
+    makers = (("rl", warm_start.make_tokenizer, rl), ("sft", supervised_inputs.make_tokenizer, sft))
+    for command, make, config in makers:
         try:
             make(config)
         except RlhfRayError as error:

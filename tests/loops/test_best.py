@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_ray.build import run_rl
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.start.rl import run_rl
 
 
 class Exporting:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ray.build import run_rl
 from rlhf_ray.loops.export import export
 from rlhf_ray.models.loading import load_policy
+from rlhf_ray.start.rl import run_rl
 
 
 class Role:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_ray.build import run_rl
+from rlhf_ray.start.rl import run_rl
 
 pytestmark = pytest.mark.slow
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray import build
-from rlhf_ray.build import run_rl
 from rlhf_ray.errors import ConfigError, ModelError, RewardError
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.rollout.ledger import TERMS
 from rlhf_ray.run.training_run import TrainingRun
+from rlhf_ray.start import rl as start
+from rlhf_ray.start.rl import run_rl
 
 pytestmark = pytest.mark.slow
 
@@ -229,7 +229,7 @@ def test_a_fixed_kl_coefficient_may_be_changed_when_going_on(tiny_config, tmp_pa
 
 def test_grpo_needs_no_reference_no_critic_and_no_second_forward_pass(tiny_config, tmp_path, read_rows, monkeypatch):
     for name in ("make_reference", "make_critic"):
-        monkeypatch.setattr(build, name, None)  # calling it would be an error
+        monkeypatch.setattr(start, name, None)  # calling it would be an error
     monkeypatch.setattr(Learner, "logprobs", None)
     run_rl(tiny_config("steps=2", "eval.size=2"), tmp_path / "a")
     for row in read_rows(tmp_path / "a"):
@@ -268,8 +268,8 @@ def test_an_overlapped_run_repeats_itself_and_goes_on(tiny_config, tmp_path, rea
     """One process is refused this in a config (it gains nothing), but the machinery is the same as on Ray."""
     config = tiny_config("steps=5", "eval.size=2", "algorithm.correction=truncate", "checkpoint.every=2")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 2})})
-    monkeypatch.setattr(build, "on_device", lambda config, _: config)
-    monkeypatch.setattr(build, "validated", lambda config: config)
+    monkeypatch.setattr(start, "on_device", lambda config, _: config)
+    monkeypatch.setattr(start, "validated", lambda config: config)
     generate, one_at_a_time, pause = HFGenerator.generate, threading.Lock(), [0.0]
 
     def as_an_actor(self, *args):

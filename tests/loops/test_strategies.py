@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.algo.kl import ScheduledKL
-from rlhf_ray.build import run_rl
 from rlhf_ray.loops.rl import new_controller
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.run.training_run import TrainingRun
+from rlhf_ray.start.rl import run_rl
 
 # Two letters are enough to be right or wrong about: the reward says whether the answer begins with an even digit.
 PARITY = "rewards.0={function: regex, args: {pattern: '[02468].*'}}"

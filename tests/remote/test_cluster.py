@@ -16,10 +16,10 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from rlhf_ray import library_logs
-from rlhf_ray.build import hardware_of, own_hardware, run_rl
 from rlhf_ray.errors import ConfigError, PlacementError
+from rlhf_ray.models import library_logs
 from rlhf_ray.models.devices import Hardware, choose_hardware
+from rlhf_ray.models.threads import WAITING
 from rlhf_ray.remote import cluster, placement
 from rlhf_ray.remote import roles as remote_roles
 from rlhf_ray.remote.calls import Deadline
@@ -29,7 +29,7 @@ from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.placement import Plan, Seat, options_of, placed, plan_seats
 from rlhf_ray.remote.roles import _lend_gpus, open_remote_roles
 from rlhf_ray.roles.factory import Assets
-from rlhf_ray.threads import WAITING
+from rlhf_ray.start.rl import hardware_of, own_hardware, run_rl
 
 VLLM = ("executor=ray", "generator.engine=vllm", "device=auto")
 ON_GPU = Assets("nowhere", "nowhere", Hardware("cuda", torch.bfloat16))

@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.build import run_rl
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.remote.crew import Crew
+from rlhf_ray.start.rl import run_rl
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.usefixtures("own_ray")]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.remote.batch import COLUMNS, Part, RemoteBatch, RemoteColumn, gather_remote
 from rlhf_ray.remote.calls import Worker
+from rlhf_ray.roles.batch import Rows
 
 ROWS = Rows((7, 7, 8), (3, 4, 2), (1, 2, 1), (False, True, False), (0, 0, 0), (2, 2, 1), (5, 5, 6))
 ONE, TWO = Worker("generator 0", None), Worker("generator 1", None)

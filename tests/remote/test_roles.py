@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf_ray
-from rlhf_ray.build import run_rl
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.run.training_run import TrainingRun
+from rlhf_ray.start.rl import run_rl
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.usefixtures("own_ray")]
 

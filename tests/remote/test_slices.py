@@ -12,19 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.batch import Batch, batch_of, gather
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import CriticConfig, LearnerConfig
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
-from rlhf_ray.packed import ROWS, TOKENS, pack, unpack
 from rlhf_ray.remote.batch import gather_remote
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.crew import Group
 from rlhf_ray.remote.handles import RemoteGenerators
+from rlhf_ray.remote.packed import ROWS, TOKENS, pack, unpack
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.roles.advantages import AdvantageEstimator
+from rlhf_ray.roles.batch import Batch, batch_of, gather
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.division import Division
 from rlhf_ray.roles.learner import Learner

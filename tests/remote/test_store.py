@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_ray.batch import Batch, batch_of
 from rlhf_ray.remote import store
 from rlhf_ray.remote.batch import gather_remote
 from rlhf_ray.remote.calls import Deadline, Worker
+from rlhf_ray.roles.batch import Batch, batch_of
 from rlhf_ray.sample import Sample
 
 

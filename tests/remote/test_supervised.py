@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_ray.build_supervised import run_supervised
 from rlhf_ray.config.load import apply_override, parse_config
 from rlhf_ray.config.supervised import SCHEMAS, SupervisedConfig
 from rlhf_ray.remote.supervised import plan_ranks
+from rlhf_ray.start.supervised import run_supervised
 
 # Ragged, so that the two ranks get different numbers of micro-batches.
 ROWS = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}" + "9" * (a * b % 5), "rejected": "0"} for a in range(1, 6)

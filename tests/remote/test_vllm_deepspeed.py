@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.build import run_rl
 from rlhf_ray.run.training_run import TrainingRun
+from rlhf_ray.start.rl import run_rl
 
 STEPS = 3
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from rlhf_ray.build import run_rl
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.start.rl import run_rl
 
 pytestmark = pytest.mark.slow
 

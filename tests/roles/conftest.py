@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_ray.batch import Batch, build_batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.sync.in_process import InProcessSender

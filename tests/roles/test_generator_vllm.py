@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.vllm_limits import OWN_ENGINE_ARGS
 from rlhf_ray.errors import ConfigError, DataError, EngineError, ModelError, RequestError, RlhfRayError, SyncError
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.roles import vllm_engine
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.generator_vllm import VLLMGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sample import Sample

@@ -20,7 +20,6 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rlhf_ray.batch import build_batch
 from rlhf_ray.config.rewards import RewardModelConfig, SafetyConfig
 from rlhf_ray.errors import RewardError
 from rlhf_ray.models.loading import load_reward_model
@@ -29,6 +28,7 @@ from rlhf_ray.rewards.calling import RewardFunction
 from rlhf_ray.rewards.classifier import Classifier, TextScores, classifier
 from rlhf_ray.rewards.compose import RewardSet
 from rlhf_ray.rewards.failures import FailurePolicy
+from rlhf_ray.roles.batch import build_batch
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.roles.reward import Reward, RewardModel
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from rlhf_ray.batch import build_batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.errors import RewardError
+from rlhf_ray.roles.batch import build_batch
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.timer import Timer

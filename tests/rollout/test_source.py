@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ray.batch import Batch
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompt_sources import joined, named
+from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.rollout.measures import rollout_metrics, staleness

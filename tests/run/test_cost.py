@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.models.flops import PEAK_TFLOPS, measured_flops, peak_flops
 from rlhf_ray.models.size import Size
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory
 

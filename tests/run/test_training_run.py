@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-from rlhf_ray.batch import Rows
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.supervised import DPOConfig, SFTConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.size import Size
+from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory

@@ -77,7 +77,8 @@ CASES = {
 RUN_THEM = """
 import json, sys, threading, traceback
 from urllib.request import urlopen
-from rlhf_ray import cli, pipeline
+from rlhf_ray import cli
+from rlhf_ray.commands.pipeline import stages
 from rlhf_ray.rewards.server import RewardServer
 
 def run(arguments):
@@ -93,7 +94,7 @@ def answer_twice(server):
             assert json.load(answer)["total"][0] > 0
 
 if __name__ == "__main__":
-    pipeline.run_command, RewardServer.serve = run, answer_twice
+    stages.run_command, RewardServer.serve = run, answer_twice
     results = {}
     for name, arguments in json.load(open(sys.argv[1])):
         try:

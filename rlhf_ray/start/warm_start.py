@@ -1,0 +1,225 @@
+"""The policy a run starts from: a folder as it is, or one that is built (and taught a little) first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.config.given import Given
+from rlhf_ray.config.schema import DataConfig, RunConfig
+from rlhf_ray.config.sections import ModelConfig
+from rlhf_ray.data.cleaning import explain_unused
+from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.prompt_sources import held_out_counts, load_split
+from rlhf_ray.data.prompts import PromptSet, first_words, load_texts, located_texts, vocabulary_texts
+from rlhf_ray.data.stream import Part
+from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
+from rlhf_ray.data.templates import set_chat_template
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.loops.supervised import Batches, warm_up
+from rlhf_ray.models.devices import Hardware, release_memory
+from rlhf_ray.models.engine import build_engine
+from rlhf_ray.models.folders import save_folder
+from rlhf_ray.models.loading import load_policy, load_tokenizer
+from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.roles.objectives import SFT
+from rlhf_ray.roles.supervised import SupervisedTrainer
+from rlhf_ray.run.storage import written_whole
+from rlhf_ray.start.supervised_inputs import corpus
+
+Report = Callable[[int, float], None]
+Note = Callable[[str], None]
+Tokens = tuple[int, ...]
+
+
+def ignored(line: str) -> None:
+    """Of notes nobody wants."""
+
+
+def starting_policy(
+    config: RunConfig, folder: Path, hardware: Hardware, report: Report, note: Note = ignored
+) -> tuple[str, str]:
+    """(policy, tokenizer): paths for every role to load. Writes `folder` only if something has to be made.
+
+    `report` gets the step and loss of a warm start, `note` what is to be said of its rows.
+
+    A finished `folder` is used again, so a resumed run starts from the same weights.
+    """
+    scratch = config.model.path.startswith("scratch:")
+    made = scratch or config.warm_start.steps > 0 or isinstance(config.model.path, Given)
+    if not made and config.data.chat_template is None and not isinstance(config.model.tokenizer.path, Given):
+        return config.model.path, config.model.tokenizer.path or config.model.path
+    if not folder.is_dir():
+        tokenizer = make_tokenizer(config)
+        if made:
+            model = make_model(config.model, config.seed, tokenizer) if scratch else load_policy(
+                config.model.path, trust_remote_code=config.model.trust_remote_code
+            )
+            model = warm_start(config, model, tokenizer, hardware, report, note)
+            release_memory()  # its workers may need this GPU
+        with written_whole("the policy to start from", folder) as unfinished:
+            save_folder(unfinished, model if made else None, tokenizer)
+    return str(folder) if made else config.model.path, str(folder)
+
+
+def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one learned from the data; with the chat template that the data asks for."""
+    path = config.model.tokenizer.path or config.model.path
+    if path.startswith("scratch:"):
+        tokenizer = _learned_tokenizer(config, path.removeprefix("scratch:"))
+    else:
+        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    set_chat_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
+def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
+    settings = config.model.tokenizer
+    if settings.alphabet is not None:
+        texts = [settings.alphabet]
+    else:
+        texts = training_texts(config)
+        texts += [] if config.sft_data is None else corpus(config.sft_data)
+        if not any(texts):
+            raise DataError(f"{config.data.paths}: no rows with text for a tokenizer; check the file and data.*")
+    return build_tokenizer(
+        kind,
+        texts,
+        vocab_size=None if kind == "char" else settings.vocab_size,
+        max_length=config.model.scratch.max_length,
+    )
+
+
+def training_texts(config: RunConfig) -> list[str]:
+    """The sources' whole texts, for a tokenizer: without those at the end, of which most are held out for evaluation.
+
+    Exactly which are cannot be said before there is a tokenizer: prompts may be dropped for their length.
+    """
+    texts = [_texts_of(part.data, config.warm_start.completion) for part in config.data.parts]
+    try:
+        held_out = held_out_counts(config.data, list(map(len, texts)))
+    except ConfigError:
+        held_out = [0] * len(texts)  # too few rows, which is said where the prompts are read
+    return [text for own, count in zip(texts, held_out, strict=True) for text in own[: len(own) - count]]
+
+
+def _texts_of(data: DataConfig, completion: str | None) -> list[str]:
+    """Of one source; of a task its alphabet."""
+    if is_task(data.path):
+        return [load_task(data.path).alphabet]
+    texts = vocabulary_texts(data.path, field=data.field, split=data.split)
+    if completion is not None:
+        answers = load_texts(data.path, field=completion, split=data.split)
+        texts = [f"{text}\n{answer}" for text, answer in zip(texts, answers, strict=True)]
+    if data.prompt_words is not None:
+        texts = [text for text in texts if first_words(text, data.prompt_words) is not None]
+    return texts[: data.limit]
+
+
+def make_model(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return build_scratch(
+        model.path.removeprefix("scratch:"),
+        vocab_size=len(tokenizer),
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **model.scratch.model_dump(),
+    )
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a warm start learns, source after source; `unused` counts rows by column or key that it does not read."""
+
+    examples: tuple[TokenizedExample, ...]
+    parts: tuple[Part, ...]
+    unused: Mapping[str, int]
+
+
+def warm_start(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, report: Report,
+    note: Note = ignored,
+) -> PreTrainedModel:  # fmt: skip
+    """Supervised steps on the training data: a task's pairs, or a file's whole texts; sources are drawn by weight."""
+    settings = config.warm_start
+    if not settings.steps:
+        return model
+    lessons = warm_start_lessons(config, tokenizer)
+    if lessons.unused:
+        note(f"warm start: {explain_unused(lessons.unused)}")
+    trainer = SupervisedTrainer(
+        build_engine("torch", model, device=hardware.device, dtype=hardware.dtype),
+        SFT.of(tokenizer),
+        {"train": lessons.examples},
+        tokens_per_microbatch=config.learner.tokens_per_microbatch,
+        tokenizer=tokenizer,
+    )
+    warm_up(
+        trainer,
+        Batches(len(lessons.examples), settings.batch_size, config.seed, parts=lessons.parts),
+        steps=settings.steps,
+        lr=settings.lr,
+        target_accuracy=settings.target_accuracy,
+        on_step=report,
+    )
+    return model.cpu()
+
+
+def warm_start_lessons(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Lessons:
+    """Answers to learn after their prompts, or whole texts; EOS ends each that is not cut at the limit.
+
+    Raises DataError for a source none of whose prompts leaves room for an answer.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    limit, eos, completion = config.warm_start.max_length, [tokenizer.eos_token_id], config.warm_start.completion
+    sources, unused = config.data.parts, Counter[str]()
+    train = held_out = None
+    if not all(is_task(source.data.path) for source in sources):
+        train, held_out = load_split(config.data, tokenizer, clock=config.clock, reference_field=completion)
+    examples: list[TokenizedExample] = []
+    parts: list[Part] = []
+    for number, source in enumerate(sources):
+        path = source.data.path
+        if is_task(path):
+            pairs = [(encode(p.prompt), encode(p.completion) + eos) for p in supervised_pairs(path)]
+        elif completion is not None:
+            pairs = _answered_prompts(train.sets[number])
+        else:
+            texts = _texts_of_training_rows(source.data, train.sets[number], held_out, unused)
+            pairs = [([], encode(text) + eos) for text in texts]
+        # A prompt that fills the limit leaves nothing to learn.
+        own = [_example(prompt, answer[: limit - len(prompt)]) for prompt, answer in pairs if len(prompt) < limit]
+        if not own:
+            raise DataError(
+                f"{path}: no prompt is shorter than warm_start.max_length={limit} tokens, so there is no answer to "
+                "learn; raise it"
+            )
+        examples += own
+        parts.append(Part(source.name, len(own), source.weight))
+    return Lessons(tuple(examples), tuple(parts), unused)
+
+
+def _example(prompt: Sequence[int], completion: Sequence[int]) -> TokenizedExample:
+    return TokenizedExample((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
+
+
+def _texts_of_training_rows(
+    data: DataConfig, train: PromptSet, held_out: PromptSet, unused: Counter[str]
+) -> list[str]:
+    """The whole texts of the rows whose prompts are learned from: none that evaluation will ask about."""
+    wanted = {example.where for example in train.examples} - {example.where for example in held_out.examples}
+    rows = located_texts(data.path, field=data.field, split=data.split, unused=unused)
+    return [text for where, text in rows if where in wanted]
+
+
+def _answered_prompts(train: PromptSet) -> list[tuple[Tokens, Tokens]]:
+    """The training prompts, with the very tokens that the generator will get, and the answers in their rows."""
+    return [(ids, answer) for ids, answers in zip(train.token_ids, train.answers, strict=True) for answer in answers]
