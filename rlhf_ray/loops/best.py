@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.rewards import RewardSettings
+from rlhf_ray.config.schema import EvalConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.export import export
 from rlhf_ray.roles.protocols import Learner
@@ -68,12 +69,12 @@ class BestPolicy:
         warnings.warn(f"step {step}: {reason}", stacklevel=3)
 
 
-def measure_of(config: RunConfig) -> str:
+def measure_of(evaluation: EvalConfig, judging: RewardSettings, max_new_tokens: int) -> str:
     """A digest of the settings that decide what a number of an evaluation means; its rows are fixed by other means."""
     parts = {
-        "eval": (config.eval.size, config.eval.temperature, config.rollout.max_new_tokens),
-        "rewards": [(r.name, r.function, r.weight, r.args, r.on_failure, r.default_score) for r in config.rewards],
-        "models": [part and part.model_dump(mode="json") for part in (config.reward_model, config.safety)],
+        "eval": (evaluation.size, evaluation.temperature, max_new_tokens),
+        "rewards": [(r.name, r.function, r.weight, r.args, r.on_failure, r.default_score) for r in judging.functions],
+        "models": [part and part.model_dump(mode="json") for part in (judging.model, judging.safety)],
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 

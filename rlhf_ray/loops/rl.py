@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, ScheduledKL
 from rlhf_ray.algo.schedules import linear
+from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
 from rlhf_ray.roles.batch import Batch
@@ -32,7 +33,7 @@ def train(
     config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: TrainingRun
 ) -> dict[str, Any]:
     """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples."""
-    start, kl = restore(config, roles, rollouts, run)
+    start, kl = restore(new_controller(config.algorithm, config.steps * config.samples_per_step), roles, rollouts, run)
     push_weights(start, roles, rollouts, canary, run)
     before = run.remember("before", lambda: evaluator.evaluate(start))
     run.begin()
@@ -40,7 +41,7 @@ def train(
         with run.timer("step"):
             scored = rollouts.next(step)
             kl_coef = linear(kl.coef, config.algorithm.kl_coef_end, step, config.steps)
-            batch = add_columns(scored.batch, roles, config, run)
+            batch = add_columns(scored.batch, roles, config.uses_old_logprobs, run)
             with run.timer("advantages"):
                 estimate = roles.advantages.estimate(batch, kl_coef)
                 batch = batch.replace(**estimate.columns)
@@ -67,14 +68,14 @@ def train(
     return {"before": before, "after": evaluator.evaluate(max(start, config.steps))}
 
 
-def add_columns(batch: Batch, roles: Roles, config: RunConfig, run: TrainingRun) -> Batch:
-    """What the frozen policy, the critic and the learner say of each token; at the same time where they can."""
+def add_columns(batch: Batch, roles: Roles, old_logprobs: bool, run: TrainingRun) -> Batch:
+    """What the frozen policy, the critic and (`old_logprobs`) the learner say of each token; at once where they can."""
     calls: dict[str, tuple[str, Callable[[Batch], Any]]] = {}
     if roles.reference is not None:
         calls["logp_ref"] = ("ref_logp", roles.reference.logprobs)
     if roles.critic is not None:
         calls["values"] = ("values", roles.critic.values)
-    if config.uses_old_logprobs:
+    if old_logprobs:
         calls["logp_old"] = ("old_logp", roles.learner.logprobs)
 
     def timed(name: str, call: Callable[[Batch], Any]) -> Any:
@@ -106,8 +107,8 @@ def push_weights(
     return metrics | rollouts.weights_changed(version)
 
 
-def new_controller(config: RunConfig) -> KLController:
-    algorithm, span = config.algorithm, config.steps * config.samples_per_step
+def new_controller(algorithm: AlgorithmConfig, span: int) -> KLController:
+    """`span`: samples of the whole run."""
     if algorithm.kl_controller == "adaptive":
         return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
     if algorithm.kl_controller == "scheduled":
@@ -130,18 +131,17 @@ def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: Tra
         run.checkpoints.save(step, write, {name: part.state_dict() for name, part in state.items()})
 
 
-def restore(config: RunConfig, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> tuple[int, KLController]:
-    """The step to go on from, 0 for a new run. Everything random is a function of the seed, the step, and the place
-    in the prompt stream."""
+def restore(kl: KLController, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> tuple[int, KLController]:
+    """(the step to go on from, 0 for a new run; `kl` as it was there). Everything random is a function of the seed, the
+    step, and the place in the prompt stream."""
     found = run.resume_point
     if found is None:
-        return 0, new_controller(config)
+        return 0, kl
     roles.learner.load(found.folder / "learner")
     if roles.critic is not None:
         roles.critic.load(found.folder / "critic")
     roles.advantages.load_state_dict(found.state["advantages"])
     rollouts.load_state_dict(found.state["rollouts"])
-    kl = new_controller(config)
     if not isinstance(kl, FixedKL):  # a fixed coefficient is whatever the config says today
         moving = {"coef", "elapsed"} & found.state["kl"].keys() & kl.state_dict().keys()
         kl = replace(kl, **{name: found.state["kl"][name] for name in moving})

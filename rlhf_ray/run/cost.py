@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.batch import Rows
 from rlhf_ray.run.directory import RunDirectory
@@ -46,6 +45,23 @@ def spent_before(directory: RunDirectory) -> Spent:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How often a step goes over its tokens.
+
+    Attributes:
+        forwards: of the policy's size: the generator, the reference, the log-probabilities before the update.
+        policy: training passes of the policy.
+        critic: of the critic, which gives its values besides; 0 where there is none.
+        critic_alone: first steps in which the policy does not learn.
+    """
+
+    forwards: int = 1
+    policy: int = 1
+    critic: int = 0
+    critic_alone: int = 0
+
+
+@dataclass(frozen=True)
 class Workload:
     """The models that a step computes with, and the devices it has for that.
 
@@ -59,25 +75,26 @@ class Workload:
     critic: Size | None = None
     devices: float = 1.0
     peak_flops: float | None = None
+    passes: Passes = Passes()
 
-    def mfu(self, config: RunConfig, rows: Rows, step: int, seconds: float) -> float | None:
+    def mfu(self, rows: Rows, step: int, seconds: float) -> float | None:
         """Model FLOPs utilisation of step number `step` (from 0): a share of what the devices could have done.
 
         Counts parameters x tokens, prompts included and padding not: generator and every forward pass 2, training 6
         (4 with LoRA). Attention's quadratic part, the reward model and evaluations are left out.
         """
-        if self.policy is None or self.peak_flops is None or (config.uses_critic and self.critic is None):
+        if self.policy is None or self.peak_flops is None or (self.passes.critic and self.critic is None):
             return None
-        work = self._operations(config, self.policy, step) * sum(rows.lengths)
+        work = self._operations(self.policy, step) * sum(rows.lengths)
         return work / (seconds * self.devices * self.peak_flops)
 
-    def _operations(self, config: RunConfig, policy: Size, step: int) -> float:
+    def _operations(self, policy: Size, step: int) -> float:
         """Of one token of a completion or its prompt."""
-        forwards = 1 + config.uses_reference + config.uses_old_logprobs
-        work = float(FORWARD * policy.base * forwards)
-        if self.critic is not None and config.uses_critic:
-            work += self.critic.parameters * (FORWARD + TRAIN * config.critic.epochs)
-        if not config.uses_critic or step >= config.critic.warmup_steps:
+        passes = self.passes
+        work = float(FORWARD * policy.base * passes.forwards)
+        if self.critic is not None and passes.critic:
+            work += self.critic.parameters * (FORWARD + TRAIN * passes.critic)
+        if step >= passes.critic_alone:
             factor = TRAIN if policy.trained == policy.parameters else TRAIN_ADAPTERS
-            work += factor * policy.parameters * config.learner.epochs
+            work += factor * policy.parameters * passes.policy
         return work

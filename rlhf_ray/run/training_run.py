@@ -124,7 +124,7 @@ class TrainingRun:
         seconds = max(metrics["time/step"], 1e-9)
         metrics["perf/tokens_per_s"] = sum(rows.lengths) / seconds
         metrics["perf/samples_per_s"] = len(rows) / seconds
-        mfu = self.workload.mfu(self.config, rows, step - 1, seconds)
+        mfu = self.workload.mfu(rows, step - 1, seconds)
         if mfu is not None:
             metrics["perf/mfu"] = mfu
         samples = rollout_rows(rows, scores, len(scores.texts), sources)

@@ -15,7 +15,8 @@ from rlhf_ray.clock import Clock
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device, validated
 from rlhf_ray.config.rewards import right_by
-from rlhf_ray.config.schema import EvalConfig, RolloutConfig, RunConfig
+from rlhf_ray.config.schema import EvalConfig, RolloutConfig, RunConfig, SyncConfig
+from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.prompt_sources import load_split
 from rlhf_ray.data.prompts import PromptSet
@@ -41,7 +42,7 @@ from rlhf_ray.roles.reference import AdapterFreeReference
 from rlhf_ray.roles.sft_term import SFTRows
 from rlhf_ray.rollout.order import prompt_stream
 from rlhf_ray.rollout.source import Rollouts
-from rlhf_ray.run.cost import Workload
+from rlhf_ray.run.cost import Passes, Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.observer import find_observer
 from rlhf_ray.run.resume import frozen_clock
@@ -98,7 +99,8 @@ def run_rl(
             )  # fmt: skip
             rollouts = _rollouts(config, roles, train_prompts, sampling_of(config.rollout, stop), run)
             try:
-                canary = _canary(config, tokenizer, max(map(len, train_prompts.token_ids)), hardware)
+                longest = max(map(len, train_prompts.token_ids)) + config.rollout.max_new_tokens
+                canary = _canary(config.sync, tokenizer, longest, hardware, config.seed)
                 result = train(config, roles, rollouts, evaluator, canary, run)
                 if evaluator.best is not None:
                     result["best"] = evaluator.best.found
@@ -112,7 +114,7 @@ def run_rl(
     return directory.read_summary()
 
 
-def hardware_of(config: RunConfig) -> Hardware:
+def hardware_of(config: TrainingRunConfig) -> Hardware:
     """Where the roles compute: on this machine, or on what the cluster's workers have."""
     if config.executor == "ray":
         try:
@@ -309,8 +311,9 @@ def open_roles(
 def _best(config: RunConfig, roles: Roles, directory: RunDirectory) -> BestPolicy | None:
     if config.eval.best_by is None:
         return None
+    measure = measure_of(config.eval, config.judging, config.rollout.max_new_tokens)
     return BestPolicy(
-        config.eval.best_by, roles.learner, directory, measure=measure_of(config), lora=config.model.lora is not None
+        config.eval.best_by, roles.learner, directory, measure=measure, lora=config.model.lora is not None
     )
 
 
@@ -321,7 +324,17 @@ def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:
     if config.critic.path is not None:
         critic = saved_size(config.critic.path)
     peak = None if roles.device_name is None else peak_flops(roles.device_name, assets.hardware.dtype)
-    return Workload(policy, critic, roles.devices, peak)
+    return Workload(policy, critic, roles.devices, peak, passes_a_step(config))
+
+
+def passes_a_step(config: RunConfig) -> Passes:
+    critic = config.critic if config.uses_critic else None
+    return Passes(
+        forwards=1 + config.uses_reference + config.uses_old_logprobs,
+        policy=config.learner.epochs,
+        critic=critic.epochs if critic else 0,
+        critic_alone=critic.warmup_steps if critic else 0,
+    )
 
 
 def sampling_of(rollout: RolloutConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:
@@ -342,10 +355,10 @@ def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sam
     )  # fmt: skip
 
 
-def _canary(config: RunConfig, tokenizer: Any, longest_prompt: int, hardware: Hardware) -> Canary | None:
-    if not config.sync.canary:
+def _canary(sync: SyncConfig, tokenizer: Any, longest: int, hardware: Hardware, seed: int) -> Canary | None:
+    """`longest`: tokens of the longest prompt and answer together."""
+    if not sync.canary:
         return None
-    bound = config.sync.canary_bound or DEFAULT_BOUND[str(hardware.dtype).removeprefix("torch.")]
+    bound = sync.canary_bound or DEFAULT_BOUND[str(hardware.dtype).removeprefix("torch.")]
     # No longer than what the run itself writes, and no tokens that were added later: that fits the model.
-    length = max(2, min(16, longest_prompt + config.rollout.max_new_tokens - 1))
-    return Canary(canary_tokens(tokenizer.vocab_size, length=length, seed=config.seed), bound)
+    return Canary(canary_tokens(tokenizer.vocab_size, length=max(2, min(16, longest - 1)), seed=seed), bound)

@@ -60,8 +60,12 @@ def test_a_number_that_is_not_there_is_refused_at_the_first_evaluation(learner, 
 
 def test_numbers_of_another_measure_are_not_compared(learner, tmp_path, tiny_config):
     """A reward of twice the weight would make every later policy the best one, and half of it none."""
-    one, other = (measure_of(tiny_config(f"rewards.0.weight={weight}")) for weight in (1, 0.5))
-    assert one == measure_of(tiny_config("rewards.0.weight=1", "steps=9", "eval.every=3", "learner.lr=1")) != other
+    def measure(*settings: str) -> str:
+        config = tiny_config(*settings)
+        return measure_of(config.eval, config.judging, config.rollout.max_new_tokens)
+
+    one, other = (measure(f"rewards.0.weight={weight}") for weight in (1, 0.5))
+    assert one == measure("rewards.0.weight=1", "steps=9", "eval.every=3", "learner.lr=1") != other
     directory = RunDirectory(tmp_path / "run")
     consider(BestPolicy("reward", learner, directory, measure=one), learner, {0: 0.1, 10: 0.7})
     (tmp_path / "run" / "config.yaml").write_text("")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.errors import ConfigError, ModelError, RewardError
+from rlhf_ray.roles import factory
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
@@ -229,7 +230,7 @@ def test_a_fixed_kl_coefficient_may_be_changed_when_going_on(tiny_config, tmp_pa
 
 def test_grpo_needs_no_reference_no_critic_and_no_second_forward_pass(tiny_config, tmp_path, read_rows, monkeypatch):
     for name in ("make_reference", "make_critic"):
-        monkeypatch.setattr(start, name, None)  # calling it would be an error
+        monkeypatch.setattr(factory, name, None)  # to make one would be an error
     monkeypatch.setattr(Learner, "logprobs", None)
     run_rl(tiny_config("steps=2", "eval.size=2"), tmp_path / "a")
     for row in read_rows(tmp_path / "a"):

@@ -147,7 +147,8 @@ def test_a_scheduled_target_goes_on_where_it_was(tiny_config, tmp_path):
         "algorithm.kl_coef=0.1", "algorithm.kl_controller=scheduled", "algorithm.kl_target=8",
         "algorithm.kl_target_end=1", "algorithm.kl_horizon=160", "eval.size=2",
     )  # fmt: skip
-    assert new_controller(tiny_config(*settings, "steps=3")) == ScheduledKL(0.1, 8.0, 1.0, span=48, horizon=160)
+    algorithm = tiny_config(*settings).algorithm
+    assert new_controller(algorithm, 48) == ScheduledKL(0.1, 8.0, 1.0, span=48, horizon=160)
     for steps in (2, 3):
         run_rl(tiny_config(*settings, f"steps={steps}"), tmp_path / "a", resume=True)
         state = torch.load(tmp_path / "a" / "checkpoints" / f"step_{steps}" / "state.pt")["kl"]

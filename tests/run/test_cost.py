@@ -9,6 +9,7 @@ from rlhf_ray.models.size import Size
 from rlhf_ray.roles.batch import Rows
 from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.start.rl import passes_a_step
 
 # 10 tokens, prompts included.
 ROWS = Rows(
@@ -34,15 +35,15 @@ def settings(**changes) -> RunConfig:
      2 * 100 * 3 + 50 * (2 + 6 * 2) + 6 * 100 * 4),
 ])  # fmt: skip
 def test_utilisation(changes, policy, step, operations):
-    workload = Workload(policy, Size(50, 50), devices=2, peak_flops=1000.0)
-    assert workload.mfu(settings(**changes), ROWS, step, 4.0) == pytest.approx(10 * operations / (4 * 2 * 1000))
+    workload = Workload(policy, Size(50, 50), devices=2, peak_flops=1000.0, passes=passes_a_step(settings(**changes)))
+    assert workload.mfu(ROWS, step, 4.0) == pytest.approx(10 * operations / (4 * 2 * 1000))
 
 
 def test_utilisation_is_not_guessed():
-    config = settings(algorithm={"name": "ppo"})
-    assert Workload(FULL, None, peak_flops=1.0).mfu(config, ROWS, 0, 1.0) is None, "the critic's size"
-    assert Workload(FULL, FULL).mfu(config, ROWS, 0, 1.0) is None, "the device"
-    assert Workload(None, FULL, peak_flops=1.0).mfu(config, ROWS, 0, 1.0) is None, "the policy's size"
+    passes = passes_a_step(settings(algorithm={"name": "ppo"}))
+    assert Workload(FULL, None, peak_flops=1.0, passes=passes).mfu(ROWS, 0, 1.0) is None, "the critic's size"
+    assert Workload(FULL, FULL, passes=passes).mfu(ROWS, 0, 1.0) is None, "the device"
+    assert Workload(None, FULL, peak_flops=1.0, passes=passes).mfu(ROWS, 0, 1.0) is None, "the policy's size"
 
 
 def test_the_parts_of_a_run_add_up(tmp_path):
