@@ -1,10 +1,11 @@
 """What vLLM can serve, checked before anything loads: it would say so itself only after starting for a minute.
 
-Pure: of a model only its shape is needed, from the settings or from its config.json (`models/served.py`).
+Pure: of a model only its shape is needed, from the settings or from its config.json (`models/fits.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config.schema import GeneratorConfig, RunConfig
@@ -67,6 +68,16 @@ def engine_args_problems(generator: GeneratorConfig) -> list[str]:
     ]
 
 
+def head_size_problems(model: str, size: int, instead: str, known: Sequence[int] = CPU_HEAD_SIZES) -> list[str]:
+    """Of attention heads of this size on a CPU."""
+    if size in known:
+        return []
+    return [
+        f"vLLM on CPU cannot serve {model}: its attention heads have size {size}, and the kernels know "
+        f"{', '.join(map(str, known))}; {instead}"
+    ]
+
+
 def shape_problems(
     model: str, shape: Shape, generator: GeneratorConfig, device: str, *, longest: int, bfloat16: bool, instead: str
 ) -> list[str]:
@@ -78,11 +89,8 @@ def shape_problems(
         instead: what to do about a model that vLLM cannot serve.
     """
     problems, parts = [], generator.tensor_parallel
-    if device == "cpu" and shape.head_size is not None and shape.head_size not in CPU_HEAD_SIZES:
-        problems.append(
-            f"vLLM on CPU cannot serve {model}: its attention heads have size {shape.head_size}, and the kernels know "
-            f"{', '.join(map(str, CPU_HEAD_SIZES))}; {instead}"
-        )
+    if device == "cpu" and shape.head_size is not None:
+        problems += head_size_problems(model, shape.head_size, instead)
     divided = {f"{shape.heads} attention heads": shape.heads}
     if shape.kv_heads is not None and parts % shape.kv_heads:  # fewer than parts: they are repeated
         divided[f"{shape.kv_heads} key and value heads"] = shape.kv_heads

@@ -19,10 +19,10 @@ from rlhf_ray.data.messages import readable
 from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.turn_end import with_turn_ends
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import DataError
 from rlhf_ray.models.devices import choose_hardware
-from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
-from rlhf_ray.models.served import require_served
+from rlhf_ray.models.fits import limits_of, require_end, require_room, require_served, require_tokens
+from rlhf_ray.models.loading import load_tokenizer, stop_token_ids
 from rlhf_ray.rewards.compose import RewardSet, reward_of
 from rlhf_ray.rewards.judge import open_judge
 from rlhf_ray.rewards.reading import Answered
@@ -118,7 +118,7 @@ class AnsweringModel:
     Attributes:
         judging: what scores its answers.
         stop: tokens that end one.
-        positions: of a sequence that the model has seen none beyond; None: it knows no end.
+        limits: what the model can read.
         longest_window: tokens of a sequence whose log-probabilities the generator can give.
     """
 
@@ -132,19 +132,14 @@ class AnsweringModel:
         self.judging = judging
         named = stop_token_ids(assets.policy, tokenizer, trust_remote_code=assets.trust_remote_code)
         self.stop = with_turn_ends(named, tokenizer)
-        shape = load_shape(assets.policy, trust_remote_code=assets.trust_remote_code)
-        self.positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
-        self.longest_window = min(self.positions or 1 << 30, longest_window or 1 << 30)
+        self.limits = limits_of(assets.policy, trust_remote_code=assets.trust_remote_code)
+        self.longest_window = self.limits.longest(longest_window or 1 << 30)
 
     def sample(self, prompts: PromptSet, sampling: SamplingConfig, seed: int) -> Batch:
         """`sampling.samples_per_prompt` answers to each prompt, prompt by prompt."""
-        longest = max(map(len, prompts.token_ids)) + sampling.max_new_tokens
-        if self.positions is not None and longest > self.positions:
-            raise ConfigError(
-                f"{self.assets.policy} has {self.positions} positions, and the longest prompt with "
-                f"sampling.max_new_tokens={sampling.max_new_tokens} needs {longest}; lower sampling.max_new_tokens, or "
-                "set data.max_prompt_tokens and data.overlong_prompts=drop"
-            )
+        longest = max(map(len, prompts.token_ids))
+        require_room(self.limits, longest, sampling.max_new_tokens, "sampling.max_new_tokens")
+        require_tokens(self.limits, self.tokenizer, prompts.token_ids, "the model's tokenizer")
         return self.generator.generate(
             requests_for(prompts, seed, sampling.samples_per_prompt),
             Sampling(
@@ -240,9 +235,5 @@ def check_rewards(config: SampledRunConfig) -> list[str]:
 
 def tokenizer_of(model: SampledModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{model.tokenizer or model.path}: the tokenizer has no EOS token, so no answer could end; "
-            "set eos_token in its tokenizer_config.json"
-        )
+    require_end(tokenizer, model.tokenizer or model.path, "answer")
     return tokenizer

@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from rlhf_ray.config.rewards import SafetyConfig
 from rlhf_ray.data.encoding import without_bos
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.fits import positions_of
 from rlhf_ray.models.loading import load_reward_model
 from rlhf_ray.rewards.reading import Answered, Reader
 
@@ -164,7 +165,7 @@ def load_classifier(path: str, device: str = "cpu") -> Classifier:
 
 def _positions(network: PreTrainedModel) -> int:
     """That a text may take; without a table of positions there is no bound."""
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(network.config)
     if positions is None:
         return sys.maxsize
     for name, module in network.named_modules():

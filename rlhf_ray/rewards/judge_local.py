@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.errors import ModelError, RewardError
 from rlhf_ray.models.devices import choose_hardware
+from rlhf_ray.models.fits import positions_of
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.rewards.failures import Failure
 from rlhf_ray.rewards.judge_questions import Message, Opinion, pair_messages, score_messages
@@ -47,7 +48,7 @@ class LocalJudge:
         self.model = model
         self.tokenizer = tokenizer
         self.moment = config.clock or datetime.now()
-        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.positions = positions_of(model.config)
         self.keeps_last_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     async def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float | Failure]:

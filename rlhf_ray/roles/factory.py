@@ -101,6 +101,7 @@ def make_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorUse)
 
 
 def make_vllm_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorUse) -> Generator:
+    from rlhf_ray.models.fits import limits_of
     from rlhf_ray.roles.generator_vllm import VLLMGenerator
 
     return VLLMGenerator(
@@ -108,7 +109,8 @@ def make_vllm_generator(settings: GeneratorConfig, assets: Assets, use: Generato
         dtype=assets.hardware.dtype,
         transport=use.transport,
         tensor_parallel_size=settings.tensor_parallel,
-        max_model_len=_longest_sequence(assets, use.longest),
+        # What the settings allow, or what the model has positions for: the prompts that there are have been checked.
+        max_model_len=limits_of(assets.policy, trust_remote_code=assets.trust_remote_code).longest(use.longest),
         gpu_memory_utilization=settings.gpu_memory_utilization or (0.4 if use.shares_gpu else 0.8),
         kv_cache_gb=settings.kv_cache_gb_on_cpu,
         enforce_eager=settings.enforce_eager,
@@ -129,14 +131,6 @@ def make_hf_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorU
         batch_size=settings.batch_size,
         kv_cache_gb=settings.kv_cache_gb if assets.hardware.device == "cuda" else settings.kv_cache_gb_on_cpu,
     )
-
-
-def _longest_sequence(assets: Assets, allowed: int) -> int:
-    """What the settings allow, or what the model has positions for: the prompts that there are have been checked."""
-    from rlhf_ray.models.loading import load_shape
-
-    shape = load_shape(assets.policy, trust_remote_code=assets.trust_remote_code).get_text_config()
-    return min(allowed, getattr(shape, "max_position_embeddings", None) or allowed)
 
 
 def make_reference(passes: LearnerConfig, assets: Assets, temperature: float) -> Reference:

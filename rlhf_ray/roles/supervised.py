@@ -21,6 +21,7 @@ from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.models.fits import positions_of
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
 from rlhf_ray.roles.division import Plan, plan_items
@@ -201,7 +202,7 @@ class SupervisedTrainer:
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """Greedy completions as text. Collective: all ranks write the same, which keeps sharded weights in step."""
-        answers, positions = [], getattr(self.engine.module.config, "max_position_embeddings", None) or sys.maxsize
+        answers, positions = [], positions_of(self.engine.module.config) or sys.maxsize
         for prompt in prompts:
             tokens_1T = torch.tensor([list(prompt)], device=self.engine.device)
             written = self.engine.module.generate(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.config.vllm_limits import head_size_problems
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.library_logs import quiet, wanted
 from rlhf_ray.roles.protocols import Sampling
@@ -225,12 +226,9 @@ def _check_head_size(llm: Any, model: str) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size, known = llm.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in known:
-        raise ModelError(
-            f"vLLM on CPU cannot serve {model}: its attention heads have size {size}, and the kernels know "
-            f"{', '.join(map(str, known))}; choose model.scratch.hidden_size and model.scratch.heads accordingly, "
-            "or set generator.engine=hf"
-        )
+    instead = "choose model.scratch.hidden_size and model.scratch.heads accordingly, or set generator.engine=hf"
+    if problems := head_size_problems(model, size, instead, known):
+        raise ModelError(*problems)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,15 @@ from rlhf_ray.data.prompt_sources import load_split
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import described
 from rlhf_ray.data.turn_end import with_turn_ends
-from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.loops.evaluate import Evaluator
 from rlhf_ray.loops.export import export
 from rlhf_ray.loops.rl import train
 from rlhf_ray.models.devices import Hardware, choose_hardware
+from rlhf_ray.models.fits import limits_of, require_critic_fits, require_end, require_policy_fits, require_served
 from rlhf_ray.models.flops import device_name, peak_flops
 from rlhf_ray.models.loading import load_shape, load_tokenizer, stop_token_ids
-from rlhf_ray.models.served import require_served
 from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.rewards.compose import reward_of
 from rlhf_ray.roles.advantages import AdvantageEstimator
@@ -171,74 +171,23 @@ def check_inputs(
         load_tokenizer(path)
         load_shape(path)
     tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no completion "
-            "could end; set eos_token in its tokenizer_config.json"
-        )
+    require_end(tokenizer, config.model.tokenizer.path or config.model.path, "completion")
     train, held_out = load_data(config, tokenizer)
     prompt_stream(train, config.rollout.order, config.seed)
-    longest = _check_policy_fits(config, tokenizer, [*train.token_ids, *held_out.token_ids])
-    if not config.model.path.startswith("scratch:"):
-        require_served(
-            config.model.path, config.generator, device,
-            longest=config.longest_sequence, bfloat16=config.dtype == "bfloat16",
-            trust_remote_code=config.model.trust_remote_code,
-        )  # fmt: skip
+    prompts, new = [*train.token_ids, *held_out.token_ids], config.rollout.max_new_tokens
+    path, trust = config.model.path, config.model.trust_remote_code
+    require_policy_fits(limits_of(path, trust_remote_code=trust), tokenizer, prompts, new)
+    require_served(
+        path, config.generator, device, longest=config.longest_sequence, bfloat16=config.dtype == "bfloat16",
+        trust_remote_code=trust,
+    )  # fmt: skip
     if config.uses_critic and config.critic.path is not None:
-        _check_critic_fits(config, tokenizer, longest)
+        critic = limits_of(config.critic.path, trust_remote_code=trust)
+        require_critic_fits(critic, tokenizer, max(map(len, prompts)), new)
     sft = config.sft_data and load_sft_data(
         config.sft_data, config.model, tokenizer, seed=config.seed, clock=config.clock
     )
     return tokenizer, train, held_out, sft
-
-
-def _check_policy_fits(config: RunConfig, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> int:
-    """Beyond its last position or token a model has no embedding: an index error in a run, or worse on a GPU.
-
-    Returns the length of the longest prompt.
-    """
-    path, longest = config.model.path, max(map(len, prompts))
-    if path.startswith("scratch:"):
-        return longest  # made to fit; config/checks.py knows its length
-    shape = load_shape(path, trust_remote_code=config.model.trust_remote_code)
-    if getattr(shape, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{path} holds packed (quantised) weights, and the generators could not take the numbers that the learner "
-            "sends; name the full-precision model, and to train it in 4 bits set model.lora.quantize=nf4"
-        )
-    shape = shape.get_text_config()
-    _check_positions(path, shape, longest, config.rollout.max_new_tokens)
-    highest, vocab_size = max(tokenizer.eos_token_id, *map(max, prompts)), shape.vocab_size
-    if highest >= vocab_size:
-        raise ModelError(
-            f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {vocab_size} embeddings of "
-            f"{path}: the tokenizer is another model's, or got tokens that the model did not; "
-            "set model.tokenizer.path to the right one, or resize the model's embeddings"
-        )
-    return longest
-
-
-def _check_critic_fits(config: RunConfig, tokenizer: Any, longest: int) -> None:
-    """It reads whatever the policy writes. Embeddings beyond the tokenizer's are padding, often of another size."""
-    path, written = config.critic.path, len(tokenizer)
-    shape = load_shape(path, trust_remote_code=config.model.trust_remote_code).get_text_config()
-    _check_positions(path, shape, longest, config.rollout.max_new_tokens)
-    if shape.vocab_size < written:
-        raise ModelError(
-            f"critic.path={path} has {shape.vocab_size} embeddings, and the policy writes {written} different tokens; "
-            "name a model with the policy's tokenizer and at least its vocabulary, or leave critic.path empty"
-        )
-
-
-def _check_positions(path: str, shape: Any, longest: int, new: int) -> None:
-    positions = getattr(shape, "max_position_embeddings", None)
-    if positions is not None and longest + new > positions:
-        raise ConfigError(
-            f"the longest prompt has {longest} tokens, and with rollout.max_new_tokens={new} that is more than the "
-            f"{positions} positions of {path}; lower rollout.max_new_tokens, or set data.max_prompt_tokens and "
-            "data.overlong_prompts=drop"
-        )
 
 
 def load_data(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet]:

@@ -14,8 +14,8 @@ from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.datasets import load_supervised
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.errors import DataError
+from rlhf_ray.models.fits import limits_of, require_rows_fit
 from rlhf_ray.roles.sft_term import SFTRows
-from rlhf_ray.start.supervised_inputs import check_rows_fit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def load_sft_data(
         examples, _ = load_supervised(data, tokenizer, seed=seed, on_report=reports.append, clock=clock)
     except DataError as error:
         raise DataError(f"sft_data (where it says data.*, sft_data.* is meant): {error}") from error
-    check_rows_fit(model, tokenizer, [example.token_ids for example in examples], "sft_data")
+    limits = limits_of(model.path, trust_remote_code=model.trust_remote_code)
+    require_rows_fit(limits, tokenizer, [example.token_ids for example in examples], "sft_data")
     counts = Counter(example.source for example in examples)
     parts = tuple(Part(part.name, counts[part.name], part.weight) for part in data.parts)
     return SFTData(SFTRows(tuple(examples), parts, data.batch_size), tuple(reports))

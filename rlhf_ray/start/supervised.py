@@ -16,9 +16,9 @@ from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, Supervise
 from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.stream import Part, described
-from rlhf_ray.errors import ModelError
 from rlhf_ray.loops.export import export
 from rlhf_ray.loops.supervised import TRAIN_SAMPLE, Batches, Judged, Trainer, train
+from rlhf_ray.models.fits import require_end
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.supervised_factory import make_trainer
@@ -103,11 +103,7 @@ def check_inputs(
     """
     require(needs_of(config))
     tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{config.model.tokenizer.path or config.model.path}: the tokenizer has no EOS token, so no text "
-            "could end; set eos_token in its tokenizer_config.json"
-        )
+    require_end(tokenizer, config.model.tokenizer.path or config.model.path, "text")
     splits, plain = load_splits(config, tokenizer, note)
     check_model_fits(config, tokenizer, splits)
     return tokenizer, splits, plain

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
 from rlhf_ray.config.given import Given
-from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.config.supervised import ClassifierConfig, DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.datasets import load_labelled, load_labelled_answers, load_pairs, load_supervised
@@ -21,9 +20,10 @@ from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.templates import alpaca_prompt
-from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.errors import DataError
+from rlhf_ray.models.fits import limits_of, require_rows_fit
 from rlhf_ray.models.folders import save_folder
-from rlhf_ray.models.loading import load_shape, load_tokenizer
+from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.supervised_factory import labels_of
@@ -110,35 +110,11 @@ def load_splits(
 
 
 def check_model_fits(config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
-    """Beyond its last position or token a model has no embedding: an index error in a run, or worse on a GPU.
-
-    Raises ConfigError, ModelError.
-    """
+    """Raises ConfigError, ModelError; DataError for a label without a name."""
     labels_of(config, splits)  # a label without a name is found before anything is made
-    check_rows_fit(config.model, tokenizer, [ids for items in splits.values() for item in items for ids in _ids(item)])
-
-
-def check_rows_fit(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], name: str = "data"
-) -> None:
-    """`name`: of the section that says where the rows come from. Raises as `check_model_fits` does."""
-    path = model.path
-    if path.startswith("scratch:"):
-        return  # made to fit; the config's own checks know its length
-    shape = load_shape(path, trust_remote_code=model.trust_remote_code).get_text_config()
-    positions, longest = getattr(shape, "max_position_embeddings", None), max(map(len, rows))
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"the longest row has {longest} tokens, and {path} has {positions} positions; set {name}.max_length="
-            f"{positions}, with {name}.overlong=truncate or drop"
-        )
-    highest = max(map(max, rows))
-    if highest >= shape.vocab_size:
-        raise ModelError(
-            f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {shape.vocab_size} "
-            f"embeddings of {path}: the tokenizer is another model's, or got tokens that the model did not; "
-            "set model.tokenizer.path to the right one, or resize the model's embeddings"
-        )
+    rows = [ids for items in splits.values() for item in items for ids in _ids(item)]
+    limits = limits_of(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    require_rows_fit(limits, tokenizer, rows)
 
 
 def _ids(item: Any) -> list[tuple[int, ...]]:

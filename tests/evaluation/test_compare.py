@@ -227,7 +227,7 @@ def test_rows_that_one_model_cannot_read_are_left_out_for_all(config, table, tmp
     [({"win_rate": {"by": "sentimant"}}, "win_rate.by=sentimant is none of judge, reward, exact_answer"),
      ({"pass_at": {"reward": "exact"}}, "pass_at.reward=exact is none of the rewards; choose one of exact_answer"),
      ({"rewards": [{"function": "exakt_answer"}]}, "did you mean 'exact_answer'"),
-     ({"sampling": {"max_new_tokens": 20, "samples_per_prompt": 2}}, r"has 16 positions, and .* needs 26")],
+     ({"sampling": {"max_new_tokens": 20, "samples_per_prompt": 2}}, "has 6 tokens, and with sampling.*=20 .* 16 pos")],
 )  # fmt: skip
 def test_what_people_get_wrong_is_refused_before_anything_is_sampled(config, table, changes, message):
     made = table(base=(wrong, 0.5), tuned=(wrong, 0.5))

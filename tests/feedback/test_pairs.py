@@ -132,7 +132,7 @@ def test_agreement_with_people(config, table, judge, dialogues, folders):
     table(base=(lambda r, m: "abc"[m], 0.5))
     judge(Judge(gap=2.0))
     wide = {"samples_per_prompt": 3, "max_new_tokens": 1}
-    with pytest.raises(ConfigError, match="has 16 positions"):
+    with pytest.raises(ConfigError, match="more than the 16 positions"):
         make_pairs(config(judge={"model": "j"}, data=dialogues))
     from rlhf_ray.models.loading import load_policy
     from rlhf_ray.models.scratch import build_scratch

@@ -16,6 +16,7 @@ from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, St
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
+from rlhf_ray.roles import factory
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.start import rl as start
 from rlhf_ray.start import warm_start
@@ -259,13 +260,13 @@ def test_no_space_even_for_the_summary(config, tmp_path, full_disk, monkeypatch)
 @pytest.fixture
 def failing_start(monkeypatch):
     """Fails after the warm start and before the first step, until it is mended."""
-    real = start.make_learner
+    real = factory.make_learner
 
     def fail(*args):
         raise ModelError("the learner does not fit; use a smaller one")
 
-    monkeypatch.setattr(start, "make_learner", fail)
-    return lambda: monkeypatch.setattr(start, "make_learner", real)
+    monkeypatch.setattr(factory, "make_learner", fail)
+    return lambda: monkeypatch.setattr(factory, "make_learner", real)
 
 
 @pytest.mark.slow
@@ -304,7 +305,7 @@ def test_resume_does_not_take_a_failed_start_for_the_newest_run(config, tmp_path
     failing_start()
     first = run_rl(config())
     assert first["run_dir"].startswith("runs/tiny-")
-    monkeypatch.setattr(start, "make_learner", None)
+    monkeypatch.setattr(factory, "make_learner", None)
     with pytest.raises(TypeError):
         run_rl(config())
     failing_start()

@@ -25,9 +25,10 @@ from rlhf_ray.data.rows import placed
 from rlhf_ray.data.templates import set_chat_template
 from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.data.values import check_text
-from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.evaluation.answers import prompt_text
 from rlhf_ray.models.devices import choose_hardware
+from rlhf_ray.models.fits import Limits, room_behind
 from rlhf_ray.models.loading import load_policy, load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
@@ -124,7 +125,7 @@ class Writer:
             raise ModelError(
                 f"{self.path}: a reward model or a classifier, which scores texts and writes none; name a policy"
             )
-        self._positions: int | None = getattr(shape.get_text_config(), "max_position_embeddings", None)
+        self._limits = Limits.of(self.path, shape)
         self._hardware = choose_hardware(config.device)
         self._generator: HFGenerator | None = None
 
@@ -155,7 +156,7 @@ class Writer:
         """The prompts of a data file of any type, or the lines of a text file. Raises DataError, with file and line."""
         prompts = load_prompts(source, self.tokenizer, template=self.style, **self._rendering)
         for example, ids in zip(prompts.examples, prompts.token_ids, strict=True):
-            self._room(ids, f"{example.where}: the prompt")
+            room_behind(self._limits, ids, self.config.max_new_tokens, f"{example.where}: the prompt")
         return prompts
 
     def encode(self, prompt: Prompt, what: str = "the prompt") -> Tokens:
@@ -164,7 +165,7 @@ class Writer:
             with placed(what):
                 check_text(prompt)
         ids = self._encoder.prompt(prompt)[1]
-        self._room(ids, what)
+        room_behind(self._limits, ids, self.config.max_new_tokens, what)
         return ids
 
     def answer(self, ids: Tokens, position: int = 0, live: LiveText | None = None) -> Answer:
@@ -180,7 +181,7 @@ class Writer:
 
     def _written(self, prompts: Sequence[Tokens], position: int, live: LiveText | None) -> list[Answer]:
         answers: dict[int, Answer] = {}
-        limits = [min(self.config.max_new_tokens, self._room(ids)) for ids in prompts]
+        limits = [room_behind(self._limits, ids, self.config.max_new_tokens) for ids in prompts]
         for limit in sorted(set(limits)):
             rows = [row for row, own in enumerate(limits) if own == limit]
             requests = [
@@ -198,17 +199,6 @@ class Writer:
         """Of an answer in a conversation its own text; of a continuation the text as it reads behind its prompt."""
         behind = None if self.chats else self._text.decode_behind(prompt[-_BEHIND:], ids)
         return self._text.decode([ids])[0] if behind is None else behind
-
-    def _room(self, ids: Tokens, what: str = "the prompt") -> int:
-        """Tokens that can be written behind a prompt; at least one, or a DataError."""
-        if self._positions is None:
-            return self.config.max_new_tokens
-        if len(ids) >= self._positions:
-            raise DataError(
-                f"{what} has {len(ids)} tokens, and {self.path} has {self._positions} positions, so nothing can be "
-                "written behind it; shorten it"
-            )
-        return self._positions - len(ids)
 
 
 def _style(config: GenerateConfig, model: Named, has_template: bool) -> Any:
