@@ -1,4 +1,4 @@
-"""CPU seconds that a step costs the process of the loop on Ray, where thousands of rows are a step and roles do nothing.
+"""What a step of thousands of rows costs the process of the loop on Ray, in CPU time, where its roles do nothing.
 
     python benchmarks/driver.py [CHECKOUT ...] [--rows 16384] [--group 16] [--ranks 2] [--generators 2] [--rounds 2]
 
@@ -40,8 +40,8 @@ def measure(checkout: Path, args: argparse.Namespace, profile: Path | None = Non
     """One run of this checkout: what each step has cost, without the first."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "steps.jsonl"
-        env = {**os.environ, "PYTHONPATH": f"{IDLE}:{checkout}", "DRIVER_OUT": str(out), "DRIVER_CHECKOUT": f"{checkout}/"}
-        env |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+        env |= {"PYTHONPATH": f"{IDLE}:{checkout}", "DRIVER_CHECKOUT": f"{checkout}/", "DRIVER_OUT": str(out)}
         env.pop("DRIVER_PROFILE", None)
         if profile is not None:
             env["DRIVER_PROFILE"] = str(profile)

@@ -18,14 +18,14 @@ from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import GeneratorHost
 from rlhf_ray.remote.proxy import proxy
-from rlhf_ray.remote.requests import PackedRequests
 from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Generator, Request, Sampling
+from rlhf_ray.roles.requests import Requests
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-Split = Callable[[Sequence[Request]], list[Sequence[Request]]]
+Split = Callable[[Requests], list[Requests]]
 
 
 class RemoteGenerators(GeneratorsClient):
@@ -52,17 +52,17 @@ class RemoteGenerators(GeneratorsClient):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> RemoteBatch:
         """What the prompts say beside their tokens stays here, for those who judge the answers."""
+        requests = Requests.of(requests)
         parts, rows, start = [], [], 0
-        for worker, ref, found in self._pieces(self.split(requests), sampling):
+        for worker, ref, found in self._pieces(self.split(requests.without_texts()), sampling):
             places = np.arange(len(found))
             parts.append(Part(worker, ref, places, start + places))
             rows.append(found)
             start += len(found)
-        prompts = {request.prompt_id: (request.columns, request.chat) for request in requests}
-        return RemoteBatch(tuple(parts), Rows.cat(rows), prompts)
+        return RemoteBatch(tuple(parts), Rows.cat(rows), requests.texts_by_id)
 
     def _pieces(
-        self, chunks: Sequence[Sequence[Request]], sampling: Sampling
+        self, chunks: Sequence[Requests], sampling: Sampling
     ) -> list[tuple[Worker, ObjectRef, Rows]]:
         """(who wrote it, reference to a Packed, its rows) of each chunk, in order."""
         waiting, idle = deque(enumerate(chunks)), deque(self.generators)
@@ -72,7 +72,7 @@ class RemoteGenerators(GeneratorsClient):
             while waiting and idle:
                 index, chunk = waiting.popleft()
                 call = idle.popleft().start(
-                    GeneratorHost.generate, PackedRequests.of(chunk), sampling, deadline=self.group.deadline
+                    GeneratorHost.generate, chunk, sampling, deadline=self.group.deadline
                 )
                 running[call] = index
             call, rows = self.group.crew.next_done(list(running))

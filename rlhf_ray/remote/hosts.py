@@ -18,11 +18,11 @@ from torch import Tensor
 from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.packed import Packed, Ragged, pack
-from rlhf_ray.remote.requests import PackedRequests
 from rlhf_ray.remote.slices import Delivery, cut, received
 from rlhf_ray.roles.batch import Batch, Rows
 from rlhf_ray.roles.division import RankBatch
 from rlhf_ray.roles.protocols import Estimate, Sampling
+from rlhf_ray.roles.requests import Requests
 
 BATCH = "<the batch>"  # stands in for it among the arguments of a call
 COLUMN = "column"  # a column that is a call's only result
@@ -92,8 +92,8 @@ def kept(result: Any, batch: Batch) -> tuple[Packed | None, Answer]:
 class GeneratorHost(RoleHost):
     @reported
     @ray.method(num_returns=2)
-    def generate(self, requests: PackedRequests, sampling: Sampling) -> tuple[Packed, Rows]:
-        batch = self.role.generate(requests.requests(), sampling)
+    def generate(self, requests: Requests, sampling: Sampling) -> tuple[Packed, Rows]:
+        batch = self.role.generate(requests, sampling)
         return pack(batch), batch.rows
 
     @reported

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from rlhf_ray.algo.schedules import linear
@@ -17,8 +18,9 @@ from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.roles.batch import Batch, Rows, gather
-from rlhf_ray.roles.protocols import Gather, Request, Sampling, Scores
-from rlhf_ray.roles.seeds import sample_seed
+from rlhf_ray.roles.protocols import Gather, Sampling, Scores
+from rlhf_ray.roles.requests import Requests
+from rlhf_ray.roles.seeds import SampleSeeds
 from rlhf_ray.rollout.groups import Answers, gathered
 from rlhf_ray.rollout.ledger import Outcome
 from rlhf_ray.rollout.order import prompt_stream
@@ -52,35 +54,41 @@ class Asking:
         """Those of them that come from the data."""
         return self.config.reference_answers
 
-    def requests(self, positions: Sequence[int], step: int = 0) -> list[Request]:
+    def requests(self, positions: Sequence[int], step: int = 0) -> Requests:
         """`members` requests for each position of the prompt stream."""
+        asked, members = [self.stream[position] for position in positions], self.members
+        examples = [self.prompts.examples[index] for _, index in asked]
+        position_N = np.repeat(np.asarray(positions, np.int64), members)
+        member_N = np.tile(np.arange(members), len(positions))
+        own = self._temperatures(step)
+        return Requests(
+            tokens=tuple(self.prompts.token_ids[index] for _, index in asked),
+            texts=tuple(({**example.columns, "prompt": example.prompt}, example.chat) for example in examples),
+            prompt=np.repeat(np.arange(len(positions), dtype=np.int32), members),
+            prompt_id=position_N,
+            sample_id=position_N * members + member_N,
+            seed=SampleSeeds(self.seed, position_N, member_N),
+            temperature=None if own.count(None) == members else np.tile(np.asarray(own, np.float64), len(positions)),
+            answers={
+                group * members + member: self._answer(epoch, index, member)
+                for group, (epoch, index) in enumerate(asked)
+                for member in range(self.sampled, self.config.group_size)
+            },
+        )
+
+    def _temperatures(self, step: int) -> list[float | None]:
+        """Of each member; None: the one that all are sampled at."""
         config = self.config
         moved = config.temperature_end and linear(config.temperature, config.temperature_end, step, self.steps)
-        return [self._request(position, member, moved) for position in positions for member in range(self.members)]
+        heat = [config.temperatures[i % len(config.temperatures)] if config.temperatures else moved
+                for i in range(self.sampled)]  # fmt: skip
+        return heat + [moved] * self.given + [0.0] * self.greedy
 
-    def _request(self, position: int, member: int, temperature: float | None) -> Request:
-        config = self.config
-        epoch, index = self.stream[position]
-        example = self.prompts.examples[index]
-        answer = None
-        if member == config.group_size:
-            temperature = 0.0
-        elif member >= self.sampled:
-            # Every epoch goes on where the last one stopped in the pool.
-            pool = self.prompts.answers[index]
-            answer = pool[(epoch * self.given + member - self.sampled) % len(pool)]
-        elif config.temperatures:
-            temperature = config.temperatures[member % len(config.temperatures)]
-        return Request(
-            prompt_id=position,
-            sample_id=position * self.members + member,
-            token_ids=self.prompts.token_ids[index],
-            seed=sample_seed(self.seed, position, member),
-            columns={**example.columns, "prompt": example.prompt},
-            chat=example.chat,
-            temperature=temperature,
-            answer=answer,
-        )
+    def _answer(self, epoch: int, index: int, member: int) -> tuple[int, ...]:
+        """That this member is given."""
+        # Every epoch goes on where the last one stopped in the pool.
+        pool = self.prompts.answers[index]
+        return pool[(epoch * self.given + member - self.sampled) % len(pool)]
 
     def sources_of(self, rows: Rows) -> tuple[str, ...]:
         """The name of each row's source; empty where there is only one path."""
@@ -160,8 +168,9 @@ class LearningRows:
         if self.algorithm.advantage_facts.baseline == "greedy":
             columns["baseline"] = torch.cat([answers.greedy_scores(chosen) for answers, _ in parts])
         if self.own_temperatures:
-            own = [answers.requests[row].temperature for answers, rows in parts for row in rows]
-            columns["temperature"] = torch.tensor([self.sampling.temperature if t is None else t for t in own])
+            own_B = np.concatenate([answers.requests.temperature[rows] for answers, rows in parts])
+            heat_B = np.where(np.isnan(own_B), self.sampling.temperature, own_B)
+            columns["temperature"] = torch.from_numpy(heat_B.astype(np.float32))
         return gathered(choice.rounds, chosen, self.gather).replace(**columns), scores
 
     def _with_overlong_penalty(self, scores: Scores, length_B: torch.Tensor) -> Scores:

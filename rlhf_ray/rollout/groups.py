@@ -9,7 +9,8 @@ import torch
 
 from rlhf_ray.algo.groups import informative_groups
 from rlhf_ray.roles.batch import Batch, Rows, gather
-from rlhf_ray.roles.protocols import Gather, Request, Scores
+from rlhf_ray.roles.protocols import Gather, Scores
+from rlhf_ray.roles.requests import Requests
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,20 @@ class Group:
         }
 
 
-def groups_of(requests: Sequence[Request], members: int, version: int) -> tuple[Group, ...]:
+def groups_of(requests: Requests, members: int, version: int) -> tuple[Group, ...]:
     """The groups of so many members that the answers to these requests make up; all are made up alike."""
-    first = requests[:members]
+    first = list(requests[:members])
     learned = [member for member, request in enumerate(first) if request.temperature != 0]
     given = [member for member in learned if first[member].answer is not None]
     greedy = next((member for member, request in enumerate(first) if request.temperature == 0), None)
     return tuple(
         Group(
-            requests[start].prompt_id, version, tuple([start + member for member in learned]),
+            position, version, tuple([start + member for member in learned]),
             frozenset([start + member for member in given]), None if greedy is None else start + greedy,
         )
-        for start in range(0, len(requests), members)
+        for start, position in zip(
+            range(0, len(requests), members), requests.prompt_id[::members].tolist(), strict=True
+        )
     )  # fmt: skip
 
 
@@ -52,7 +55,7 @@ def groups_of(requests: Sequence[Request], members: int, version: int) -> tuple[
 class Answers:
     """The answers to some prompts that were asked for together, before anyone chooses among them."""
 
-    requests: Sequence[Request]
+    requests: Requests
     groups: Sequence[Group]
     batch: Batch
     rows: Rows
@@ -75,14 +78,14 @@ class Answers:
         prompts, keep_B = {group.position for group in self.groups}, self.scores.keep
         if keep_B is None:
             return prompts
-        return prompts - {r.prompt_id for r, keep in zip(self.requests, keep_B.tolist(), strict=True) if not keep}
+        return prompts - set(self.requests.prompt_id[~keep_B.numpy()].tolist())
 
     def informative(self) -> set[int]:
         """Those whose answers earn different rewards."""
         rows = self.rows_of(self.judged())
-        prompts = [self.requests[row].prompt_id for row in rows]
-        keep_B = informative_groups(self.scores.score[rows], torch.tensor(prompts, dtype=torch.long))
-        return {prompt for prompt, keep in zip(prompts, keep_B.tolist(), strict=True) if keep}
+        prompt_B = torch.from_numpy(self.requests.prompt_id[rows])
+        keep_B = informative_groups(self.scores.score[rows], prompt_B)
+        return set(prompt_B[keep_B].tolist())
 
 
 def joined(rounds: Sequence[Answers], positions: Set[int]) -> tuple[Rows, Scores]:

@@ -19,7 +19,8 @@ from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.loops.export import export
 from rlhf_ray.models.loading import stop_token_ids
 from rlhf_ray.roles.factory import Assets
-from rlhf_ray.roles.protocols import Request, Roles, Sampling
+from rlhf_ray.roles.protocols import Roles, Sampling
+from rlhf_ray.roles.requests import Requests
 from rlhf_ray.rollout.choose import Asking
 from rlhf_ray.start.rl import check_inputs, hardware_of, open_roles, own_hardware, sampling_of
 from rlhf_ray.start.warm_start import starting_policy
@@ -45,7 +46,7 @@ class Session:
     held_out: PromptSet
     sampling: Sampling
 
-    def requests(self, step: int) -> list[Request]:
+    def requests(self, step: int) -> Requests:
         """What the run of this config would ask its generator at a step, from 0: `rollout.prompts_per_step` prompts,
         `rollout.group_size` times each, one prompt's behind each other. A function of seed and step alone."""
         config = self.config

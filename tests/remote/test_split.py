@@ -5,18 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.remote.requests import PackedRequests
 from rlhf_ray.remote.split import even_pieces, fixed_pieces
 from rlhf_ray.roles.protocols import Request
+from rlhf_ray.roles.requests import Requests
 
 
-def requests_of(*groups: tuple[int, int]) -> list[Request]:
+def requests_of(*groups: tuple[int, int]) -> Requests:
     """(answers, prompt tokens) of each group."""
-    return [
+    return Requests.of([
         Request(prompt, 100 * prompt + member, (0,) * tokens, seed=0)
         for prompt, (answers, tokens) in enumerate(groups)
         for member in range(answers)
-    ]
+    ])
 
 
 def prompts_of(pieces) -> list[list[int]]:
@@ -51,18 +51,6 @@ def test_fewer_groups_than_generators():
 def test_even_pieces_lose_nothing_and_split_no_group(groups, count, new_tokens):
     requests = requests_of(*groups)
     pieces = even_pieces(requests, count, new_tokens)
-    assert [r for piece in pieces for r in piece] == requests
+    assert [r for piece in pieces for r in piece] == list(requests)
     assert 1 <= len(pieces) <= count and all(pieces)
     assert all(a[-1].prompt_id != b[0].prompt_id for a, b in zip(pieces, pieces[1:], strict=False))
-
-
-def test_requests_travel_without_the_texts_of_their_prompts():
-    prompt, far = (5, 6), 2**62 + 1
-    requests = [
-        Request(-1, -2, prompt, far, columns={"answer": "long"}, chat="chat"),
-        Request(-1, -1, prompt, 7, temperature=0.5), Request(4, 9, (5,), 8, answer=(3, 1)),
-    ]  # fmt: skip
-    packed = PackedRequests.of(requests)
-    assert len(packed.prompts) == 2, "the members of a group have one prompt"
-    assert packed.requests() == [Request(-1, -2, prompt, far), *requests[1:]]
-    assert PackedRequests.of(requests[2:]).temperatures == ()
