@@ -23,7 +23,7 @@ from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.protocols import Request
-from rlhf_ray.sync.in_process import InProcessSender
+from rlhf_ray.sync.sender import InProcessSender
 
 SHAPES = ((56, 16, 6, 4), (4, 16, 32, 32), (4, 8, 128, 32), (2, 8, 512, 64), (2, 8, 64, 256), (2, 8, 16, 512))
 VOCAB = 1000

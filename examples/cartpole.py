@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.algo.advantages import gae, reinforce_pp
-from rlhf_ray.algo.aggregation import loss_weights
-from rlhf_ray.algo.masks import masked_whiten
+from rlhf_ray.algo.aggregation import loss_weights, masked_whiten
 from rlhf_ray.algo.policy_losses import clipped_loss, policy_gradient_loss, ratio_stats
 from rlhf_ray.algo.value_losses import clipped_value_loss
 

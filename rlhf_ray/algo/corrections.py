@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.masks import masked_mean, masked_sum
+from rlhf_ray.algo.aggregation import masked_mean, masked_sum
 from rlhf_ray.algo.policy_losses import log_ratio
 
 LEVELS = ("token", "sequence", "geometric")

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.masks import masked_mean, masked_sum
+from rlhf_ray.algo.aggregation import masked_mean, masked_sum
 
 MAX_LOG_RATIO = 20.0
 Number = TypeVar("Number", Tensor, float)

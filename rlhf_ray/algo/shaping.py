@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.groups import centre_and_size, group_std
+from rlhf_ray.algo.advantages import centre_and_size, group_std
 
 _SMALLEST_SCALE = 1e-8
 

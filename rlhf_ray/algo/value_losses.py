@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.algo.masks import masked_sum
+from rlhf_ray.algo.aggregation import masked_sum
 
 
 def clipped_value_loss(

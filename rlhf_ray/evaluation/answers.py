@@ -29,7 +29,7 @@ from rlhf_ray.rewards.reading import Answered
 from rlhf_ray.roles.batch import Batch, Rows
 from rlhf_ray.roles.factory import Assets, GeneratorUse, make_generator, make_reward
 from rlhf_ray.roles.protocols import Generator, Request, Sampling, Scores
-from rlhf_ray.roles.seeds import sample_seed
+from rlhf_ray.sample import sample_seed
 
 
 @dataclass(frozen=True)

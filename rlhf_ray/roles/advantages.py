@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algo.advantages import MovingBaseline, discounted_returns, gae
+from rlhf_ray.algo.aggregation import masked_sum
 from rlhf_ray.algo.kl import kl_estimate
-from rlhf_ray.algo.masks import masked_sum
 from rlhf_ray.algo.shaping import MomentsBySource, clip_reward, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import explained_variance, value_stats
 from rlhf_ray.config.algorithm import AlgorithmConfig

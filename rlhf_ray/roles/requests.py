@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_ray.data.chat import Chat
 from rlhf_ray.roles.protocols import Request
-from rlhf_ray.roles.seeds import SampleSeeds
+from rlhf_ray.sample import SampleSeeds
 
 Texts = tuple[Mapping[str, Any], Chat | None]  # a prompt's columns, and what it is as a conversation
 

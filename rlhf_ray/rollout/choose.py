@@ -20,10 +20,10 @@ from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.roles.batch import Batch, Rows, gather
 from rlhf_ray.roles.protocols import Gather, Sampling, Scores
 from rlhf_ray.roles.requests import Requests
-from rlhf_ray.roles.seeds import SampleSeeds
 from rlhf_ray.rollout.groups import Answers, gathered
 from rlhf_ray.rollout.ledger import Outcome
 from rlhf_ray.rollout.order import prompt_stream
+from rlhf_ray.sample import SampleSeeds
 
 
 class Asking:

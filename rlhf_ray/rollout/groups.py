@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_ray.algo.groups import informative_groups
+from rlhf_ray.algo.advantages import informative_groups
 from rlhf_ray.roles.batch import Batch, Rows, gather
 from rlhf_ray.roles.protocols import Gather, Scores
 from rlhf_ray.roles.requests import Requests

@@ -19,11 +19,10 @@ from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory, ended_by
-from rlhf_ray.run.metrics import Metrics
+from rlhf_ray.run.loggers import Metrics, Recorder, rollout_rows
 from rlhf_ray.run.observer import Alarm, Observer, Observers, StepRecord
-from rlhf_ray.run.recorder import Recorder, rollout_rows
+from rlhf_ray.run.progress import Screen
 from rlhf_ray.run.resume import changes_to_say, refuse_other_beginnings
-from rlhf_ray.run.screen import Screen
 from rlhf_ray.run.storage import to_json, write_atomically
 from rlhf_ray.run.timer import Timer
 

@@ -9,8 +9,7 @@ import torch
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.sync.buckets import bucket_bytes
 from rlhf_ray.sync.cuda_sender import CudaSender
-from rlhf_ray.sync.in_process import InProcessSender
-from rlhf_ray.sync.sender import WeightSender
+from rlhf_ray.sync.sender import InProcessSender, WeightSender
 from rlhf_ray.sync.shared_memory import SharedMemorySender
 
 TRANSPORTS = ("in_process", "shared_memory", "nccl", "cuda_ipc")

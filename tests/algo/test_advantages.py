@@ -11,6 +11,7 @@ from rlhf_ray.algo.advantages import (
     dr_grpo,
     gae,
     grpo,
+    informative_groups,
     pass_at_k,
     reinforce,
     reinforce_pp,
@@ -18,7 +19,6 @@ from rlhf_ray.algo.advantages import (
     remax,
     rloo,
 )
-from rlhf_ray.algo.groups import informative_groups
 from rlhf_ray.config.formula_names import ADVANTAGES
 
 # two prompts, their answers interleaved: 1, 2, 3 for prompt 7; 0, 0, 1 for prompt -4

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_ray.algo.masks import masked_mean, masked_sum, masked_whiten
+from rlhf_ray.algo.aggregation import masked_mean, masked_sum, masked_whiten
 
 X_BT = torch.tensor([[1.0, 2.0, 99.0], [3.0, float("nan"), float("inf")]])
 MASK_BT = torch.tensor([[True, True, False], [True, False, False]])

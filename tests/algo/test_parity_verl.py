@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from rlhf_ray.algo import advantages, kl, policy_losses
-from rlhf_ray.algo.aggregation import loss_totals, loss_weights
+from rlhf_ray.algo.aggregation import loss_totals, loss_weights, masked_whiten
 from rlhf_ray.algo.corrections import importance_weights
 from rlhf_ray.algo.logprobs import token_entropy, token_logprobs
-from rlhf_ray.algo.masks import masked_whiten
 from rlhf_ray.algo.value_losses import clipped_value_loss
 
 pytestmark = pytest.mark.slow  # importing verl takes five seconds

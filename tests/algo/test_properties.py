@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.algo import advantages, kl, policy_losses, preference
-from rlhf_ray.algo.aggregation import AGGREGATIONS, loss_totals, loss_weights
+from rlhf_ray.algo.advantages import informative_groups
+from rlhf_ray.algo.aggregation import AGGREGATIONS, loss_totals, loss_weights, masked_whiten
 from rlhf_ray.algo.corrections import importance_weights, mismatch_stats, mismatch_summary
-from rlhf_ray.algo.groups import informative_groups
-from rlhf_ray.algo.masks import masked_whiten
 from rlhf_ray.algo.policy_losses import combine_stats, past_clip, ratio_stats
 from rlhf_ray.algo.value_losses import clipped_value_loss, explained_variance, value_stats
 from rlhf_ray.config.formula_names import ADVANTAGES, POLICY_LOSSES

@@ -47,10 +47,10 @@ from enumerable import (
 from torch import Tensor
 
 from rlhf_ray.algo import advantages
-from rlhf_ray.algo.groups import informative_groups
+from rlhf_ray.algo.advantages import informative_groups
+from rlhf_ray.algo.aggregation import masked_whiten
 from rlhf_ray.algo.kl import kl_estimate, kl_loss
 from rlhf_ray.algo.logprobs import token_entropy
-from rlhf_ray.algo.masks import masked_whiten
 from rlhf_ray.algo.policy_losses import policy_gradient_loss
 from rlhf_ray.algo.shaping import RunningMoments, normalize_per_group, token_rewards
 from rlhf_ray.algo.value_losses import clipped_value_loss

@@ -76,7 +76,7 @@ def test_what_counts_as_right_is_named(config, table, tmp_path):
 
 
 def test_both_models_get_the_same_prompts_and_seeds_as_every_evaluation(config, table):
-    from rlhf_ray.roles.seeds import sample_seed
+    from rlhf_ray.sample import sample_seed
 
     made = table(base=(wrong, 0.5), tuned=(wrong, 0.5))
     compare(config(seed=7))

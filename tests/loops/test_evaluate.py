@@ -6,7 +6,7 @@ import torch
 from rlhf_ray.data.prompt_sources import joined, named
 from rlhf_ray.loops.evaluate import Evaluator, numbers_of
 from rlhf_ray.roles.protocols import Sampling, Scores
-from rlhf_ray.roles.seeds import sample_seed
+from rlhf_ray.sample import sample_seed
 
 GREEDY = Sampling(4, temperature=0)
 

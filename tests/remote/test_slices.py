@@ -34,7 +34,7 @@ from rlhf_ray.roles.protocols import Reference as ReferenceProtocol
 from rlhf_ray.roles.protocols import Request, Reward, Sampling, Scores
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.sample import Sample
-from rlhf_ray.sync.in_process import InProcessSender
+from rlhf_ray.sync.sender import InProcessSender
 from tests.remote.in_process import DRIVER, InProcess, Ring, RingEngine
 
 SOON = Deadline(60, "ray.call_deadline_s")

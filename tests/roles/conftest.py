@@ -17,7 +17,7 @@ from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.protocols import Request
-from rlhf_ray.sync.in_process import InProcessSender
+from rlhf_ray.sync.sender import InProcessSender
 
 VOCAB = 11
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.roles.requests import Requests
-from rlhf_ray.roles.seeds import SampleSeeds, sample_seed
+from rlhf_ray.sample import SampleSeeds, sample_seed
 
 PROMPT, FAR, ROW = (5, 6), 2**62 + 1, {"answer": "long"}
 ASKED = [

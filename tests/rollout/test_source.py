@@ -11,11 +11,11 @@ from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompt_sources import joined, named
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Sampling, Scores
-from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.rollout.measures import rollout_metrics, staleness
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.timer import Timer
+from rlhf_ray.sample import sample_seed
 
 SAMPLING = Sampling(4)
 

@@ -17,7 +17,7 @@ from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.recorder import rollout_rows
+from rlhf_ray.run.loggers import rollout_rows
 from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.training_run import TrainingRun
 

@@ -32,8 +32,8 @@ from rlhf_ray.models.fits import Limits, room_behind
 from rlhf_ray.models.loading import load_policy, load_shape, load_tokenizer, stop_token_ids
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
-from rlhf_ray.roles.seeds import sample_seed
 from rlhf_ray.run.directory import MARKS
+from rlhf_ray.sample import sample_seed
 
 BATCH = 32  # prompts answered at a time
 _BEHIND = 16  # tokens of a prompt that decide how a continuation of it begins

@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: metrics.jsonl, TensorBoard, and W&B, MLflow or trackio by name.
+"""What is kept of each step: its numbers in metrics.jsonl, TensorBoard, W&B, MLflow or trackio; completions and events.
 
 A logger that fails is switched off with one warning and an event; it never stops a run. Those that talk to
 a server work behind a queue, so that one that hangs does not hold up a step either.
@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.roles.batch import Rows
+from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.observer import Observer, StepRecord
+from rlhf_ray.run.observer import Alarm, Observer, StepRecord
 
 Numbers = dict[str, float]
 
@@ -214,3 +216,38 @@ LOGGERS: dict[str, Callable[[RunDirectory, dict[str, Any], int | None], Logger]]
     "mlflow": _in_background(MlflowLogger),
     "trackio": _in_background(TrackioLogger),
 }
+
+
+class Recorder(Observer):
+    """Failed rewards and alarms to events.jsonl, the first `rollouts` completions of a step to rollouts/."""
+
+    def __init__(self, directory: RunDirectory, rollouts: int) -> None:
+        self.directory = directory
+        self.rollouts = rollouts
+
+    def step(self, record: StepRecord) -> None:
+        for failure in record.failures:
+            self.directory.event("reward_failed", **failure)
+        judged = [row for row in record.samples if "reward" in row]  # a supervised run's are in its summary
+        if self.rollouts and judged:
+            self.directory.write_rollouts(record.step, judged[: self.rollouts])
+
+    def alarm(self, alarm: Alarm) -> None:
+        self.directory.event("alarm", kind=alarm.kind, reason=alarm.reason, step=alarm.step)
+
+
+def rollout_rows(rows: Rows, scores: Scores, count: int, sources: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The first `count` completions of a step, as in rollouts/step_N.jsonl; with their sources, where there are any."""
+    return [
+        {
+            "prompt_id": rows.prompt_id[i],
+            **({"source": sources[i]} if sources else {}),
+            "prompt": prompt,
+            "completion": completion,
+            "reward": float(scores.score[i]),
+            "rewards": scores.of_row(i),
+            "tokens": rows.response_lengths[i],
+            "truncated": rows.truncated[i],
+        }
+        for i, (prompt, completion) in enumerate(scores.texts[:count])
+    ]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.run import metrics as module
+from rlhf_ray.run import loggers as module
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.metrics import Background, Metrics
+from rlhf_ray.run.loggers import Background, Metrics
 
 
 @pytest.fixture
