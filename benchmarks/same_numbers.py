@@ -74,7 +74,7 @@ JOBS = {
 }  # fmt: skip
 EXECUTORS = {
     "local": (),
-    # Pieces of 16 rows for two generators.
+    # Two generators that write 16 rows each side by side.
     "ray-hf": ("executor=ray", "generator.count=2", "generator.batch_size=16"),
     "ray-vllm": (
         "executor=ray", "generator.engine=vllm", "generator.kv_cache_gb=0.1", "learner.engine=deepspeed",

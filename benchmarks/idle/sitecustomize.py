@@ -41,6 +41,7 @@ class Idle:
     version = 0
 
     def __init__(self, *made_of: Any) -> None:
+        self.waiting: list[Any] = []
         self.ranks = next((part.world_size for part in made_of if type(part).__name__ == "Rank"), 1)
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +77,25 @@ class Idle:
         logprobs = [(-1.0,) * len(answer) for answer in answers]
         return build_batch(requests, answers, logprobs, truncated=[False] * len(answers), weight_version=0)
 
-    def score(self, batch: Any, texts: int = 0) -> Any:
+    @property
+    def open(self) -> int:
+        return len(self.waiting)
+
+    def submit(self, requests: Any, sampling: Any) -> None:
+        self.waiting += requests
+
+    def collect(self) -> list[Any]:
+        """As `generate`, of some requests at a time."""
+        from rlhf_ray.sample import Sample
+
+        ended, self.waiting = self.waiting[:16], self.waiting[16:]
+        answers = [(2,) * (8 + request.seed % 56) for request in ended]
+        return [
+            Sample.answer(r.prompt_id, r.sample_id, r.token_ids, answer, (-1.0,) * len(answer), 0, "stop")
+            for r, answer in zip(ended, answers, strict=True)
+        ]
+
+    def score(self, batch: Any, texts: int = 0, first: int = 0) -> Any:
         from rlhf_ray.roles.protocols import Scores
 
         score_B = (batch.response_mask.sum(1) % 3).float()

@@ -39,7 +39,7 @@ class GeneratorEngine(Engine):
         serves_lstm: it can run scratch:lstm.
         limits_shapes: it has kernels for some shapes of models only, and arguments of its own (vllm_limits.py).
         highest_temperature: it samples at no higher one.
-        queues: it takes any number of requests at once, and lets them wait itself.
+        rows: answers that it writes side by side, where generator.batch_size does not say it.
         slow_start: it takes so long to load that people want to be told.
         spare_tokens: tokens that it samples beyond those that it is asked about.
     """
@@ -49,7 +49,7 @@ class GeneratorEngine(Engine):
     serves_lstm: bool = True
     limits_shapes: bool = False
     highest_temperature: float | None = None
-    queues: bool = False
+    rows: int | None = None
     slow_start: bool = False
     spare_tokens: int = 0
 
@@ -69,7 +69,7 @@ GENERATORS = {
     "hf": GeneratorEngine("rlhf_ray.roles.factory:make_hf_generator"),
     "vllm": GeneratorEngine(
         "rlhf_ray.roles.factory:make_vllm_generator", package="vllm", on_mac=False, receives_on_gpu=True,
-        tensor_parallel=True, serves_lstm=False, limits_shapes=True, highest_temperature=2.0, queues=True,
+        tensor_parallel=True, serves_lstm=False, limits_shapes=True, highest_temperature=2.0, rows=256,
         slow_start=True, spare_tokens=1,
     ),
 }  # fmt: skip

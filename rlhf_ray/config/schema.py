@@ -128,6 +128,12 @@ class GeneratorConfig(Section):
     )
 
     @property
+    def rows(self) -> int:
+        """Answers that it writes side by side, where its memory holds them."""
+        own = self.facts.rows
+        return self.batch_size if own is None else self.engine_args.get("max_num_seqs") or own
+
+    @property
     def kv_cache_gb_on_cpu(self) -> float:
         """What `kv_cache_gb` says, or leaves to the engine, where there is no GPU."""
         return self.kv_cache_gb or 1.0

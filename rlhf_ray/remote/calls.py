@@ -108,7 +108,11 @@ class Call:
         self.deadline = deadline
         refs = send(worker.actor)
         *self.kept, self.ref = refs if isinstance(refs, list | tuple) else [refs]
-        self.until = time.monotonic() + deadline.seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """Its time begins now: what its worker did before it has ended."""
+        self.until = time.monotonic() + self.deadline.seconds
 
     def __str__(self) -> str:
         return f"{self.name} of {self.worker}"

@@ -1,22 +1,26 @@
-"""The generators as the loop sees them on Ray: one `Generator` to which requests go in pieces.
+"""The generators as the loop sees them on Ray: one `Generator` that hands out groups one by one (remote/dispatch.py).
 
 The other roles are proxies alone (`remote/proxy.py`).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_ray.errors import DataError
 from rlhf_ray.remote.batch import Part, RemoteBatch
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.dispatch import Dispatch, handover
 from rlhf_ray.remote.host import Host
-from rlhf_ray.remote.hosts import GeneratorHost
+from rlhf_ray.remote.hosts import GeneratorHost, Written
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Generator, Request, Sampling
@@ -25,26 +29,27 @@ from rlhf_ray.roles.requests import Requests
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-Split = Callable[[Requests], list[Requests]]
+OnWritten = Callable[[int, RemoteBatch], None]
 
 
 class RemoteGenerators(GeneratorsClient):
     """All generators together as one `Generator`; the four weight calls are `GeneratorsClient`'s.
 
     Args:
-        split: cuts a step's requests into pieces; where there are more than generators, an idle one takes the next.
+        rows: answers that each writes side by side.
         neighbours: who holds memory on the generators' GPUs (ray.colocate).
     """
 
     def __init__(
-        self, crew: Crew, generators: Sequence[Worker], split: Split, *,
+        self, crew: Crew, generators: Sequence[Worker], rows: int, *,
         workers_each: int, sync_deadline: Deadline, deadline: Deadline, neighbours: Sequence[Worker] = (),
     ) -> None:  # fmt: skip
         super().__init__(generators, workers_each=workers_each, deadline=sync_deadline)
         self.group = Group(crew, generators, deadline)
         self.replicas = tuple(proxy(Generator, Group(crew, [worker], deadline)) for worker in generators)
-        self.split = split
+        self.rows = rows
         self.neighbours = list(neighbours)
+        self._turn = Lock()
 
     @property
     def version(self) -> int:
@@ -52,33 +57,56 @@ class RemoteGenerators(GeneratorsClient):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> RemoteBatch:
         """What the prompts say beside their tokens stays here, for those who judge the answers."""
-        requests = Requests.of(requests)
-        parts, rows, start = [], [], 0
-        for worker, ref, found in self._pieces(self.split(requests.without_texts()), sampling):
-            places = np.arange(len(found))
-            parts.append(Part(worker, ref, places, start + places))
-            rows.append(found)
-            start += len(found)
-        return RemoteBatch(tuple(parts), Rows.cat(rows), requests.texts_by_id)
+        return self.generate_parcels(requests, sampling, (), lambda parcel, batch: None)
 
-    def _pieces(
-        self, chunks: Sequence[Requests], sampling: Sampling
-    ) -> list[tuple[Worker, ObjectRef, Rows]]:
-        """(who wrote it, reference to a Packed, its rows) of each chunk, in order."""
-        waiting, idle = deque(enumerate(chunks)), deque(self.generators)
-        running: dict[Call, int] = {}
-        pieces: dict[int, tuple[Worker, ObjectRef, Rows]] = {}
-        while waiting or running:
-            while waiting and idle:
-                index, chunk = waiting.popleft()
-                call = idle.popleft().start(
-                    GeneratorHost.generate, chunk, sampling, deadline=self.group.deadline
-                )
-                running[call] = index
-            call, rows = self.group.crew.next_done(list(running))
-            pieces[running.pop(call)] = (call.worker, call.kept[0], rows)
-            idle.append(call.worker)
-        return [pieces[index] for index in range(len(chunks))]
+    def generate_parcels(
+        self, requests: Sequence[Request], sampling: Sampling, parcels: Sequence[range], written: OnWritten
+    ) -> RemoteBatch:
+        """See `roles.protocols.ParcelGenerator`. One call after the other, for an engine does not know whose requests
+        are whose."""
+        answers = _Answers(Requests.of(requests), parcels)
+        with self._turn:
+            try:
+                self._write(answers, sampling, written)
+            except BaseException:
+                # What is open would come out of the next call. Nobody waits for it: a generator may be lost.
+                for worker in self.generators:
+                    with contextlib.suppress(Exception):
+                        worker.start(GeneratorHost.drop, deadline=self.group.deadline)
+                raise
+        return answers.batch(range(len(requests)))
+
+    def _write(self, answers: _Answers, sampling: Sampling, written: OnWritten) -> None:
+        """Each generator has a call under way and one behind it, so that it never waits for this process."""
+        rows, workers = [len(group) for group in answers.groups], range(len(self.generators))
+        work = [answers.work(group, sampling.max_new_tokens) for group in answers.groups]
+        least = handover(len(rows), len(workers))
+        # Beyond what it writes side by side, what may end before it hears of more. One that is alone hears of all.
+        room = self.rows + 2 * least * max(rows, default=0) if len(workers) > 1 else float("inf")
+        dispatch = Dispatch(work, rows, len(workers), room)
+        calls: dict[int, list[Call]] = {worker: [] for worker in workers}  # under way, in order
+
+        def start(worker: int, groups: Sequence[int]) -> None:
+            asked, seat, deadline = answers.asked(groups), self.generators[worker], self.group.deadline
+            calls[worker].append(seat.start(GeneratorHost.write, asked, sampling, least, deadline=deadline))
+
+        while True:
+            for worker, groups in dispatch.assign().items():
+                start(worker, groups)
+            for worker in workers:
+                if dispatch.open[worker] and len(calls[worker]) < 2:
+                    start(worker, ())
+            for parcel in answers.whole_parcels():
+                written(parcel, answers.batch(answers.parcels[parcel]))
+            if dispatch.done:
+                return  # a call that is still there finds nothing to do
+            call, ended = self.group.crew.next_done([call for under_way in calls.values() for call in under_way])
+            worker = next(worker for worker in workers if call in calls[worker])
+            calls[worker].remove(call)
+            for next_call in calls[worker]:
+                next_call.renew()
+            if ended is not None:
+                dispatch.ended(worker, answers.add(self.generators[worker], call.kept[0], ended))
 
     def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.replicas[0].logprobs(tokens)
@@ -94,3 +122,60 @@ class RemoteGenerators(GeneratorsClient):
 
     def close(self) -> None:
         """Generators end with the run (`open_remote_roles`)."""
+
+
+class _Answers:
+    """What is known of the answers to these requests so far, and who holds them. `parcels`: ranges of them."""
+
+    def __init__(self, requests: Requests, parcels: Sequence[range]) -> None:
+        self.requests, self.parcels = requests, parcels
+        starts = [0, *(1 + np.flatnonzero(np.diff(requests.prompt_id))).tolist()] if len(requests) else []
+        # Rows of requests that ask the same prompt, side by side.
+        self.groups = [range(start, end) for start, end in zip(starts, [*starts[1:], len(requests)], strict=True)]
+        self._group = [number for number, group in enumerate(self.groups) for _ in group]
+        self._row = {sample_id: row for row, sample_id in enumerate(requests.sample_id.tolist())}
+        if len(self._row) < len(requests):
+            raise DataError("generate: two requests have the same sample_id; give each its own")
+        self._without_texts = requests.without_texts()
+        self._parts: list[Part] = []
+        self._parcels_left = list(range(len(parcels)))
+        self._columns: dict[str, list[Any]] = {f.name: [None] * len(requests) for f in dataclasses.fields(Rows)}
+
+    def work(self, group: range, new_tokens: int) -> int:
+        """Tokens that the group may cost: its prompt once, and its answers at their longest."""
+        given = sum(row in self.requests.answers for row in group) if self.requests.answers else 0
+        return len(self.requests.tokens[self.requests.prompt[group.start]]) + (len(group) - given) * new_tokens
+
+    def asked(self, groups: Sequence[int]) -> Requests:
+        """What a generator is told of these groups."""
+        rows = [row for group in groups for row in self.groups[group]]
+        return self._without_texts.select(np.asarray(rows, np.int64))
+
+    def add(self, worker: Worker, ref: ObjectRef, written: Written) -> list[int]:
+        """What a generator has written, as the object behind `ref`. Returns the groups that ended."""
+        rows = [self._row[sample_id] for sample_id in written.sample_ids]
+        self._parts.append(Part(worker, ref, np.arange(len(rows)), np.asarray(rows, np.int64)))
+        for name, column in self._columns.items():
+            for row, value in zip(rows, getattr(written.rows, name), strict=True):
+                column[row] = value
+        return list(dict.fromkeys(self._group[row] for row in rows))
+
+    def whole_parcels(self) -> list[int]:
+        """Those that are whole and have not been returned yet."""
+        lengths = self._columns["lengths"]
+        whole = [
+            parcel for parcel in self._parcels_left
+            if None not in lengths[self.parcels[parcel].start : self.parcels[parcel].stop]
+        ]  # fmt: skip
+        self._parcels_left = [parcel for parcel in self._parcels_left if parcel not in whole]
+        return whole
+
+    def batch(self, rows: range) -> RemoteBatch:
+        """These rows, all of which have ended."""
+        parts = []
+        for part in self._parts:
+            own = (part.rows >= rows.start) & (part.rows < rows.stop)
+            if own.any():
+                parts.append(Part(part.worker, part.ref, part.places[own], part.rows[own] - rows.start))
+        columns = {name: tuple(column[rows.start : rows.stop]) for name, column in self._columns.items()}
+        return RemoteBatch(tuple(parts), Rows(**columns), self.requests[rows.start : rows.stop].texts_by_id)

@@ -15,14 +15,16 @@ import numpy as np
 import ray
 from torch import Tensor
 
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.packed import Packed, Ragged, pack
 from rlhf_ray.remote.slices import Delivery, cut, received
-from rlhf_ray.roles.batch import Batch, Rows
+from rlhf_ray.roles.batch import Batch, Rows, batch_of
 from rlhf_ray.roles.division import RankBatch
-from rlhf_ray.roles.protocols import Estimate, Sampling
+from rlhf_ray.roles.protocols import Engine, Estimate, Generator, Sampling
 from rlhf_ray.roles.requests import Requests
+from rlhf_ray.roles.serving import WholeGroups
 
 BATCH = "<the batch>"  # stands in for it among the arguments of a call
 COLUMN = "column"  # a column that is a call's only result
@@ -89,12 +91,51 @@ def kept(result: Any, batch: Batch) -> tuple[Packed | None, Answer]:
     return None, Answer(result)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a generator says of answers that have ended, whole groups of them."""
+
+    rows: Rows
+    sample_ids: tuple[int, ...]
+
+
 class GeneratorHost(RoleHost):
+    """A service: it drives its engine itself. Weights change between two calls of `write`, whatever is open then."""
+
+    role: Generator
+    groups: WholeGroups
+
+    @reported
+    def build(self, make: Callable[..., Any], *given: Any) -> None:
+        super().build(make, *given)
+        self.serve(self.role)
+
+    def serve(self, role: Generator) -> None:
+        if not isinstance(role, Engine):
+            raise ConfigError(
+                f"the generator {type(role).__name__} has no submit, collect or cancel, by which work reaches it on "
+                "Ray (Engine in rlhf_ray/roles/protocols.py); add them, or set executor=local"
+            )
+        self.role, self.groups = role, WholeGroups(role)
+
     @reported
     @ray.method(num_returns=2)
-    def generate(self, requests: Requests, sampling: Sampling) -> tuple[Packed, Rows]:
-        batch = self.role.generate(requests, sampling)
-        return pack(batch), batch.rows
+    def write(
+        self, requests: Requests, sampling: Sampling, least: int
+    ) -> tuple[Packed | None, Written | None]:
+        """Take these requests on, and write until so many groups are whole or nothing is open: all that are whole then,
+        as one object. None: there was nothing to do."""
+        self.groups.submit(requests, sampling)
+        samples = self.groups.collect(least)
+        if not samples:
+            return None, None
+        batch = batch_of(samples, [{}] * len(samples), [None] * len(samples))
+        return pack(batch), Written(batch.rows, tuple(sample.sample_id for sample in samples))
+
+    @reported
+    def drop(self) -> None:
+        """Forget what is open."""
+        self.groups.cancel()
 
     @reported
     def shut_down(self) -> None:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.given import require_portable
-from rlhf_ray.remote.handles import RemoteGenerators, Split
+from rlhf_ray.remote.handles import RemoteGenerators
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, RoleHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.proxy import proxy
-from rlhf_ray.remote.split import even_pieces, fixed_pieces
 from rlhf_ray.remote.store import RemoteStore
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, Rank
@@ -155,12 +153,8 @@ def _devices(crew: Crew, plan: Plan, device: str) -> dict[str, Any]:
 
 def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
-    generator = config.generator
-    split: Split = partial(fixed_pieces, size=generator.batch_size)
-    if generator.facts.queues:
-        split = partial(even_pieces, count=generator.count, new_tokens=config.rollout.max_new_tokens)
     generators = RemoteGenerators(
-        crew, crew.named("generator"), split, workers_each=generator.tensor_parallel,
+        crew, crew.named("generator"), config.generator.rows, workers_each=config.generator.tensor_parallel,
         sync_deadline=Deadline(config.sync.deadline_s, "sync.deadline_s"), deadline=deadline,
         neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
     )  # fmt: skip
@@ -182,5 +176,6 @@ def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
         replicas=generators.replicas,
         gather=gather_remote,
         store=RemoteStore(crew, crew.named("generator")[0], deadline),
+        early_rewards=not plan.shared,  # on shared GPUs the judges have no memory while a generator is awake
         parallel=True,
     )

@@ -114,6 +114,7 @@ class RewardSet:
         groups: Sequence[Any] | None = None,
         *,
         others_judge: bool = False,
+        first: int = 0,
     ) -> Rewards:
         """Weighted sums and each function's unweighted scores. Async and isolated functions run side by side.
 
@@ -124,12 +125,13 @@ class RewardSet:
             columns: one mapping a row; a function receives each column as a list, None where a row lacks it.
             groups: [B] rows with equal labels answer the same prompt; default: rows with equal prompts.
             others_judge: something else (a reward model) scores every row.
+            first: the place of the first row among those that people know of, for what is said of rows.
         Raises:
             RewardError: names function and row, where a function failed and its policy is to raise.
         """
         groups = list(prompts if groups is None else groups)
         outcomes = self._outcomes(_inputs(prompts, completions, completion_ids, columns), groups, others_judge)
-        events = [event for name, outcome in outcomes.items() for event in self._apply_policy(name, outcome)]
+        events = [event for name, outcome in outcomes.items() for event in self._apply_policy(name, outcome, first)]
         scores = {name: _filled(outcome, self.functions[name].policy) for name, outcome in outcomes.items()}
         total = [
             sum(f.weight * scores[name][row] for name, f in self.functions.items() if outcomes[name].judged(row))
@@ -178,7 +180,7 @@ class RewardSet:
         waiting = {name: value for name, value in returned.items() if not isinstance(value, Outcome)}
         return {**returned, **dict(zip(waiting, together(list(waiting.values())), strict=True))}
 
-    def _apply_policy(self, name: str, outcome: Outcome) -> list[dict[str, Any]]:
+    def _apply_policy(self, name: str, outcome: Outcome, first: int) -> list[dict[str, Any]]:
         """What to write into events.jsonl. Raises RewardError if the policy says so."""
         policy = self.functions[name].policy
         if not outcome.failures:
@@ -187,10 +189,10 @@ class RewardSet:
             return [mended] if outcome.retries else []
         row, failure = next(iter(outcome.failures.items()))
         if policy.on_failure in ("raise", "retry"):
-            raise RewardError(failure.message(name, row, outcome.retries)) from outcome.cause
+            raise RewardError(failure.message(name, first + row, outcome.retries)) from outcome.cause
         return [{
             "reward": name, "action": policy.on_failure, "rows": len(outcome.failures), "retries": outcome.retries,
-            "reason": failure.message(name, row),
+            "reason": failure.message(name, first + row),
         }]  # fmt: skip
 
 

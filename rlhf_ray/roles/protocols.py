@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ class WeightReceiver(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
+@runtime_checkable
 class Engine(WeightReceiver, Protocol):
     """Writes answers step by step: requests join at any time, and weights may change between two steps.
 
@@ -184,6 +185,17 @@ class Generator(WeightReceiver, Protocol):
         """Free everything."""
 
 
+class ParcelGenerator(Generator, Protocol):
+    """One that tells what has been written while the rest still is."""
+
+    def generate_parcels(
+        self, requests: Sequence[Request], sampling: Sampling, parcels: Sequence[range],
+        written: Callable[[int, Batch], None],
+    ) -> Batch:  # fmt: skip
+        """As `generate`. `written` is given each of these ranges of the requests, whole groups, and its rows as a batch
+        of its own as soon as all of them have ended; what it raises ends the call."""
+
+
 Gather = Callable[[Sequence[tuple[Batch, Sequence[int]]]], Batch]
 
 
@@ -209,8 +221,11 @@ HERE = Here()
 
 class Reward(Protocol):
     @reads(TEXTS)
-    def score(self, batch: Batch, texts: int = 0) -> Scores:
-        """Reward of each row, and the decoded text of the first `texts` rows. Raises RewardError."""
+    def score(self, batch: Batch, texts: int = 0, first: int = 0) -> Scores:
+        """Reward of each row, and the decoded text of the first `texts` rows. Raises RewardError.
+
+        `first`: the place of its first row in the step, for what is said of rows.
+        """
 
 
 class Advantages(Protocol):
@@ -304,6 +319,8 @@ class Roles:
     replicas: Sequence[CanaryTarget] = ()  # each generator by itself, for the canary
     gather: Gather = gather  # one batch from the given rows of several
     store: BatchStore = HERE  # for checkpoints
+    # Rewards may be computed while other answers are still being written: the generator is a ParcelGenerator.
+    early_rewards: bool = False
     parallel: bool = False  # roles run on workers of their own, so waiting for one need not wait for all
     devices: float = 1.0  # accelerators that the run occupies; on CPU, machines
     device_name: str | None = None  # the maker's, or cpu or mps; None where they differ or nobody knows

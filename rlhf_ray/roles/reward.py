@@ -71,8 +71,8 @@ class Reward:
         self.model = model
         self.safety = safety
 
-    def score(self, batch: Batch, texts: int = 0) -> Scores:
-        """Reward of each row, and the decoded text of the first `texts` rows.
+    def score(self, batch: Batch, texts: int = 0, first: int = 0) -> Scores:
+        """Reward of each row, and the decoded text of the first `texts` rows. `first`: see `roles.protocols.Reward`.
 
         Raises RewardError if the model gives no finite number for a row, or a function whose policy is to raise.
         """
@@ -81,7 +81,7 @@ class Reward:
         prompts = [row["prompt"] for row in batch.columns]
         reads_wholes = self.model is not None or self.safety is not None
         answered = self._answered(batch, prompts, completions) if reads_wholes else ()
-        scores = self.score_texts(prompts, completions, ids, batch.columns, answered, batch.prompt_id.tolist())
+        scores = self.score_texts(prompts, completions, ids, batch.columns, answered, batch.prompt_id.tolist(), first)
         return replace(scores, texts=scores.texts[:texts], completion_ids=tuple(map(tuple, ids[:texts])))
 
     def score_texts(
@@ -92,21 +92,23 @@ class Reward:
         columns: Sequence[Mapping[str, Any]],
         answered: Sequence[Answered],
         groups: Sequence[int],
+        first: int = 0,
     ) -> Scores:
         """As `score`, of texts. `answered`: what networks judge; equal `groups` answer the same prompt."""
         networks = self.model is not None or self.safety is not None
         rewards = self.functions.score(
-            prompts, completions, completion_ids, columns, groups, others_judge=networks
+            prompts, completions, completion_ids, columns, groups, others_judge=networks, first=first
         )
         score_B = torch.tensor(rewards.total, dtype=torch.float32)
         named = {name: torch.tensor(values, dtype=torch.float32) for name, values in rewards.by_function.items()}
         stats = dict(rewards.stats)
         if self.model is not None:
-            named["reward_model"] = _judged("reward_model", self.model, self.model.config.weight, answered, stats)
-            score_B = score_B + self.model.config.weight * named["reward_model"]
+            weight = self.model.config.weight
+            named["reward_model"] = _judged("reward_model", self.model, weight, answered, stats, first)
+            score_B = score_B + weight * named["reward_model"]
         if self.safety is not None:
             weight = self.safety.config.weight
-            named["safety"] = _judged("safety", self.safety, weight, answered, stats)
+            named["safety"] = _judged("safety", self.safety, weight, answered, stats, first)
             score_B = (1 - weight) * score_B + weight * named["safety"]
         keep_B = None if all(rewards.keep) else torch.tensor(rewards.keep)
         texts = tuple(zip(prompts, completions, strict=True))
@@ -126,8 +128,9 @@ class Reward:
 
 
 def _judged(
-    name: str, judge: RewardModel | Safety, weight: float, answered: Sequence[Answered], stats: dict[str, float]
-) -> torch.Tensor:
+    name: str, judge: RewardModel | Safety, weight: float, answered: Sequence[Answered], stats: dict[str, float],
+    first: int,
+) -> torch.Tensor:  # fmt: skip
     """Its scores, none too large also with its weight; `stats` learns how many texts were too long for it."""
     try:
         values, cut = judge.score(answered)
@@ -141,6 +144,6 @@ def _judged(
         hint = f"check the folder {judge.config.path}"
         if score_B[row].isfinite():
             hint += f", or lower its weight ({weight:g}): rewards end at {LARGEST_REWARD:g}"
-        raise RewardError(f"{name}: row {row} scored {score_B[row]:g}; {hint}")
+        raise RewardError(f"{name}: row {first + row} scored {score_B[row]:g}; {hint}")
     stats[f"reward/{name}_cut"] = float(cut)
     return score_B

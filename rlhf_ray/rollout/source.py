@@ -24,6 +24,7 @@ from rlhf_ray.rollout.groups import Answers, groups_of, joined
 from rlhf_ray.rollout.kept import Scored, from_plain, plain
 from rlhf_ray.rollout.ledger import Ledger
 from rlhf_ray.rollout.measures import rollout_metrics, source_metrics, staleness
+from rlhf_ray.rollout.parcels import Judging, parcels_of
 from rlhf_ray.run.timer import Timer
 
 
@@ -45,12 +46,13 @@ class Rollouts:
         texts: int,
         gather: Gather = gather,
         store: BatchStore = HERE,
+        early_rewards: bool = False,
     ) -> None:
         """
         Args:
             steps: of the whole run.
             texts: so many completions of each call to the reward come with their texts.
-            gather, store: where batches lie with workers, those of `roles.protocols.Roles`.
+            gather, store, early_rewards: those of `roles.protocols.Roles`.
         """
         self.generator = generator
         self.reward = reward
@@ -63,6 +65,7 @@ class Rollouts:
         self.texts = texts
         self.ledger = Ledger(config.max_staleness)
         self.store = store
+        self.early_rewards = early_rewards
         self._kept: dict[int, Scored] = {}  # from the checkpoint, by step
         self._dropped = 0  # samples that were too old when the run went on
         self._version: int | None = None  # that the generator holds; nobody has pushed any yet
@@ -112,17 +115,25 @@ class Rollouts:
             )
             version = self.ledger.version_for(step)
         requests = asking.requests(positions, step)
-        with self.timer("generate"):
-            self.generator.wake()
-            batch = self.generator.generate(requests, self.sampling)
-            self.generator.sleep()
-        groups, rows = groups_of(requests, asking.members, version), batch.rows
-        with self._lock:
-            for group in groups:
-                self.ledger.finish(group.position, **group.tokens(rows))
-        written()
-        with self.timer("reward"):
-            return Answers(requests, groups, batch, rows, self.reward.score(batch, texts=self.texts))
+        with Judging(self.reward, self._parcels(count), self.texts, self.timer) as judging:
+            with self.timer("generate"):
+                self.generator.wake()
+                if len(judging.parcels) > 1:
+                    batch = self.generator.generate_parcels(requests, self.sampling, judging.parcels, judging.written)
+                else:
+                    batch = self.generator.generate(requests, self.sampling)
+                self.generator.sleep()
+            groups, rows = groups_of(requests, asking.members, version), batch.rows
+            with self._lock:
+                for group in groups:
+                    self.ledger.finish(group.position, **group.tokens(rows))
+            written()
+            return Answers(requests, groups, batch, rows, judging.scores(batch))
+
+    def _parcels(self, count: int) -> list[range]:
+        """Locally one: what judges and writes in one process does it one after the other, and each call has a cost."""
+        members = self.asking.members
+        return parcels_of(count, members) if self.early_rewards else [range(count * members)]
 
     def _metrics(self, choice: Choice, step: int) -> dict[str, float]:
         """Of all sampled answers that were judged, learned from or not: they describe the policy."""

@@ -14,6 +14,7 @@ import torch
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.remote.calls import Call, Worker
 from rlhf_ray.remote.hosts import GeneratorHost, RoleHost
+from rlhf_ray.roles.serving import WholeGroups
 
 DRIVER = "driver"
 
@@ -37,7 +38,9 @@ class InProcess:
     """Hosts of roles as workers, and the waiting that `Crew` does. `received`: bytes of objects by who was sent them;
     what already lies with its reader costs nothing, and the same object is sent once."""
 
-    def __init__(self) -> None:
+    def __init__(self, choose: Callable[[int], int] = lambda calls: 0) -> None:
+        """`choose`: of so many calls under way, which ends first; those of one worker end in their order."""
+        self.choose = choose
         self.received: dict[str, int] = defaultdict(int)
         self.ends: list[ThreadPoolExecutor] = []
 
@@ -45,13 +48,19 @@ class InProcess:
         kind = GeneratorHost if name.startswith("generator") else RoleHost
         host = kind.__new__(kind)  # without the socket and the folder of an actor's process
         host.name, host.role = name, role
+        if isinstance(host, GeneratorHost):
+            host.groups = WholeGroups(role)
         return Worker(name, Actor(self, host))
 
     def results(self, calls: Sequence[Call], done: Callable[[Call], None] = lambda call: None) -> list[Any]:
         return [self.taken(DRIVER, call.ref) for call in calls]
 
     def next_done(self, calls: Sequence[Call]) -> tuple[Call, Any]:
-        return calls[0], self.taken(DRIVER, calls[0].ref)
+        first: dict[str, Call] = {}
+        for call in calls:
+            first.setdefault(call.worker.name, call)
+        call = list(first.values())[self.choose(len(first))]
+        return call, self.taken(DRIVER, call.ref)
 
     def taken(self, reader: str, ref: Ref) -> Any:
         data = ref.data()
@@ -73,7 +82,7 @@ class Actor:
         world.ends += self.pools.values()
 
     def __getattr__(self, method: str) -> Method:
-        return Method(self, method, {"generate": 2, "compute": 2}.get(method, 1))
+        return Method(self, method, {"write": 2, "compute": 2}.get(method, 1))
 
 
 class Method:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf_ray
+from rlhf_ray.remote import dispatch
 from rlhf_ray.remote.crew import Crew
+from rlhf_ray.rollout import parcels
 from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.start.rl import run_rl
 
@@ -95,11 +97,13 @@ def test_ray_gives_the_numbers_of_a_local_run(tiny_config, tmp_path):
     require_the_same_run(tmp_path / "local", tmp_path / "ray")
 
 
-def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp_path):
-    """What is sampled depends neither on where, nor on the number of generators, nor on a stop in between.
+def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp_path, monkeypatch):
+    """What is sampled depends neither on where, nor on the number of generators, nor on a stop in between; and rewards
+    not on whether they are computed in one call or, here, in three, while others are being written.
 
     Of two sources, drawn by weight.
     """
+    monkeypatch.setattr(parcels, "LEAST_ROWS", 8)
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(2, 9)))
     sources = f"data={{max_prompt_tokens: 8, eval_size: 2, sources: [{{path: 'task:arithmetic', weight: 2}}, " \
               f"{{path: {tmp_path}/more.jsonl, weight: 1}}]}}"  # fmt: skip
@@ -156,6 +160,7 @@ def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp
         counts.append(len(references()))
 
     monkeypatch.setattr(TrainingRun, "log", counted)
+    monkeypatch.setattr(dispatch, "HANDOVERS", 1)  # what is written of a step is one object, whenever its groups end
     (tmp_path / "own.py").write_text(
         "def loss(logp_BT, old_BT, adv_BT, mask_BT): return -(logp_BT - old_BT).exp() * adv_BT, {'old': old_BT}\n"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
@@ -46,21 +45,36 @@ class Writing:
     """A generator whose answers are made of their seeds: what matters here is who holds them."""
 
     def generate(self, requests, sampling) -> Batch:
-        samples = []
-        for r in requests:
-            draw = np.random.default_rng(r.seed)
-            answer = draw.integers(2, VOCAB, size=draw.integers(0, sampling.max_new_tokens + 1))
-            logps = -draw.random(len(answer))
-            samples.append(Sample.answer(r.prompt_id, r.sample_id, r.token_ids, answer, logps, 3, "stop"))
+        samples = [self.sample(request, sampling) for request in requests]
         return batch_of(samples, [r.columns for r in requests], [r.chat for r in requests])
+
+    def sample(self, r, sampling) -> Sample:
+        draw = np.random.default_rng(r.seed)
+        answer = draw.integers(2, VOCAB, size=draw.integers(0, sampling.max_new_tokens + 1))
+        return Sample.answer(r.prompt_id, r.sample_id, r.token_ids, answer, -draw.random(len(answer)), 3, "stop")
 
 
 class Writer(Writing):
-    """One that hosts of generators hold."""
+    """One that hosts of generators hold: it ends two requests at a time, the shortest answers first."""
 
-    def generate(self, requests, sampling) -> Batch:
+    def __init__(self) -> None:
+        self.waiting: list[Sample] = []
+
+    @property
+    def open(self) -> int:
+        return len(self.waiting)
+
+    def submit(self, requests, sampling) -> None:
         assert all(not r.columns and r.chat is None for r in requests), "texts go to those who judge"
-        return super().generate(requests, sampling)
+        self.waiting += [self.sample(request, sampling) for request in requests]
+        self.waiting.sort(key=len)
+
+    def collect(self) -> list[Sample]:
+        ended, self.waiting = self.waiting[:2], self.waiting[2:]
+        return ended
+
+    def cancel(self, sample_ids) -> None:
+        self.waiting = [sample for sample in self.waiting if sample.sample_id not in sample_ids]
 
 
 class Judge:
@@ -116,11 +130,7 @@ def hired(world: InProcess, protocol: Any, name: str, roles: list[Any], divides:
 
 def generators_of(world: InProcess, count: int = 2) -> RemoteGenerators:
     workers = [world.hire(f"generator {i}", Writer()) for i in range(count)]
-
-    def pieces(requests):
-        return [requests[i : i + 5] for i in range(0, len(requests), 5)]
-
-    return RemoteGenerators(world, workers, pieces, workers_each=1, sync_deadline=SOON, deadline=SOON)
+    return RemoteGenerators(world, workers, 5, workers_each=1, sync_deadline=SOON, deadline=SOON)
 
 
 def two_steps(
@@ -200,27 +210,30 @@ class Keeper:
         return {}
 
 
-@given(st.lists(st.integers(1, 9), min_size=3, max_size=24), st.integers(1, 3))
+@given(st.integers(1, 4), st.integers(1, 30), st.lists(st.integers(1, 5), min_size=5, max_size=9), st.randoms())
 @settings(max_examples=15, deadline=None)
-def test_who_wrote_what_changes_nothing_in_a_ranks_batch(sizes, count):
-    """The composition rule: the same rows side by side, and in the same order, whoever held them."""
-    requests, world = requests_of(), InProcess()
-    cuts = [0, *(c for c in np.cumsum(sizes).tolist() if c < len(requests)), len(requests)]
+def test_who_wrote_what_and_when_changes_nothing_in_a_ranks_batch(count, room, sizes, dice):
+    """The composition rule: the same rows side by side, and in the same order, whoever held them.
 
-    def pieces(requests):
-        return [requests[a:b] for a, b in itertools.pairwise(cuts)]
-
-    found = []
-    for generators, split in ((1, lambda requests: [requests]), (count, pieces)):
+    Of groups of several sizes, by one generator that gets everything and by several that answer in any order.
+    """
+    requests, found = [], []
+    for group, size in enumerate(sizes):
+        requests += [Request(group, 10 * group + m, (2,) * (1 + group), seed=10 * group + m) for m in range(size)]
+    picked = [0, len(requests) - 1, *range(1, len(requests) - 1, 2)]
+    for generators, order in ((1, lambda calls: 0), (count, lambda calls: dice.randrange(calls))):
+        world = InProcess(order)
         writers = [world.hire(f"generator {i}", Writer()) for i in range(generators)]
         ranks = [Keeper(), Keeper()]
         batch = RemoteGenerators(
-            world, writers, split, workers_each=1, sync_deadline=SOON, deadline=SOON
+            world, writers, room, workers_each=1, sync_deadline=SOON, deadline=SOON
         ).generate(requests, Sampling(max_new_tokens=9))  # fmt: skip
-        batch = gather_remote([(batch, [5, 20, 1, 0, 23, 22, 2, 3])]).replace(advantages=torch.arange(8.0))
+        assert batch.rows == Writing().generate(requests, Sampling(max_new_tokens=9)).rows
+        assert len({part.worker.name for part in batch.parts}) <= generators
+        batch = gather_remote([(batch, picked)]).replace(advantages=torch.arange(float(len(picked))))
         hired(world, LearnerProtocol, "learner", ranks, divides=True).update(batch, 0, 0.0)
         found.append([rank.batch for rank in ranks])
-    world.close()
+        world.close()
     for one, other in zip(*found, strict=True):
         for field in dataclasses.fields(one):
             a, b = getattr(one, field.name), getattr(other, field.name)
@@ -230,21 +243,18 @@ def test_who_wrote_what_changes_nothing_in_a_ranks_batch(sizes, count):
 # ---- what it costs ----------------------------------------------------------------------------------------------
 
 
-class Long(Writing):
+class Long(Writer):
     """256 answers to prompts of 40 tokens: about 1,700 tokens on average, and one of 16k; `scale` times as long."""
 
     def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
         self.scale = scale
 
-    def generate(self, requests, sampling) -> Batch:
-        samples = []
-        for r in requests:
-            draw = np.random.default_rng(r.seed)
-            length = int(self.scale * (16_000 if r.sample_id == 77 else draw.lognormal(7.1, 0.7)))
-            answer = draw.integers(2, 1000, size=length)
-            logps = -draw.random(length)
-            samples.append(Sample.answer(r.prompt_id, r.sample_id, r.token_ids, answer, logps, 3, "stop"))
-        return batch_of(samples, [{}] * len(samples), [None] * len(samples))
+    def sample(self, r, sampling) -> Sample:
+        draw = np.random.default_rng(r.seed)
+        length = int(self.scale * (16_000 if r.sample_id == 77 else draw.lognormal(7.1, 0.7)))
+        answer = draw.integers(2, 1000, size=length)
+        return Sample.answer(r.prompt_id, r.sample_id, r.token_ids, answer, -draw.random(length), 3, "stop")
 
 
 class Rank:
@@ -269,11 +279,7 @@ def travelled(ranks: int, scale: float = 1.0) -> tuple[InProcess, list[Rank]]:
     """A step of 256 rows, written by two generators: what everyone was sent."""
     world, roles = InProcess(), [Rank(ranks) for _ in range(ranks)]
     writers = [world.hire(f"generator {i}", Long(scale)) for i in range(2)]
-
-    def halves(requests):
-        return [requests[:100], requests[100:]]
-
-    generators = RemoteGenerators(world, writers, halves, workers_each=1, sync_deadline=SOON, deadline=SOON)
+    generators = RemoteGenerators(world, writers, 64, workers_each=1, sync_deadline=SOON, deadline=SOON)
     learner = hired(world, LearnerProtocol, "learner", roles, divides=True)
     reference = hired(world, ReferenceProtocol, "reference", [Rank(1)])
     requests = [Request(i // 8, i, (5,) * 40, seed=i, columns={"prompt": TEXT}) for i in range(256)]

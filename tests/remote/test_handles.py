@@ -1,0 +1,184 @@
+"""Generators as services behind one handle; the workers are threads of this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from rlhf_ray.errors import ConfigError, DataError, RequestError, RewardError
+from rlhf_ray.remote.batch import RemoteBatch
+from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.handles import RemoteGenerators
+from rlhf_ray.remote.hosts import GeneratorHost
+from rlhf_ray.remote.packed import unpack
+from rlhf_ray.roles.protocols import Request, Sampling
+from rlhf_ray.sample import Sample
+from tests.remote.in_process import InProcess
+
+SOON = Deadline(60, "ray.call_deadline_s")
+SAMPLING = Sampling(3)
+
+
+class Engine:
+    """Ends one request at a time, the last one first; its answer is its sample_id. Fails at that of `fails_at`."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Request] = []
+        self.fails_at: int | None = None
+        self.gate: threading.Event | None = None
+        self.submitted: list[list[int]] = []  # sample_ids
+
+    @property
+    def open(self) -> int:
+        return len(self.waiting)
+
+    def submit(self, requests, sampling) -> None:
+        self.submitted += [[request.sample_id for request in requests]] if requests else []
+        self.waiting += requests
+
+    def collect(self) -> list[Sample]:
+        if self.gate is not None:
+            self.gate.wait(20)
+        one = self.waiting.pop()
+        if one.sample_id == self.fails_at:
+            raise RequestError(f"sample {one.sample_id} failed", (one.sample_id,))
+        return [Sample.answer(one.prompt_id, one.sample_id, one.token_ids, [one.sample_id], [-0.5], 3, "stop")]
+
+    def cancel(self, sample_ids) -> None:
+        self.waiting = [request for request in self.waiting if request.sample_id not in sample_ids]
+
+
+@pytest.fixture
+def world():
+    made = InProcess()
+    yield made
+    made.close()
+
+
+def opened(world: InProcess, engines: list[Engine], rows: int = 64) -> RemoteGenerators:
+    workers = [world.hire(f"generator {i}", engine) for i, engine in enumerate(engines)]
+    return RemoteGenerators(world, workers, rows, workers_each=1, sync_deadline=SOON, deadline=SOON)
+
+
+def requests_of(groups: int, members: int = 2) -> list[Request]:
+    return [Request(g, members * g + m, (7,), seed=0) for g in range(groups) for m in range(members)]
+
+
+def answers(world: InProcess, batch: RemoteBatch) -> list[int]:
+    """The one token of each row."""
+    found = torch.zeros(len(batch), dtype=torch.long)
+    for part in batch.parts:
+        rows = unpack(world.taken("a test", part.ref).select(part.places), {}, {})
+        found[part.rows] = rows.tokens[:, 1]
+    return found.tolist()
+
+
+def test_a_small_step_keeps_every_generator_busy(world):
+    engines = [Engine(), Engine()]
+    batch = opened(world, engines, rows=1024).generate(requests_of(3), SAMPLING)
+    assert [engine.submitted for engine in engines] == [[[0, 1, 4, 5]], [[2, 3]]], "groups stay whole"
+    assert answers(world, batch) == [0, 1, 2, 3, 4, 5] and batch.rows.prompt_id == (0, 0, 1, 1, 2, 2)
+
+
+def test_the_only_generator_gets_everything_at_once(world):
+    """What it writes side by side, and so each sum inside, is then no matter of time."""
+    engine = Engine()
+    opened(world, [engine], rows=2).generate(requests_of(20), SAMPLING)
+    assert engine.submitted == [list(range(40))]
+
+
+def test_beyond_its_room_a_generator_is_given_what_ends_elsewhere(world):
+    slow, fast = Engine(), Engine()
+    slow.gate = threading.Event()
+    world.choose = lambda calls: calls - 1
+    generators = opened(world, [slow, fast], rows=4)
+    # Room for four rows and, twice, the two that may end before it hears of more: four groups.
+    found: list[RemoteBatch] = []
+    call = threading.Thread(target=lambda: found.append(generators.generate(requests_of(20), SAMPLING)))
+    call.start()
+    while sum(map(len, fast.submitted)) < 32:  # the test's time limit ends it
+        time.sleep(0.001)
+    assert sum(map(len, slow.submitted)) == 8
+    slow.gate.set()
+    call.join(20)
+    assert answers(world, found[0]) == list(range(40))
+
+
+def test_after_a_failure_nothing_of_it_is_left(world):
+    engines = [Engine(), Engine()]
+    engines[1].fails_at = 3
+    generators = opened(world, engines)
+    with pytest.raises(RequestError, match="sample 3 failed"):
+        generators.generate(requests_of(6), SAMPLING)
+    engines[1].fails_at = None
+    assert answers(world, generators.generate(requests_of(4), SAMPLING)) == list(range(8))
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_parcels_are_told_as_soon_as_they_are_written(world, last):
+    """A group each: the one generator waits until what the other has written has been told."""
+    engines = [Engine(), Engine()]
+    world.choose = lambda calls: 0 if last else calls - 1
+    engines[last].gate = threading.Event()
+    told: list[int] = []
+
+    def written(parcel: int, batch: RemoteBatch) -> None:
+        told.append(parcel)
+        assert answers(world, batch) == [2 * parcel, 2 * parcel + 1]
+        assert batch.rows.prompt_id == (parcel, parcel) and set(batch.prompts) == {parcel}
+        engines[last].gate.set()
+
+    batch = opened(world, engines).generate_parcels(requests_of(2), SAMPLING, [range(2), range(2, 4)], written)
+    assert told == [1 - last, last] and answers(world, batch) == [0, 1, 2, 3]
+
+
+def test_what_hears_of_parcels_may_end_the_call(world):
+    engines = [Engine(), Engine()]
+    generators = opened(world, engines)
+
+    def written(parcel: int, batch: RemoteBatch) -> None:
+        raise RewardError("no number")
+
+    with pytest.raises(RewardError, match="no number"):
+        generators.generate_parcels(requests_of(9), SAMPLING, [range(2), range(2, 18)], written)
+    assert answers(world, generators.generate(requests_of(4), SAMPLING)) == list(range(8))
+
+
+def test_given_answers_come_with_their_group(world):
+    requests = [Request(0, 0, (7,), 0), Request(0, 1, (7,), 0, answer=(5,)), Request(1, 2, (7,), 0, answer=(6,))]
+    batch = opened(world, [Engine(), Engine()]).generate(requests, SAMPLING)
+    assert answers(world, batch) == [0, 5, 6] and batch.rows.weight_version == (3, -1, -1)
+
+
+def test_two_callers_do_not_get_each_others_answers(world):
+    """An evaluation, while a thread writes ahead."""
+    engine, found = Engine(), {}
+    generators = opened(world, [engine])
+    held_out = [Request(9, 100 + i, (7,), seed=0) for i in range(4)]
+
+    def ask(name, requests):
+        found[name] = generators.generate(requests, SAMPLING)
+
+    threads = [threading.Thread(target=ask, args=args) for args in (("one", requests_of(9)), ("other", held_out))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert answers(world, found["one"]) == list(range(18))
+    assert answers(world, found["other"]) == [100, 101, 102, 103]
+
+
+def test_requests_that_cannot_be_told_apart_are_refused(world):
+    with pytest.raises(DataError, match="two requests have the same sample_id"):
+        opened(world, [Engine()]).generate([Request(0, 5, (7,), 0), Request(1, 5, (7,), 1)], SAMPLING)
+
+
+def test_a_generator_that_takes_no_requests_is_refused_before_the_first_step():
+    class Whole:
+        def generate(self, requests, sampling): ...
+
+    with pytest.raises(ConfigError, match="the generator Whole has no submit, collect or cancel.*executor=local"):
+        GeneratorHost.serve(GeneratorHost.__new__(GeneratorHost), Whole())
