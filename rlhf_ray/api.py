@@ -196,7 +196,7 @@ def evaluate(
     with borrowed(settled.device):
         from rlhf_ray.evaluation.command import run_eval
 
-        found = run_eval(settled, run_dir, report=print)
+        found = run_eval(settled, run_dir, note=print)
     return Evaluation(Path(found["run_dir"]), found)
 
 

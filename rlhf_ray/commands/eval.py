@@ -34,6 +34,6 @@ def evaluate(
     from rlhf_ray.evaluation.table import print_evaluation
 
     # The resolved config lies in the run directory of its evaluation.
-    result = add_ratings(run_dir or config.parent, ratings) if ratings else run_eval(settings, run_dir, report=print)
+    result = add_ratings(run_dir or config.parent, ratings) if ratings else run_eval(settings, run_dir, note=print)
     print_evaluation(result)
     print(f"Everything is in {result['run_dir']}")

@@ -23,6 +23,6 @@ def pairs(
     quiet_libraries(settings.device)
     from rlhf_ray.feedback.pairs import describe, run_pairs
 
-    result = run_pairs(settings, run_dir, report=print)
+    result = run_pairs(settings, run_dir, note=print)
     print(describe(result))
     print(f"The pairs are in {result['run_dir']}/pairs.jsonl: rlhf-ray rm | dpo ... data.path=<that file>")

@@ -12,7 +12,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.load import dump_config, validated
 from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.answers import Answers
-from rlhf_ray.evaluation.compare import Comparison, Report, compare
+from rlhf_ray.evaluation.compare import Comparison, Note, compare
 from rlhf_ray.evaluation.ratings import export_ratings, import_ratings
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.resume import frozen_clock
@@ -22,7 +22,7 @@ RESULT, KEY = "eval.json", "ratings_key.json"
 
 
 def run_eval(
-    config: EvalRunConfig, run_dir: str | Path | None = None, report: Report = lambda line: None
+    config: EvalRunConfig, run_dir: str | Path | None = None, note: Note = lambda line: None
 ) -> dict[str, Any]:
     """Compares the models; returns what eval.json holds, with `run_dir`.
 
@@ -36,7 +36,7 @@ def run_eval(
     started = time.monotonic()
     summary: dict[str, Any] = {"name": config.name, "run_dir": str(directory.path), "steps": 0}
     try:
-        comparison = compare(config, report)
+        comparison = compare(config, note)
     except BaseException as error:
         directory.write_summary({**summary, **ended_by(error)})
         raise

@@ -31,7 +31,7 @@ from rlhf_ray.evaluation.text import self_bleu
 from rlhf_ray.evaluation.winrate import outcomes_of_scores, win_rate
 from rlhf_ray.rewards.judge import Verdict, compare_both_orders, open_judge
 
-Report = Callable[[str], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Comparison:
     answers: dict[str, Answers]
 
 
-def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Comparison:
+def compare(config: EvalRunConfig, note: Note = lambda line: None) -> Comparison:
     """Every model answers every prompt, one model after the other in memory; then all are measured and compared.
 
     Raises RlhfRayError: data, models or rewards that cannot be used, before the first model is loaded where possible.
@@ -70,7 +70,7 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
     prompts = inputs.prompts
     measured = {}
     for name, model in config.models.items():
-        report(f"{name}: {len(prompts[name])} prompts x {config.sampling.samples_per_prompt}, {model.path}")
+        note(f"{name}: {len(prompts[name])} prompts x {config.sampling.samples_per_prompt}, {model.path}")
         measured[name] = _measure(config, model, prompts[name], inputs.texts, inputs.red_team.get(name))
     base = config.baseline_name
     shown = tuple(map(shown_prompt, prompts[base].examples))
@@ -87,7 +87,7 @@ def compare(config: EvalRunConfig, report: Report = lambda line: None) -> Compar
         "models": {
             name: {"path": model.path, "metrics": metrics[name]} for name, model in config.models.items()
         },
-        "win_rate": _win_rates(config, shown, answers, report),
+        "win_rate": _win_rates(config, shown, answers, note),
         "alarms": alarms,
         "samples": side_by_side(shown[: config.samples], answers),
     }
@@ -232,7 +232,7 @@ def _perplexity_rises(
 
 
 def _win_rates(
-    config: EvalRunConfig, prompts: Sequence[str], answers: Mapping[str, Answers], report: Report
+    config: EvalRunConfig, prompts: Sequence[str], answers: Mapping[str, Answers], note: Note
 ) -> dict[str, dict[str, Any]]:
     """Each model but the baseline against it."""
     by, base = _judged_by(config), answers[config.baseline_name]
@@ -242,7 +242,7 @@ def _win_rates(
             continue
         details: dict[str, Any] = {"by": by}
         if by == "judge":
-            report(f"{name}: judged against {config.baseline_name}, both ways round")
+            note(f"{name}: judged against {config.baseline_name}, both ways round")
             outcomes, judged = _judged(config, prompts, ours, base)
             details |= judged
         else:

@@ -46,7 +46,7 @@ from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.storage import to_json, write_atomically
 
-Report = Callable[[str], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class HumanPair:
 
 
 def run_pairs(
-    config: PairsConfig, run_dir: str | Path | None = None, report: Report = lambda line: None
+    config: PairsConfig, run_dir: str | Path | None = None, note: Note = lambda line: None
 ) -> dict[str, Any]:
     """Samples, labels and writes pairs.jsonl and pairs.json (what was done, and how far the labels can be trusted).
 
@@ -73,7 +73,7 @@ def run_pairs(
     started = time.monotonic()
     summary: dict[str, Any] = {"name": config.name, "run_dir": str(directory.path), "steps": 0}
     try:
-        rows, result = make_pairs(config, report)
+        rows, result = make_pairs(config, note)
         # The report first: where no pair is left, it says why.
         write_atomically(directory.path / "pairs.json", to_json(result, indent=1))
         if not rows:
@@ -90,16 +90,16 @@ def run_pairs(
     return {**result, "run_dir": str(directory.path)}
 
 
-def make_pairs(config: PairsConfig, report: Report = lambda line: None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def make_pairs(config: PairsConfig, note: Note = lambda line: None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(rows of pairs.jsonl, pairs.json)."""
     names, prompts, human = check_inputs(config)
     with open_model(config.model, config) as model:
-        report(f"{len(prompts)} prompts x {config.sampling.samples_per_prompt} answers, {config.model.path}")
+        note(f"{len(prompts)} prompts x {config.sampling.samples_per_prompt} answers, {config.model.path}")
         batch = model.sample(prompts, config.sampling, config.seed)
     answers = model.score(batch, prompts)
     candidates = candidates_of(config.pairing, answers.samples, answers.scores.score.tolist(), len(prompts))
     different = [c for c in candidates if answers.completions[c.first] != answers.completions[c.second]]
-    report(f"labelling {len(different)} pairs" + (f", and {len(human)} of people" if human else ""))
+    note(f"labelling {len(different)} pairs" + (f", and {len(human)} of people" if human else ""))
     labels = _labels(config, answers, different)
     human_labels = _human_labels(config, model, human)
     kept = [(c, label) for c, label in zip(different, labels, strict=True) if label.winner in ("first", "second")]

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.config.supervised import SupervisedConfig, ValidationConfig
 from rlhf_ray.data.stream import Part, Stream, stream_over
-from rlhf_ray.roles.supervised import Report
+from rlhf_ray.roles.supervised import SplitResult
 from rlhf_ray.roles.training import scheduled_rate
 from rlhf_ray.run.supervised_run import SupervisedRun
 
@@ -35,7 +35,7 @@ class Trainer(Protocol):
     devices: float  # accelerators that it occupies; on CPU, machines
 
     def step(self, rows: Sequence[int], lr: float) -> dict[str, float]: ...
-    def evaluate(self, split: str, limit: int | None = None) -> Report: ...
+    def evaluate(self, split: str, limit: int | None = None) -> SplitResult: ...
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
@@ -103,8 +103,8 @@ class Validated:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the weights are judged by before and after: splits by name, and prompts to complete."""
+class SplitEvaluator:
+    """Evaluates the weights, before and after: on splits by name, and on prompts to complete."""
 
     splits: tuple[str, ...]
     prompts: Sequence[Sequence[int]] = ()
@@ -114,8 +114,8 @@ class Judged:
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for split in self.splits:
-            report = trainer.evaluate(split, TRAIN_SAMPLE if split == "train" else None)
-            result |= {f"{split}/{name}": value for name, value in {**report.metrics, **report.details}.items()}
+            found = trainer.evaluate(split, TRAIN_SAMPLE if split == "train" else None)
+            result |= {f"{split}/{name}": value for name, value in {**found.metrics, **found.details}.items()}
         if self.prompts:
             result["samples"] = self.samples(trainer)
         return result
@@ -127,14 +127,14 @@ class Judged:
 
 
 def train(
-    config: SupervisedConfig, trainer: Trainer, batches: Batches, judged: Judged, run: SupervisedRun
+    config: SupervisedConfig, trainer: Trainer, batches: Batches, evaluator: SplitEvaluator, run: SupervisedRun
 ) -> dict[str, Any]:
     """`config.steps` steps from where `run` stands; the evaluation before and after, and which weights were kept.
 
     At the end the trainer holds the weights of the lowest validation loss (`eval.keep_best`), else the last ones.
     """
     start, seen = restore(config, trainer, run)
-    before = run.remember("before", lambda: judged.evaluate(trainer))
+    before = run.remember("before", lambda: evaluator.evaluate(trainer))
     run.begin()
     every = config.eval.every or batches.per_epoch
     for step in range(start, config.steps):
@@ -145,16 +145,16 @@ def train(
             metrics = trainer.step(batches.rows(step), scheduled_rate(config.learner, step, config.steps))
         metrics |= batches.progress(step + 1)
         last = step + 1 == config.steps
-        if "val" in judged.splits and (last or (step + 1) % every == 0):
+        if "val" in evaluator.splits and (last or (step + 1) % every == 0):
             with run.timer("eval"):
-                report = trainer.evaluate("val")
-            seen = seen.after(report.metrics["loss"], step + 1, config.eval)
-            run.show_validation(step + 1, report.metrics, best=seen.best_step == step + 1)
-            metrics |= {f"val/{name}": value for name, value in report.metrics.items()}
+                found = trainer.evaluate("val")
+            seen = seen.after(found.metrics["loss"], step + 1, config.eval)
+            run.show_validation(step + 1, found.metrics, best=seen.best_step == step + 1)
+            metrics |= {f"val/{name}": value for name, value in found.metrics.items()}
         samples: Sequence[dict[str, str]] = ()
-        if judged.prompts and not last and run.shows_samples(step + 1):
+        if evaluator.prompts and not last and run.shows_samples(step + 1):
             with run.timer("eval"):
-                samples = judged.samples(trainer)
+                samples = evaluator.samples(trainer)
         run.log_step(step + 1, metrics, samples)
         improved = config.eval.keep_best and seen.best_step != best_before
         if improved or last or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
@@ -164,7 +164,7 @@ def train(
         kept = seen.best_step
         trainer.load(folder_of(kept, run))
         run.note(f"back to the weights of step {kept}, whose validation loss {seen.best_loss:.4f} was lowest")
-    return {"before": before, "after": judged.evaluate(trainer), "kept_step": kept,
+    return {"before": before, "after": evaluator.evaluate(trainer), "kept_step": kept,
             "stopped_early": run.steps_done < config.steps}  # fmt: skip
 
 

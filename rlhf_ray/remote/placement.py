@@ -41,7 +41,7 @@ class Seat:
 
 
 @dataclass
-class Plan:
+class Placement:
     seats: list[Seat] = field(default_factory=list)
 
     @property
@@ -84,7 +84,7 @@ def choose_transport(sync: SyncConfig, generator: GeneratorConfig, workers: RayC
     return "nccl" if workers.gpus_per_worker >= 1 else "shared_memory"
 
 
-def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:
+def plan_seats(config: RunConfig, device: str, transport: str) -> Placement:
     """A seat for every worker of this config.
 
     Separate: each worker has its own bundle; with shared_memory the generators and learner rank 0, which sends,
@@ -95,13 +95,13 @@ def plan_seats(config: RunConfig, device: str, transport: str) -> Plan:
         return _colocated(_roster(config), config.learner.world_size, config.generator.tensor_parallel, config.ray)
     cpus = max(config.ray.cpus_per_worker, LEAST_CPUS)
     gpus = config.ray.gpus_per_worker if device == "cuda" else 0.0
-    plan, next_bundle = Plan(), 1
+    placement, next_bundle = Placement(), 1
     for name, accelerators in _roster(config):
         together = transport == "shared_memory" and (name == "learner rank 0" or name.startswith("generator"))
         bundle = 0 if together or name == "learner rank 0" else next_bundle
         next_bundle += bundle != 0
-        plan.seats.append(Seat(name, bundle, cpus, gpus * accelerators))
-    return plan
+        placement.seats.append(Seat(name, bundle, cpus, gpus * accelerators))
+    return placement
 
 
 def _roster(config: RunConfig) -> list[tuple[str, int]]:
@@ -116,9 +116,9 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
     return [*roster, ("reward", int(config.judging.needs_gpu))]
 
 
-def _colocated(roster: Sequence[tuple[str, int]], ranks: int, each: int, workers: RayConfig) -> Plan:
+def _colocated(roster: Sequence[tuple[str, int]], ranks: int, each: int, workers: RayConfig) -> Placement:
     """`ranks` of the learner have a GPU; `each` of the generators borrows so many of these."""
-    cpus, plan = max(workers.cpus_per_worker, LEAST_CPUS), Plan()
+    cpus, placement = max(workers.cpus_per_worker, LEAST_CPUS), Placement()
     for name, accelerators in roster:
         role, number = name.split()[0], int(name.split()[-1]) if name[-1].isdigit() else 0
         first = number * each if role == "generator" else number
@@ -126,13 +126,13 @@ def _colocated(roster: Sequence[tuple[str, int]], ranks: int, each: int, workers
         # A generator's GPUs must be those of one machine, hence of one bundle.
         bundle = min(first, ranks - 1) // each
         own = role == "learner"
-        plan.seats.append(Seat(name, bundle, cpus, float(own), () if own else owners))
-    return plan
+        placement.seats.append(Seat(name, bundle, cpus, float(own), () if own else owners))
+    return placement
 
 
-def check_fit(plan: Plan, nodes: Sequence[Mapping[str, float]], colocated: bool) -> None:
+def check_fit(placement: Placement, nodes: Sequence[Mapping[str, float]], colocated: bool) -> None:
     """Refuse what can never be placed. `nodes`: the resources of each machine. Raises PlacementError."""
-    generates = "generator" in plan.by_role("CPU")  # a supervised run does not, and has nobody to share with
+    generates = "generator" in placement.by_role("CPU")  # a supervised run does not, and has nobody to share with
     fewer = "lower learner.world_size" + (", generator.count or generator.tensor_parallel" if generates else "")
     for resource, plural, remedies in (
         ("GPU", "GPUs", [
@@ -141,12 +141,12 @@ def check_fit(plan: Plan, nodes: Sequence[Mapping[str, float]], colocated: bool)
         ]),
         ("CPU", "CPUs", ["lower ray.cpus_per_worker", "or add machines"]),
     ):  # fmt: skip
-        need, has = plan.total(resource), sum(node.get(resource, 0.0) for node in nodes)
+        need, has = placement.total(resource), sum(node.get(resource, 0.0) for node in nodes)
         remedy = ", ".join(remedies)
         if need > has + 1e-6:
-            shares = ", ".join(f"{role} {count:g}" for role, count in plan.by_role(resource).items())
+            shares = ", ".join(f"{role} {count:g}" for role, count in placement.by_role(resource).items())
             raise PlacementError(f"ray: the run needs {need:g} {plural} ({shares}), the cluster has {has:g}; {remedy}")
-        largest = max(bundle.get(resource, 0.0) for bundle in plan.bundles)
+        largest = max(bundle.get(resource, 0.0) for bundle in placement.bundles)
         most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         if largest > most + 1e-6:
             raise PlacementError(
@@ -155,38 +155,38 @@ def check_fit(plan: Plan, nodes: Sequence[Mapping[str, float]], colocated: bool)
 
 
 @contextmanager
-def placed(plan: Plan, seconds: float, colocated: bool, note: Note = silent) -> Iterator[PlacementGroup]:
-    """The plan's placement group, removed at the end. `note` hears if others have to end first.
+def placed(placement: Placement, seconds: float, colocated: bool, note: Note = silent) -> Iterator[PlacementGroup]:
+    """Its placement group, removed at the end. `note` hears if others have to end first.
 
     Raises:
         PlacementError: it can never fit, or what it needs did not become free in time.
     """
-    check_fit(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]], colocated)
-    group = placement_group(plan.bundles, strategy="PACK")
+    check_fit(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]], colocated)
+    group = placement_group(placement.bundles, strategy="PACK")
     try:
-        if not _ready(group, plan, seconds, note):
+        if not _ready(group, placement, seconds, note):
             raise PlacementError(
-                f"ray: the cluster did not make room within {seconds:.0f} s (ray.start_deadline_s): {_needed(plan)}; "
-                "wait for other jobs to end, or make the run smaller"
+                f"ray: the cluster did not make room within {seconds:.0f} s (ray.start_deadline_s): "
+                f"{_needed(placement)}; wait for other jobs to end, or make the run smaller"
             )
         yield group
     finally:
         remove_placement_group(group)
 
 
-def _ready(group: PlacementGroup, plan: Plan, seconds: float, note: Note) -> bool:
+def _ready(group: PlacementGroup, placement: Placement, seconds: float, note: Note) -> bool:
     first = min(math.ceil(seconds), AT_ONCE_S)
     if group.wait(first):
         return True
-    note(f"waiting for room in the cluster: {_needed(plan)}")
+    note(f"waiting for room in the cluster: {_needed(placement)}")
     return group.wait(math.ceil(seconds) - first)
 
 
-def _needed(plan: Plan) -> str:
+def _needed(placement: Placement) -> str:
     free = {name: round(ray.available_resources().get(name, 0.0), 3) for name in ("CPU", "GPU")}
     return (
-        f"the run needs {plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, of which {free['CPU']:g} and "
-        f"{free['GPU']:g} are free"
+        f"the run needs {placement.total('CPU'):g} CPUs and {placement.total('GPU'):g} GPUs, of which "
+        f"{free['CPU']:g} and {free['GPU']:g} are free"
     )
 
 

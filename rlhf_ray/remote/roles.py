@@ -24,7 +24,7 @@ from rlhf_ray.remote.handles import RemoteGenerators
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, RoleHost
 from rlhf_ray.remote.loading import Loading, Note, silent
-from rlhf_ray.remote.placement import Plan, choose_transport, options_of, placed, plan_seats
+from rlhf_ray.remote.placement import Placement, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.store import RemoteStore
 from rlhf_ray.roles.advantages import AdvantageEstimator
@@ -92,7 +92,7 @@ def everywhere(assets: Assets) -> Assets:
 
 
 def _build(
-    crew: Crew, plan: Plan, makers: Makers, engines: Mapping[str, str], workers: RayConfig, sft: SFTRows | None,
+    crew: Crew, plan: Placement, makers: Makers, engines: Mapping[str, str], workers: RayConfig, sft: SFTRows | None,
     note: Note,
 ) -> None:  # fmt: skip
     """Load every model, all at the same time; on shared GPUs the generators first. `engines`: role -> its engine."""
@@ -134,7 +134,7 @@ def _connect(crew: Crew, tensor_parallel: int, sync: SyncConfig, workers: RayCon
     crew.results([worker.ask(Learner.connect, client, deadline=start) for worker in crew.named("learner")])
 
 
-def _lend_gpus(crew: Crew, plan: Plan, places: Mapping[str, Place], deadline: Deadline) -> None:
+def _lend_gpus(crew: Crew, plan: Placement, places: Mapping[str, Place], deadline: Deadline) -> None:
     by_name = {worker.name: worker for worker in crew.workers}
     calls = []
     for seat in plan.seats:
@@ -144,14 +144,14 @@ def _lend_gpus(crew: Crew, plan: Plan, places: Mapping[str, Place], deadline: De
     crew.results(calls)
 
 
-def _devices(crew: Crew, plan: Plan, device: str) -> dict[str, Any]:
+def _devices(crew: Crew, plan: Placement, device: str) -> dict[str, Any]:
     """What the run occupies, as `Roles` has it."""
     if device == "cuda":
         return {"devices": plan.total("GPU"), "device_name": accelerator_name()}
     return {"devices": float(len({worker.node for worker in crew.workers})), "device_name": device}
 
 
-def _handles(crew: Crew, plan: Plan, config: RunConfig) -> Roles:
+def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
     generators = RemoteGenerators(
         crew, crew.named("generator"), config.generator.rows, workers_each=config.generator.tensor_parallel,

@@ -19,7 +19,7 @@ from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import RankHost
 from rlhf_ray.remote.loading import Loading, Note, silent
-from rlhf_ray.remote.placement import LEAST_CPUS, Plan, Seat, options_of, placed
+from rlhf_ray.remote.placement import LEAST_CPUS, Placement, Seat, options_of, placed
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.roles import everywhere
 from rlhf_ray.roles.factory import Assets, Rank
@@ -69,11 +69,11 @@ def open_remote_trainer(
             crew.dismiss(farewell)
 
 
-def plan_ranks(config: SupervisedConfig, device: str) -> Plan:
+def plan_ranks(config: SupervisedConfig, device: str) -> Placement:
     """A bundle for every rank: on CUDA a GPU of its own."""
     cpus = max(config.ray.cpus_per_worker, LEAST_CPUS)
     gpus = config.ray.gpus_per_worker if device == "cuda" else 0.0
-    return Plan([Seat(f"{ROLE} rank {i}", i, cpus, gpus) for i in range(config.learner.world_size)])
+    return Placement([Seat(f"{ROLE} rank {i}", i, cpus, gpus) for i in range(config.learner.world_size)])
 
 
 def _build(

@@ -14,10 +14,10 @@ from rlhf_ray.config.schema import CriticConfig
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.forward import critic_values
-from rlhf_ray.roles.training import Share, Totals, Trainer
+from rlhf_ray.roles.training import Share, Totals, TrainingRole
 
 
-class Critic(Trainer):
+class Critic(TrainingRole):
     """A value head on its own backbone, fitted by a clipped squared error."""
 
     config: CriticConfig

@@ -107,7 +107,7 @@ def _part(step: Rows, shares: list[Share]) -> RankPart:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Microbatches:
     """This rank's micro-batches, as places in a list of items; dummies at the end keep it in step with the others."""
 
     parts: tuple[tuple[int, ...], ...]
@@ -115,7 +115,7 @@ class Plan:
     padding: float  # share of padding in what all ranks compute, dummies included
 
 
-def plan_items(rows: Sequence[Sequence[int]], max_tokens: int, rank: int = 0, world_size: int = 1) -> Plan:
+def split_items(rows: Sequence[Sequence[int]], max_tokens: int, rank: int = 0, world_size: int = 1) -> Microbatches:
     """Micro-batches of items of about the same length, balanced over the ranks; every rank gets equally many.
 
     Args:
@@ -131,7 +131,7 @@ def plan_items(rows: Sequence[Sequence[int]], max_tokens: int, rank: int = 0, wo
     # The first item of a micro-batch is its longest.
     computed = sum(len(places) * costs[places[0]] for own in parts_of_all for places in own)
     padding = 1 - sum(map(sum, rows)) / computed
-    return Plan(tuple(map(tuple, parts_of_all[rank])), len(parts[rank]), padding)
+    return Microbatches(tuple(map(tuple, parts_of_all[rank])), len(parts[rank]), padding)
 
 
 def split_minibatches(prompt_ids: Sequence[int], count: int, seed: int) -> list[list[int]]:

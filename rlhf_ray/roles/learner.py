@@ -27,14 +27,14 @@ from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.roles.sft_term import MicroLoss, SFTTerm
 from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
-from rlhf_ray.roles.training import Share, Totals, Trainer
+from rlhf_ray.roles.training import Share, Totals, TrainingRole
 from rlhf_ray.sync.sender import WeightSender
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Learner(Trainer):
+class Learner(TrainingRole):
     """Trains the policy with a clipped, importance-weighted policy gradient.
 
     Of several ranks, each is given its own rows and the passes that it computes them in (`RankBatch`); a single process

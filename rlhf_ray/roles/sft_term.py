@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.stream import Part, stream_over
 from rlhf_ray.models.engine import TrainEngine
-from rlhf_ray.roles.division import plan_items
+from rlhf_ray.roles.division import split_items
 from rlhf_ray.roles.objectives import SFT
 
 # One forward pass: its share of the loss, and what was counted.
@@ -52,10 +52,10 @@ class SFTTerm:
         """This rank's forward passes in that optimiser step; what they return adds up to the term, over all ranks."""
         items = [self.examples[row] for row in self.rows(number)]
         lengths = [self.objective.lengths(item) for item in items]
-        plan = plan_items(lengths, self.tokens_per_microbatch, engine.rank, engine.world_size)
+        micro = split_items(lengths, self.tokens_per_microbatch, engine.rank, engine.world_size)
         tokens = max(1, sum(map(self.objective.weight, items)))
-        parts = [[items[place] for place in places] for places in plan.parts]
-        return [partial(self._loss, engine, part, tokens, index < plan.real) for index, part in enumerate(parts)]
+        parts = [[items[place] for place in places] for places in micro.parts]
+        return [partial(self._loss, engine, part, tokens, index < micro.real) for index, part in enumerate(parts)]
 
     def _loss(
         self, engine: TrainEngine, items: Sequence[TokenizedExample], tokens: int, is_real: bool

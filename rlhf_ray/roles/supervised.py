@@ -24,7 +24,7 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.fits import positions_of
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
-from rlhf_ray.roles.division import Plan, plan_items
+from rlhf_ray.roles.division import Microbatches, split_items
 from rlhf_ray.roles.objectives import Measured, Objective, language_model_inputs, pad_examples
 from rlhf_ray.roles.preferences import ReferencedPair, answer_logprobs
 
@@ -37,7 +37,7 @@ ReferenceLogprobs = dict[str, list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
-class Report:
+class SplitResult:
     """An evaluation: metrics by name, and details that are no single number (histograms)."""
 
     metrics: dict[str, float]
@@ -73,16 +73,16 @@ class SupervisedTrainer:
         DivergenceError.
         """
         items = self.ready([self.splits["train"][row] for row in rows])
-        total, plan = sum(map(self.objective.weight, items)), self._plan(items)
+        total, micro = sum(map(self.objective.weight, items)), self._microbatches(items)
         measured: list[Measured] = []
-        for index, places in enumerate(plan.parts):
+        for index, places in enumerate(micro.parts):
             found = self._measure([items[place] for place in places])
-            real = float(index < plan.real)
-            self.engine.backward(found["loss"].sum() * (real / max(total, 1)), last=index == len(plan.parts) - 1)
+            real = float(index < micro.real)
+            self.engine.backward(found["loss"].sum() * (real / max(total, 1)), last=index == len(micro.parts) - 1)
             measured.append(found)
         norm = self.engine.step(lr)
         self._skipped.count(norm)
-        gathered = self._gathered(len(items), plan, measured)
+        gathered = self._gathered(len(items), micro, measured)
         return {
             **self.objective.metrics(gathered),
             **self._by_source(items, gathered),
@@ -90,16 +90,16 @@ class SupervisedTrainer:
             "lr": lr,
             "skipped_steps": float(not math.isfinite(norm)),
             "tokens": float(sum(sum(self.objective.lengths(item)) for item in items)),
-            "perf/padding_frac": plan.padding,
+            "perf/padding_frac": micro.padding,
             "perf/peak_mem_gb": peak_memory_gb(self.engine.device),
         }
 
-    def evaluate(self, split: str, limit: int | None = None) -> Report:
+    def evaluate(self, split: str, limit: int | None = None) -> SplitResult:
         """The objective's report on the first `limit` items of a split, of several sources in turn. Collective."""
         items = self.ready([self.splits[split][place] for place in self.places(split, limit)])
         measured = self._measure_all(items)
         metrics, details = self.objective.report(measured)
-        return Report({**metrics, **self._by_source(items, measured)}, details)
+        return SplitResult({**metrics, **self._by_source(items, measured)}, details)
 
     def places(self, split: str, limit: int | None) -> Sequence[int]:
         """Where in a split the items are that `evaluate` looks at."""
@@ -127,24 +127,24 @@ class SupervisedTrainer:
 
     @torch.no_grad()
     def _measure_all(self, items: Sequence[Any]) -> Measured:
-        plan = self._plan(items)
-        measured = [self._measure([items[place] for place in places]) for places in plan.parts]
-        return self._gathered(len(items), plan, measured)
+        micro = self._microbatches(items)
+        measured = [self._measure([items[place] for place in places]) for places in micro.parts]
+        return self._gathered(len(items), micro, measured)
 
     def _measure(self, items: Sequence[Any]) -> Measured:
         batch = self.objective.collate(items).to(self.engine.device)
         return self.objective.measure(self.engine(**self.objective.inputs(batch)), batch)
 
-    def _plan(self, items: Sequence[Any]) -> Plan:
+    def _microbatches(self, items: Sequence[Any]) -> Microbatches:
         """Micro-batches of items of about the same length, balanced over the ranks."""
         rows = [self.objective.lengths(item) for item in items]
-        return plan_items(rows, self.tokens_per_microbatch, self.engine.rank, self.engine.world_size)
+        return split_items(rows, self.tokens_per_microbatch, self.engine.rank, self.engine.world_size)
 
-    def _gathered(self, count: int, plan: Plan, measured: Sequence[Measured]) -> Measured:
+    def _gathered(self, count: int, micro: Microbatches, measured: Sequence[Measured]) -> Measured:
         """What all ranks have measured, in the order of the items: [items] float64 on the CPU. Collective."""
         names = sorted(measured[0])
         table = torch.zeros(count, len(names), dtype=torch.float64)
-        for places, found in list(zip(plan.parts, measured, strict=True))[: plan.real]:
+        for places, found in list(zip(micro.parts, measured, strict=True))[: micro.real]:
             columns = [found[name].detach().cpu().double() for name in names]  # in this order: MPS has no float64
             table[list(places)] = torch.stack(columns, 1)
         if self.engine.world_size > 1:
@@ -163,15 +163,15 @@ class SupervisedTrainer:
         if not groups:
             return []
         sizes = [tuple(len(example.token_ids) for example in group) for group in groups]
-        plan = plan_items(sizes, self.tokens_per_microbatch, self.engine.rank, self.engine.world_size)
+        micro = split_items(sizes, self.tokens_per_microbatch, self.engine.rank, self.engine.world_size)
         measured = []
-        for places in plan.parts:
+        for places in micro.parts:
             rows = [groups[place][column] for column in range(len(sizes[0])) for place in places]
             batch = pad_examples(rows, self.tokenizer.pad_token_id).to(self.engine.device)
             outputs = (model or self.engine)(**language_model_inputs(batch))
             columns = answer_logprobs(outputs, batch).chunk(len(sizes[0]))
             measured.append({str(column): logp_N for column, logp_N in enumerate(columns)})
-        table = self._gathered(len(groups), plan, measured)
+        table = self._gathered(len(groups), micro, measured)
         return list(zip(*(table[str(column)].tolist() for column in range(len(sizes[0]))), strict=True))
 
     def reference_logprobs(

@@ -45,7 +45,7 @@ class Totals:
         return combined
 
 
-class Trainer:
+class TrainingRole:
     """Splits batches into optimiser steps and micro-batches; base of `Learner` and `Critic`."""
 
     def __init__(

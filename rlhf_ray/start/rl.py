@@ -85,7 +85,7 @@ def run_rl(
         if len(held_out) < config.eval.size:
             run.note(f"held out: {len(held_out)} prompts; there are no more, and eval.size={config.eval.size}")
         policy, tokenizer_path = starting_policy(
-            config, directory.start, own_hardware(hardware), report=run.warm_start_progress(),
+            config, directory.start, own_hardware(hardware), on_step=run.warm_start_progress(),
             note=run.note,
         )
         assets = Assets(policy, tokenizer_path, hardware, config.model.trust_remote_code)

@@ -79,7 +79,7 @@ def open_session(config: RunConfig, folder: str | Path | None, note: Callable[[s
         start = Path(temporary if folder is None else folder) / "start"
         tokenizer, prompts, held_out, sft = check_inputs(config, start, hardware.device)
         policy, tokenizer_path = starting_policy(
-            config, start, own_hardware(hardware), report=lambda step, loss: None, note=note
+            config, start, own_hardware(hardware), on_step=lambda step, loss: None, note=note
         )
         stop = with_turn_ends(stop_token_ids(policy, tokenizer, trust_remote_code=trust), tokenizer)
         assets = Assets(policy, tokenizer_path, hardware, trust)

@@ -17,7 +17,7 @@ from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.loops.export import export
-from rlhf_ray.loops.supervised import TRAIN_SAMPLE, Batches, Judged, Trainer, train
+from rlhf_ray.loops.supervised import TRAIN_SAMPLE, Batches, SplitEvaluator, Trainer, train
 from rlhf_ray.models.fits import require_end
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.roles.factory import Assets, Rank
@@ -79,7 +79,7 @@ def run_supervised(
             run.workload = Workload(devices=trainer.devices)
             if isinstance(config, DPOConfig) and config.dpo.needs_reference:
                 set_reference(config, trainer, batches, run)
-            result = train(config, trainer, batches, judged_by(config, tokenizer, splits), run)
+            result = train(config, trainer, batches, evaluator_of(config, tokenizer, splits), run)
             if isinstance(config, RMConfig):
                 doubt_judge(result, run)
             # What a reward model or a classifier has learned is not all in its adapter: its head is new.
@@ -148,13 +148,13 @@ def with_steps(config: Config, batches: Batches) -> Config:
     return config.model_copy(update={"steps": max(1, round(config.epochs * batches.per_epoch))})
 
 
-def judged_by(config: SupervisedConfig, tokenizer: Any, splits: Splits) -> Judged:
+def evaluator_of(config: SupervisedConfig, tokenizer: Any, splits: Splits) -> SplitEvaluator:
     names = tuple(name for name in ("train", "val", "test") if name in splits)
     if not isinstance(config, SFTConfig) or not config.samples.count:
-        return Judged(names)
+        return SplitEvaluator(names)
     prompts = sample_prompts(splits, config.samples.count)
     texts = tuple(tokenizer.batch_decode(prompts, skip_special_tokens=True))
-    return Judged(names, tuple(prompts), texts, config.samples.max_new_tokens)
+    return SplitEvaluator(names, tuple(prompts), texts, config.samples.max_new_tokens)
 
 
 def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: SupervisedRun) -> None:

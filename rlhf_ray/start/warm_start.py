@@ -32,7 +32,7 @@ from rlhf_ray.roles.supervised import SupervisedTrainer
 from rlhf_ray.run.storage import written_whole
 from rlhf_ray.start.supervised_inputs import corpus
 
-Report = Callable[[int, float], None]
+OnStep = Callable[[int, float], None]
 Note = Callable[[str], None]
 Tokens = tuple[int, ...]
 
@@ -42,11 +42,11 @@ def ignored(line: str) -> None:
 
 
 def starting_policy(
-    config: RunConfig, folder: Path, hardware: Hardware, report: Report, note: Note = ignored
+    config: RunConfig, folder: Path, hardware: Hardware, on_step: OnStep, note: Note = ignored
 ) -> tuple[str, str]:
     """(policy, tokenizer): paths for every role to load. Writes `folder` only if something has to be made.
 
-    `report` gets the step and loss of a warm start, `note` what is to be said of its rows.
+    `on_step` gets the step and loss of a warm start, `note` what is to be said of its rows.
 
     A finished `folder` is used again, so a resumed run starts from the same weights.
     """
@@ -60,7 +60,7 @@ def starting_policy(
             model = make_model(config.model, config.seed, tokenizer) if scratch else load_policy(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
-            model = warm_start(config, model, tokenizer, hardware, report, note)
+            model = warm_start(config, model, tokenizer, hardware, on_step, note)
             release_memory()  # its workers may need this GPU
         with written_whole("the policy to start from", folder) as unfinished:
             save_folder(unfinished, model if made else None, tokenizer)
@@ -142,7 +142,7 @@ class Lessons:
 
 
 def warm_start(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, report: Report,
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, on_step: OnStep,
     note: Note = ignored,
 ) -> PreTrainedModel:  # fmt: skip
     """Supervised steps on the training data: a task's pairs, or a file's whole texts; sources are drawn by weight."""
@@ -165,7 +165,7 @@ def warm_start(
         steps=settings.steps,
         lr=settings.lr,
         target_accuracy=settings.target_accuracy,
-        on_step=report,
+        on_step=on_step,
     )
     return model.cpu()
 

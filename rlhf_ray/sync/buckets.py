@@ -36,7 +36,7 @@ def padded_bytes(tensor: Tensor) -> int:
 
 
 @dataclass
-class Layout:
+class BucketLayout:
     """Where each tensor lies in a bucket; parallel lists, as in vLLM's own update messages."""
 
     names: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlhf_ray.errors import RlhfRayError, SyncError
-from rlhf_ray.sync.buckets import Layout
+from rlhf_ray.sync.buckets import BucketLayout
 from rlhf_ray.sync.export import Pair, Source
 
 NOTHING_EXPORTED = (
@@ -122,12 +122,12 @@ class InProcessSender(BucketSender):
     transport = "in_process"
 
     def send_buckets(self, pairs: Iterator[Pair], client: WeightClient) -> tuple[int, int]:
-        layout, tensors, sent, nbytes = Layout(), [], 0, 0
+        layout, tensors, sent, nbytes = BucketLayout(), [], 0, 0
         for name, tensor in pairs:
             if not layout.takes(tensor, self.capacity):
                 client.update_weights(_message(layout, tensors, sent, last=False))
                 sent, nbytes = sent + 1, nbytes + layout.nbytes
-                layout, tensors = Layout(), []
+                layout, tensors = BucketLayout(), []
             layout.append(name, tensor)
             # A gathered or merged tensor is only good until the next one is asked for, and vLLM keeps what it
             # gets until a layer is complete.
@@ -138,5 +138,5 @@ class InProcessSender(BucketSender):
         return sent, nbytes
 
 
-def _message(layout: Layout, tensors: list[Tensor], index: int, *, last: bool) -> dict[str, Any]:
+def _message(layout: BucketLayout, tensors: list[Tensor], index: int, *, last: bool) -> dict[str, Any]:
     return {"names": layout.names, "tensors": tensors, "index": index, "last": last}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.errors import SyncError
-from rlhf_ray.sync.buckets import Layout, padded_bytes, write
+from rlhf_ray.sync.buckets import BucketLayout, padded_bytes, write
 from rlhf_ray.sync.export import Pair
 from rlhf_ray.sync.segment import Segment, attach, default_directory, remove_leftovers
 from rlhf_ray.sync.sender import BucketSender, WeightClient
@@ -44,14 +44,14 @@ class SharedMemorySender(BucketSender):
         return {"transport": self.transport, "probe": str(self._probe.path), "nonce": nonce.hex()}
 
     def send_buckets(self, pairs: Iterator[Pair], client: WeightClient) -> tuple[int, int]:
-        layout, sent, nbytes = Layout(), 0, 0
+        layout, sent, nbytes = BucketLayout(), 0, 0
         in_flight: Future[None] | None = None
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync") as caller:
             for name, tensor in pairs:
                 if not layout.takes(tensor, self.capacity):
                     in_flight = self._flush(caller, client, layout, sent, in_flight, last=False)
                     sent, nbytes = sent + 1, nbytes + layout.nbytes
-                    layout = Layout()
+                    layout = BucketLayout()
                 # Straight into shared memory: a gathered or merged tensor is only good until the next one.
                 slot = self._slot(sent % 2, layout.nbytes + padded_bytes(tensor))
                 write(slot, layout.append(name, tensor), tensor)
@@ -69,7 +69,7 @@ class SharedMemorySender(BucketSender):
         self,
         caller: ThreadPoolExecutor,
         client: WeightClient,
-        layout: Layout,
+        layout: BucketLayout,
         index: int,
         in_flight: Future[None] | None,
         *,

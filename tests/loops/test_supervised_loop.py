@@ -11,8 +11,8 @@ import pytest
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.supervised import SFTConfig, ValidationConfig
 from rlhf_ray.data.stream import Part
-from rlhf_ray.loops.supervised import Batches, Judged, Validated, train
-from rlhf_ray.roles.supervised import Report
+from rlhf_ray.loops.supervised import Batches, SplitEvaluator, Validated, train
+from rlhf_ray.roles.supervised import SplitResult
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.supervised_run import SupervisedRun
 
@@ -33,10 +33,10 @@ class Trainer:
         self.asked.append((list(rows), lr))
         return {"loss": 1.0, "tokens": 5.0}
 
-    def evaluate(self, split: str, limit: int | None = None) -> Report:
+    def evaluate(self, split: str, limit: int | None = None) -> SplitResult:
         self.judged.append((split, self.weights))
         loss = self.losses[self.weights - 1] if split == "val" and self.weights else 9.0
-        return Report({"loss": loss}, {"histogram": [1, 2]})
+        return SplitResult({"loss": loss}, {"histogram": [1, 2]})
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         return [f"{self.weights}:{max_new_tokens}" for _ in prompts]
@@ -63,9 +63,9 @@ def config(steps: int, **sections: dict) -> SFTConfig:
 
 def run(settings: SFTConfig, trainer: Trainer, folder: Path, *, rows: int = 4, resume: bool = False) -> dict:
     recorder = SupervisedRun(settings, RunDirectory(folder, resume=resume))
-    judged = Judged(("train", "val"), ((1, 2),), ("prompt",), 7)
+    evaluator = SplitEvaluator(("train", "val"), ((1, 2),), ("prompt",), 7)
     try:
-        return train(settings, trainer, Batches(rows, settings.learner.batch_size, settings.seed), judged, recorder)
+        return train(settings, trainer, Batches(rows, settings.learner.batch_size, settings.seed), evaluator, recorder)
     finally:
         recorder.close()
 

@@ -26,7 +26,7 @@ from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.remote.host import Host
-from rlhf_ray.remote.placement import Plan, Seat, options_of, placed, plan_seats
+from rlhf_ray.remote.placement import Placement, Seat, options_of, placed, plan_seats
 from rlhf_ray.remote.roles import _lend_gpus, open_remote_roles
 from rlhf_ray.roles.factory import Assets
 from rlhf_ray.start.rl import hardware_of, own_hardware, run_rl
@@ -228,7 +228,7 @@ def test_too_few_gpus_are_refused_before_anything_starts(two_gpu_machines, tiny_
     with pytest.raises(PlacementError, match=r"needs 3 GPUs \(learner 2, generator 1\), the cluster has 2"):
         enter(open_remote_roles(config, ON_GPU))
     with pytest.raises(PlacementError, match="2 GPUs must lie on one machine, the largest has 1"):
-        enter(placed(Plan([Seat("generator 0", 0, 1, 2.0)]), 5, colocated=False))
+        enter(placed(Placement([Seat("generator 0", 0, 1, 2.0)]), 5, colocated=False))
 
 
 @pytest.mark.engine
@@ -242,7 +242,7 @@ def test_too_few_cpus_are_refused(two_gpu_machines, tiny_config):
 def test_a_busy_cluster_is_waited_for_until_the_deadline(two_gpu_machines, monkeypatch):
     lines = []
     monkeypatch.setattr(placement, "AT_ONCE_S", 1)
-    everything = Plan([Seat("learner rank 0", 0, 1, 1.0), Seat("generator 0", 1, 1, 1.0)])
+    everything = Placement([Seat("learner rank 0", 0, 1, 1.0), Seat("generator 0", 1, 1, 1.0)])
     with placed(everything, 30, colocated=False):
         started = time.monotonic()
         with pytest.raises(PlacementError, match=r"within 2 s \(ray.start_deadline_s\).* of which 6 and 0 are free"):

@@ -10,7 +10,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.remote.calls import Worker
 from rlhf_ray.remote.crew import Crew
-from rlhf_ray.remote.placement import Plan, Seat, check_fit, choose_transport, plan_seats
+from rlhf_ray.remote.placement import Placement, Seat, check_fit, choose_transport, plan_seats
 from rlhf_ray.remote.roles import _devices
 
 PPO = ("algorithm.name=ppo", "algorithm.kl_coef=0.05")
@@ -18,7 +18,7 @@ SHARDED = ("executor=ray", "learner.engine=deepspeed")
 VLLM = ("generator.engine=vllm",)
 
 
-def seats_of(plan: Plan) -> dict[str, tuple[int, float]]:
+def seats_of(plan: Placement) -> dict[str, tuple[int, float]]:
     return {seat.name: (seat.bundle, seat.gpus) for seat in plan.seats}
 
 
@@ -124,7 +124,7 @@ def test_transport(tiny_config, overrides, device, transport):
     assert choose_transport(config.sync, config.generator, config.ray, device) == transport
 
 
-THREE_GPUS = Plan([
+THREE_GPUS = Placement([
     Seat("learner rank 0", 0, 1, 1.0), Seat("learner rank 1", 1, 1, 1.0), Seat("generator 0", 2, 1, 1.0),
 ])  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_too_few_cpus():
 
 
 def test_a_bundle_must_fit_one_machine():
-    plan = Plan([Seat("generator 0", 0, 1, 4.0)])
+    plan = Placement([Seat("generator 0", 0, 1, 4.0)])
     with pytest.raises(PlacementError, match="4 GPUs must lie on one machine, the largest has 2"):
         check_fit(plan, [{"CPU": 8.0, "GPU": 2.0}] * 2, colocated=False)
 

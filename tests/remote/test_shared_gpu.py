@@ -14,7 +14,7 @@ from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.host import Place
 from rlhf_ray.remote.loading import silent
-from rlhf_ray.remote.placement import Plan, plan_seats
+from rlhf_ray.remote.placement import Placement, plan_seats
 from rlhf_ray.remote.roles import _build, _handles
 from rlhf_ray.roles import generator_vllm
 from rlhf_ray.roles.factory import Assets
@@ -38,7 +38,7 @@ class Recorded:
 class FakeCrew:
     """`log`: every call that was started, and "--" where all of them were waited for."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Placement) -> None:
         self.log: list[str] = []
         self.workers = [Recorded(seat.name, self.log) for seat in plan.seats]
 
@@ -55,10 +55,10 @@ class FakeCrew:
 
 
 @pytest.fixture
-def crew_of(tiny_config, monkeypatch) -> Callable[..., tuple[FakeCrew, Plan, Any]]:
+def crew_of(tiny_config, monkeypatch) -> Callable[..., tuple[FakeCrew, Placement, Any]]:
     monkeypatch.setattr(ray, "put", lambda value: value)  # the real one would start a Ray, and leave it there
 
-    def make(*overrides: str) -> tuple[FakeCrew, Plan, Any]:
+    def make(*overrides: str) -> tuple[FakeCrew, Placement, Any]:
         config = tiny_config(*PPO, *overrides)
         plan = plan_seats(config, "cuda", "cuda_ipc" if config.ray.colocate else "nccl")
         return FakeCrew(plan), plan, config

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.sync.buckets import Layout, bucket_bytes, padded_bytes, read, write
+from rlhf_ray.sync.buckets import BucketLayout, bucket_bytes, padded_bytes, read, write
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
 
 
 def test_layout_by_hand():
-    layout = Layout()
+    layout = BucketLayout()
     # 3 floats = 12 bytes, rounded up to 64; 17 floats = 68 bytes, rounded up to 128
     assert layout.append("a", torch.zeros(3)) == 0
     assert layout.append("b", torch.zeros(17)) == 64
@@ -28,7 +28,7 @@ def test_layout_by_hand():
 
 
 def test_full_bucket_takes_no_more_and_an_empty_one_takes_anything():
-    layout = Layout()
+    layout = BucketLayout()
     assert layout.takes(torch.zeros(1000), capacity=64)
     layout.append("big", torch.zeros(1000))
     # 4000 bytes are padded to 4032; one more float takes 64
@@ -60,7 +60,7 @@ def test_round_trip_keeps_bits_dtypes_and_shapes(specs, capacity):
         tensor = raw.to(dtype) if dtype == torch.bool else (raw * (i + 1)).to(dtype)
         tensors.append((f"t{i}", tensor.t() if transposed and tensor.dim() == 2 else tensor))
 
-    out, layout, group = [], Layout(), []
+    out, layout, group = [], BucketLayout(), []
     for name, tensor in [*tensors, (None, None)]:
         if name is None or not layout.takes(tensor, capacity):
             assert layout.nbytes <= capacity or len(group) == 1
@@ -68,7 +68,7 @@ def test_round_trip_keeps_bits_dtypes_and_shapes(specs, capacity):
             for offset, (_, member) in zip(layout.offsets, group, strict=True):
                 write(flat, offset, member)
             out += read(flat, layout.names, layout.dtype_names, layout.shapes, layout.offsets)
-            layout, group = Layout(), []
+            layout, group = BucketLayout(), []
         if name is not None:
             layout.append(name, tensor)
             group.append((name, tensor))
