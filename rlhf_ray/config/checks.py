@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.data_checks import sft_problems, template_problems
 from rlhf_ray.config.engines import AUTO, TrainingEngine
 from rlhf_ray.config.given import GivenModel
@@ -12,8 +13,9 @@ from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.names import is_own
 from rlhf_ray.config.ray_checks import placement_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
+from rlhf_ray.config.rewards import RewardSettings
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.schema import DataConfig, LearnerConfig, RolloutConfig, RunConfig
 from rlhf_ray.config.sections import LoraConfig, ModelConfig, TrainEngineConfig
 from rlhf_ray.config.sources import source_problems
 from rlhf_ray.config.vllm_limits import generator_problems
@@ -31,12 +33,12 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
     """
     device = device or config.device
     return [
-        *_algorithm(config),
-        *group_problems(config),
-        *shaping_problems(config),
-        *_rewards(config),
+        *_algorithm(config.algorithm, config.rollout, config.learner),
+        *group_problems(config.algorithm, config.rollout),
+        *shaping_problems(config.algorithm, config.learner, config.rollout.group_size),
+        *_rewards(config.judging),
         *_batch_shapes(config),
-        *_data(config),
+        *_data(config.data, config.warm_start.completion),
         *sft_problems(config),
         *_lengths(config),
         *_model(config),
@@ -49,8 +51,7 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
     ]
 
 
-def _algorithm(config: RunConfig) -> list[str]:
-    algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
+def _algorithm(algorithm: AlgorithmConfig, rollout: RolloutConfig, learner: LearnerConfig) -> list[str]:
     problems = []
     if not algorithm.loss_facts.has_ratio and learner.epochs * learner.minibatches > 1:
         problems.append(
@@ -78,11 +79,11 @@ def _algorithm(config: RunConfig) -> list[str]:
     return problems
 
 
-def _rewards(config: RunConfig) -> list[str]:
+def _rewards(judging: RewardSettings) -> list[str]:
     problems = []
-    if not config.rewards and config.reward_model is None:
+    if not judging.functions and judging.model is None:
         problems.append("no reward: every advantage would be 0; set rewards or reward_model.path")
-    for index, reward in enumerate(config.rewards):
+    for index, reward in enumerate(judging.functions):
         name = reward.label
         if name in _TAKEN_REWARD_NAMES:
             problems.append(
@@ -90,7 +91,8 @@ def _rewards(config: RunConfig) -> list[str]:
                 f"set rewards.{index}.name to another"
             )
         problems += failure_problems(reward, f"rewards.{index}") + judge_problems(reward, f"rewards.{index}")
-    if config.safety is not None and config.safety.safe_label and config.safety.unsafe_label:
+    safety = judging.safety
+    if safety is not None and safety.safe_label and safety.unsafe_label:
         problems.append("safety.safe_label and safety.unsafe_label say the same thing twice; remove one of them")
     return problems
 
@@ -115,17 +117,18 @@ def _batch_shapes(config: RunConfig) -> list[str]:
     return problems
 
 
-def _data(config: RunConfig) -> list[str]:
-    problems = source_problems(config.data)
-    for part in config.data.parts:
+def _data(prompts: DataConfig, completion: str | None) -> list[str]:
+    """`completion`: warm_start.completion."""
+    problems = source_problems(prompts)
+    for part in prompts.parts:
         data, key = part.data, part.key
         if data.path.startswith("task:") and data.split != "train":
             problems.append(
                 f"{key}.split={data.split} of {data.path} is what the run is tested on; set {key}.split=train"
             )
-        if config.warm_start.completion is not None and (data.prompt_words or data.path.startswith("task:")):
+        if completion is not None and (data.prompt_words or data.path.startswith("task:")):
             problems.append(
-                f"warm_start.completion={config.warm_start.completion} names a column of whole answers, but the "
+                f"warm_start.completion={completion} names a column of whole answers, but the "
                 f"prompts are cut off texts ({key}.prompt_words) or come from a task with answers of its own; remove it"
             )
         problems += template_problems(data, key)

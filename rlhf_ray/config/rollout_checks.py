@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import LearnerConfig, RolloutConfig
 
 
-def group_problems(config: RunConfig) -> list[str]:
+def group_problems(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> list[str]:
     """Each with what, why and what to do."""
-    algorithm, rollout = config.algorithm, config.rollout
     problems = []
     baseline = algorithm.advantage_facts.baseline
     if baseline == "group" and rollout.group_size < 2:
@@ -39,18 +39,17 @@ def group_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def shaping_problems(config: RunConfig) -> list[str]:
+def shaping_problems(algorithm: AlgorithmConfig, learner: LearnerConfig, group_size: int) -> list[str]:
     """Rewards, baselines and the KL controller."""
-    algorithm = config.algorithm
     problems = []
     if algorithm.kl_controller != "fixed" and algorithm.kl_coef_end is not None:
         problems.append(
             f"algorithm.kl_controller={algorithm.kl_controller} decides the coefficient from the KL it sees, and "
             "algorithm.kl_coef_end by the step; remove kl_coef_end, or set kl_controller=fixed"
         )
-    if config.learner.stop_kl is not None and config.learner.epochs * config.learner.minibatches == 1:
+    if learner.stop_kl is not None and learner.epochs * learner.minibatches == 1:
         problems.append(
-            f"learner.stop_kl={config.learner.stop_kl} ends a step's further passes, and there is only one optimiser "
+            f"learner.stop_kl={learner.stop_kl} ends a step's further passes, and there is only one optimiser "
             "step; set learner.epochs or learner.minibatches above 1, or leave stop_kl empty"
         )
     if algorithm.kl_controller != "fixed" and algorithm.kl_coef == 0:
@@ -68,10 +67,10 @@ def shaping_problems(config: RunConfig) -> list[str]:
             f"algorithm.moving_baseline belongs to advantage=reinforce, and {algorithm.advantage} has a baseline of "
             "its own; set algorithm.moving_baseline=false"
         )
-    if algorithm.normalize_rewards == "group" and config.rollout.group_size < 2:
+    if algorithm.normalize_rewards == "group" and group_size < 2:
         problems.append(
             "algorithm.normalize_rewards=group compares an answer with the others of its group, and with "
-            f"rollout.group_size={config.rollout.group_size} every reward would be 0; set normalize_rewards=running"
+            f"rollout.group_size={group_size} every reward would be 0; set normalize_rewards=running"
         )
     if algorithm.normalize_rewards == "group" and algorithm.advantage_facts.baseline == "greedy":
         problems.append(

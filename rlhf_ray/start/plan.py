@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import TrainEngineConfig
+from rlhf_ray.config.sections import TrainEngineConfig, TrainingRunConfig
 from rlhf_ray.config.sources import SeveralSources
 from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SupervisedConfig
 from rlhf_ray.errors import ConfigError
@@ -168,7 +168,7 @@ def _trainer(name: str, settings: TrainEngineConfig, hardware: Hardware, size: S
     return PlannedRole(name, engine, settings.world_size, 1, held)
 
 
-def expected_hardware(config: RunConfig | SupervisedConfig) -> tuple[Hardware, str]:
+def expected_hardware(config: TrainingRunConfig) -> tuple[Hardware, str]:
     """The device of the run, and a remark: a plan for a cluster may be made on a machine without its GPUs."""
     try:
         return choose_hardware(config.device, config.dtype), ""

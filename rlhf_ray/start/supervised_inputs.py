@@ -20,14 +20,12 @@ from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.templates import alpaca_prompt
-from rlhf_ray.errors import DataError
 from rlhf_ray.models.fits import limits_of, require_rows_fit
 from rlhf_ray.models.folders import save_folder
-from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
-from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.supervised_factory import labels_of
 from rlhf_ray.run.storage import written_whole
+from rlhf_ray.start.tokenizer import open_tokenizer
 
 Splits = dict[str, list[Any]]
 # Of a held-out text without a prompt, so many tokens are given for a sample.
@@ -36,20 +34,9 @@ PROMPT_TOKENS = 8
 
 def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:
     """The model's own, another folder's, or one whose vocabulary is learned from the rows."""
-    settings, path = config.model.tokenizer, config.model.tokenizer.path or config.model.path
-    if not path.startswith("scratch:"):
-        return load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
-    kind = path.removeprefix("scratch:")
-    texts = [settings.alphabet] if settings.alphabet is not None else corpus(config.data)
-    if not any(texts):
-        raise DataError(f"{config.data.paths}: no rows with text for a tokenizer; check the file and data.*")
-    tokenizer = build_tokenizer(
-        kind,
-        texts,
-        vocab_size=None if kind == "char" else settings.vocab_size,
-        max_length=config.model.scratch.max_length,
-    )
-    if isinstance(config, ClassifierConfig):
+    tokenizer = open_tokenizer(config.model, lambda: corpus(config.data), config.data.paths)
+    learned = (config.model.tokenizer.path or config.model.path).startswith("scratch:")
+    if learned and isinstance(config, ClassifierConfig):
         tokenizer.padding_side = "right"  # a classifier does not generate; an encoder reads its first token
     return tokenizer
 

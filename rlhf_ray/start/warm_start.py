@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.given import Given
-from rlhf_ray.config.schema import DataConfig, RunConfig
+from rlhf_ray.config.schema import DataConfig, RunConfig, WarmStartConfig
 from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.examples import TokenizedExample
@@ -24,13 +25,13 @@ from rlhf_ray.loops.supervised import Batches, warm_up
 from rlhf_ray.models.devices import Hardware, release_memory
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.folders import save_folder
-from rlhf_ray.models.loading import load_policy, load_tokenizer
+from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.scratch import build_scratch
-from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles.objectives import SFT
 from rlhf_ray.roles.supervised import SupervisedTrainer
 from rlhf_ray.run.storage import written_whole
 from rlhf_ray.start.supervised_inputs import corpus
+from rlhf_ray.start.tokenizer import open_tokenizer
 
 OnStep = Callable[[int, float], None]
 Note = Callable[[str], None]
@@ -60,7 +61,14 @@ def starting_policy(
             model = make_model(config.model, config.seed, tokenizer) if scratch else load_policy(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             )
-            model = warm_start(config, model, tokenizer, hardware, on_step, note)
+            if config.warm_start.steps:
+                lessons = warm_start_lessons(config.data, config.warm_start, tokenizer, config.clock)
+                if lessons.unused:
+                    note(f"warm start: {explain_unused(lessons.unused)}")
+                model = warm_start(
+                    config.warm_start, lessons, model, tokenizer, hardware, on_step, seed=config.seed,
+                    tokens_per_microbatch=config.learner.tokens_per_microbatch,
+                )  # fmt: skip
             release_memory()  # its workers may need this GPU
         with written_whole("the policy to start from", folder) as unfinished:
             save_folder(unfinished, model if made else None, tokenizer)
@@ -69,40 +77,24 @@ def starting_policy(
 
 def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or one learned from the data; with the chat template that the data asks for."""
-    path = config.model.tokenizer.path or config.model.path
-    if path.startswith("scratch:"):
-        tokenizer = _learned_tokenizer(config, path.removeprefix("scratch:"))
-    else:
-        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+
+    def texts() -> list[str]:
+        more = [] if config.sft_data is None else corpus(config.sft_data)
+        return training_texts(config.data, config.warm_start.completion) + more
+
+    tokenizer = open_tokenizer(config.model, texts, config.data.paths)
     set_chat_template(tokenizer, config.data.chat_template)
     return tokenizer
 
 
-def _learned_tokenizer(config: RunConfig, kind: str) -> PreTrainedTokenizerBase:
-    settings = config.model.tokenizer
-    if settings.alphabet is not None:
-        texts = [settings.alphabet]
-    else:
-        texts = training_texts(config)
-        texts += [] if config.sft_data is None else corpus(config.sft_data)
-        if not any(texts):
-            raise DataError(f"{config.data.paths}: no rows with text for a tokenizer; check the file and data.*")
-    return build_tokenizer(
-        kind,
-        texts,
-        vocab_size=None if kind == "char" else settings.vocab_size,
-        max_length=config.model.scratch.max_length,
-    )
-
-
-def training_texts(config: RunConfig) -> list[str]:
+def training_texts(data: DataConfig, completion: str | None) -> list[str]:
     """The sources' whole texts, for a tokenizer: without those at the end, of which most are held out for evaluation.
 
     Exactly which are cannot be said before there is a tokenizer: prompts may be dropped for their length.
     """
-    texts = [_texts_of(part.data, config.warm_start.completion) for part in config.data.parts]
+    texts = [_texts_of(part.data, completion) for part in data.parts]
     try:
-        held_out = held_out_counts(config.data, list(map(len, texts)))
+        held_out = held_out_counts(data, list(map(len, texts)))
     except ConfigError:
         held_out = [0] * len(texts)  # too few rows, which is said where the prompts are read
     return [text for own, count in zip(texts, held_out, strict=True) for text in own[: len(own) - count]]
@@ -142,26 +134,20 @@ class Lessons:
 
 
 def warm_start(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hardware: Hardware, on_step: OnStep,
-    note: Note = ignored,
+    settings: WarmStartConfig, lessons: Lessons, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    hardware: Hardware, on_step: OnStep, *, seed: int, tokens_per_microbatch: int,
 ) -> PreTrainedModel:  # fmt: skip
-    """Supervised steps on the training data: a task's pairs, or a file's whole texts; sources are drawn by weight."""
-    settings = config.warm_start
-    if not settings.steps:
-        return model
-    lessons = warm_start_lessons(config, tokenizer)
-    if lessons.unused:
-        note(f"warm start: {explain_unused(lessons.unused)}")
+    """Supervised steps on the training data; sources are drawn by weight."""
     trainer = SupervisedTrainer(
         build_engine("torch", model, device=hardware.device, dtype=hardware.dtype),
         SFT.of(tokenizer),
         {"train": lessons.examples},
-        tokens_per_microbatch=config.learner.tokens_per_microbatch,
+        tokens_per_microbatch=tokens_per_microbatch,
         tokenizer=tokenizer,
     )
     warm_up(
         trainer,
-        Batches(len(lessons.examples), settings.batch_size, config.seed, parts=lessons.parts),
+        Batches(len(lessons.examples), settings.batch_size, seed, parts=lessons.parts),
         steps=settings.steps,
         lr=settings.lr,
         target_accuracy=settings.target_accuracy,
@@ -170,20 +156,23 @@ def warm_start(
     return model.cpu()
 
 
-def warm_start_lessons(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Lessons:
-    """Answers to learn after their prompts, or whole texts; EOS ends each that is not cut at the limit.
+def warm_start_lessons(
+    data: DataConfig, settings: WarmStartConfig, tokenizer: PreTrainedTokenizerBase, clock: datetime | None
+) -> Lessons:
+    """Answers to learn after their prompts (a task's own), or whole texts; EOS ends each that is not cut at the limit.
 
-    Raises DataError for a source none of whose prompts leaves room for an answer.
+    `clock`: what a chat template takes for now. Raises DataError for a source none of whose prompts leaves room for an
+    answer.
     """
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    limit, eos, completion = config.warm_start.max_length, [tokenizer.eos_token_id], config.warm_start.completion
-    sources, unused = config.data.parts, Counter[str]()
+    limit, eos, completion = settings.max_length, [tokenizer.eos_token_id], settings.completion
+    sources, unused = data.parts, Counter[str]()
     train = held_out = None
     if not all(is_task(source.data.path) for source in sources):
-        train, held_out = load_split(config.data, tokenizer, clock=config.clock, reference_field=completion)
+        train, held_out = load_split(data, tokenizer, clock=clock, reference_field=completion)
     examples: list[TokenizedExample] = []
     parts: list[Part] = []
     for number, source in enumerate(sources):

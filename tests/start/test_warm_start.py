@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.data.examples import TokenizedExample
 from rlhf_ray.data.prompts import located_texts
 from rlhf_ray.errors import DataError
@@ -13,7 +14,7 @@ from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.start import warm_start
 from rlhf_ray.start.rl import load_data
-from rlhf_ray.start.warm_start import make_tokenizer, starting_policy, warm_start_lessons
+from rlhf_ray.start.warm_start import Lessons, make_tokenizer, starting_policy, warm_start_lessons
 
 CPU = Hardware("cpu", torch.float32)
 
@@ -30,6 +31,10 @@ def taken_apart(example: TokenizedExample) -> tuple[tuple[int, ...], tuple[int, 
     start = example.learned.index(True)
     assert all(example.learned[start:])
     return example.token_ids[:start], example.token_ids[start:]
+
+
+def lessons_of(config: RunConfig, tokenizer) -> Lessons:
+    return warm_start_lessons(config.data, config.warm_start, tokenizer, config.clock)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -83,7 +88,7 @@ def test_a_folder_is_taken_as_it_lies(tiny_config, tmp_path):
 def test_a_task_teaches_answers_and_their_end(tiny_config):
     config = tiny_config("warm_start={steps: 1, max_length: 16}")
     tokenizer = make_tokenizer(config)
-    example = warm_start_lessons(config, tokenizer).examples[0]
+    example = lessons_of(config, tokenizer).examples[0]
     prompt, answer = taken_apart(example)
     assert tokenizer.decode(prompt).endswith("=")
     assert str(eval(tokenizer.decode(prompt[:-1]))) == tokenizer.decode(answer[:-1])
@@ -96,10 +101,10 @@ def test_texts_are_learnt_whole_and_cut_ones_have_no_end(tiny_config, reviews):
         "warm_start={steps: 1, max_length: 3}",
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
-    first = warm_start_lessons(config, tokenizer).examples[0]
+    first = lessons_of(config, tokenizer).examples[0]
     prompt, text = taken_apart(first)
     assert prompt == () and tokenizer.decode(text) == "a good film", "three words, no room for EOS"
-    longer = warm_start_lessons(
+    longer = lessons_of(
         tiny_config(f"data.path={reviews}", "data.eval_size=1", "eval.size=1", "model.tokenizer.path=scratch:word",
                     "warm_start={steps: 1, max_length: 9}"), tokenizer,
     ).examples  # fmt: skip
@@ -120,7 +125,7 @@ def test_no_held_out_row_is_learned_from_whatever_was_dropped(tiny_config, tmp_p
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
     train, held_out = load_data(config, tokenizer)
-    learned = [tokenizer.decode(example.token_ids[:-1]) for example in warm_start_lessons(config, tokenizer).examples]
+    learned = [tokenizer.decode(example.token_ids[:-1]) for example in lessons_of(config, tokenizer).examples]
     assert len(held_out) == 3 and learned == [example.prompt for example in train.examples]
     assert not {example.prompt for example in held_out.examples} & set(learned)
 
@@ -140,7 +145,7 @@ def test_sources_are_learned_by_their_weights_and_what_is_not_learned_is_named(t
         "warm_start={steps: 2, batch_size: 8, max_length: 9}",
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
-    lessons = warm_start_lessons(config, tokenizer)
+    lessons = lessons_of(config, tokenizer)
     assert [(part.name, part.rows, part.weight) for part in lessons.parts] == [("few", 2, 3), ("many", 6, 1)]
     assert lessons.unused == {"id": 8}
     taken, notes = [], []
@@ -161,7 +166,7 @@ def test_a_source_whose_prompts_fill_the_limit_is_refused(tiny_config, reviews):
         "model.tokenizer.path=scratch:word", "warm_start={steps: 1, max_length: 3, completion: verdict}",
     )  # fmt: skip
     with pytest.raises(DataError, match=r"reviews\.jsonl: no prompt is shorter than warm_start\.max_length=3 tokens"):
-        warm_start_lessons(config, make_tokenizer(config))
+        lessons_of(config, make_tokenizer(config))
 
 
 def test_tokenizers(tiny_config, reviews, tmp_path):
@@ -185,7 +190,7 @@ def test_prompts_and_answers_are_taught_with_the_generators_tokens(tiny_config, 
         "warm_start={steps: 1, max_length: 64, completion: answer}",
     )  # fmt: skip
     tokenizer = make_tokenizer(config)
-    examples = [taken_apart(example) for example in warm_start_lessons(config, tokenizer).examples]
+    examples = [taken_apart(example) for example in lessons_of(config, tokenizer).examples]
     assert [tuple(map(tokenizer.decode, parts)) for parts in examples] == [
         ("<|user|>\na<eos>\n<|assistant|>\n", "b<eos>"),
         ("<|user|>\nc<eos>\n<|assistant|>\n", "d<eos>"),
