@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.roles.decode_forward import left_padded, positions
 from rlhf_ray.roles.generator_hf import HFGenerator
-from rlhf_ray.roles.prompt_pass import left_padded, positions
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.roles.sampler import draw, keyed_uniform, seeds_of
 

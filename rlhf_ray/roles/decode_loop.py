@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.roles.decode_forward import PromptPass
 from rlhf_ray.roles.kv_memory import KVMemory, fits_architecture
 from rlhf_ray.roles.own_cache import OwnCache
-from rlhf_ray.roles.prompt_pass import PromptPass
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.roles.sampler import draw, keyed_uniform, seeds_of
 from rlhf_ray.sample import Sample

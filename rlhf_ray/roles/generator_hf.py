@@ -14,7 +14,7 @@ from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.decode_loop import DecodeLoop
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sample import Sample
-from rlhf_ray.sync.hf_receiver import HFReceiver
+from rlhf_ray.sync.receiver import HFReceiver
 
 _GIB = 2**30
 

@@ -14,7 +14,7 @@ from rlhf_ray.roles import serving, vllm_engine
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sample import Sample
-from rlhf_ray.sync.session import SyncSession
+from rlhf_ray.sync.receiver import SyncSession
 
 
 class VLLMGenerator:

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf_ray.roles.plain_step import PlainStep
-from rlhf_ray.roles.prompt_pass import AT_ONCE, PromptPass, distinct
+from rlhf_ray.roles.decode_forward import AT_ONCE, PlainStep, PromptPass, distinct
 
 _PLAIN = frozenset(vars(DynamicCache()))
 

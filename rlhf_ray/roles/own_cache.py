@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_ray.models.lstm import LstmState
-from rlhf_ray.roles.prompt_pass import PromptPass, distinct, left_padded, positions
+from rlhf_ray.roles.decode_forward import PromptPass, distinct, left_padded, positions
 
 _NAMES = ("past_key_values", "cache_params")
 _SELECT_AT = 0.8  # share of rows that still go on at which the others are dropped from the cache

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_ray.algo.logprobs import token_logprobs
 from rlhf_ray.errors import DataError
+from rlhf_ray.roles.decode_forward import PlainStep
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.kv_memory import KVMemory
 from rlhf_ray.roles.own_cache import OwnCache
-from rlhf_ray.roles.plain_step import PlainStep
 from rlhf_ray.roles.protocols import Request, Sampling
 
 KINDS = ["qwen2", "gpt2", "lstm"]

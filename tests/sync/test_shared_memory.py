@@ -15,7 +15,7 @@ import torch
 from rlhf_ray.errors import SyncError
 from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.sync.factory import make_sender
-from rlhf_ray.sync.hf_receiver import HFReceiver
+from rlhf_ray.sync.receiver import HFReceiver
 from rlhf_ray.sync.segment import GRACE_SECONDS, PREFIX, AttachedSegments, Segment, attach, remove_leftovers
 from rlhf_ray.sync.shared_memory import check_same_memory
 
@@ -24,7 +24,7 @@ RECEIVER = """
 import sys
 from multiprocessing.connection import Client
 import torch
-from rlhf_ray.sync.hf_receiver import HFReceiver
+from rlhf_ray.sync.receiver import HFReceiver
 
 target = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 30))
 receiver = HFReceiver(target)

@@ -11,7 +11,7 @@ from rlhf_ray.errors import ConfigError, SyncError, WorkerError
 from rlhf_ray.models.pretrained import plain_state
 from rlhf_ray.sync.cuda_sender import shift_ranks
 from rlhf_ray.sync.factory import make_sender
-from rlhf_ray.sync.hf_receiver import HFReceiver
+from rlhf_ray.sync.receiver import HFReceiver
 from rlhf_ray.sync.segment import PREFIX
 
 KIB = 1 / 1024  # in MiB

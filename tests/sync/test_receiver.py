@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_ray.errors import SyncError
-from rlhf_ray.sync.session import SyncSession
+from rlhf_ray.sync.receiver import SyncSession
 
 
 def bucket(index, last, *names):
