@@ -64,22 +64,22 @@ class RemoteGenerators(GeneratorsClient):
     ) -> RemoteBatch:
         """See `roles.protocols.ParcelGenerator`. One call after the other, for an engine does not know whose requests
         are whose."""
-        answers = _Answers(Requests.of(requests), parcels)
+        asked = _Asked(Requests.of(requests), parcels)
         with self._turn:
             try:
-                self._write(answers, sampling, written)
+                self._write(asked, sampling, written)
             except BaseException:
                 # What is open would come out of the next call. Nobody waits for it: a generator may be lost.
                 for worker in self.generators:
                     with contextlib.suppress(Exception):
                         worker.start(GeneratorHost.drop, deadline=self.group.deadline)
                 raise
-        return answers.batch(range(len(requests)))
+        return asked.batch(range(len(requests)))
 
-    def _write(self, answers: _Answers, sampling: Sampling, written: OnWritten) -> None:
+    def _write(self, asked: _Asked, sampling: Sampling, written: OnWritten) -> None:
         """Each generator has a call under way and one behind it, so that it never waits for this process."""
-        rows, workers = [len(group) for group in answers.groups], range(len(self.generators))
-        work = [answers.work(group, sampling.max_new_tokens) for group in answers.groups]
+        rows, workers = [len(group) for group in asked.groups], range(len(self.generators))
+        work = [asked.work(group, sampling.max_new_tokens) for group in asked.groups]
         least = handover(len(rows), len(workers))
         # Beyond what it writes side by side, what may end before it hears of more. One that is alone hears of all.
         room = self.rows + 2 * least * max(rows, default=0) if len(workers) > 1 else float("inf")
@@ -87,8 +87,9 @@ class RemoteGenerators(GeneratorsClient):
         calls: dict[int, list[Call]] = {worker: [] for worker in workers}  # under way, in order
 
         def start(worker: int, groups: Sequence[int]) -> None:
-            asked, seat, deadline = answers.asked(groups), self.generators[worker], self.group.deadline
-            calls[worker].append(seat.start(GeneratorHost.write, asked, sampling, least, deadline=deadline))
+            seat, requests = self.generators[worker], asked.of_groups(groups)
+            call = seat.start(GeneratorHost.write, requests, sampling, least, deadline=self.group.deadline)
+            calls[worker].append(call)
 
         while True:
             for worker, groups in dispatch.assign().items():
@@ -96,8 +97,8 @@ class RemoteGenerators(GeneratorsClient):
             for worker in workers:
                 if dispatch.open[worker] and len(calls[worker]) < 2:
                     start(worker, ())
-            for parcel in answers.whole_parcels():
-                written(parcel, answers.batch(answers.parcels[parcel]))
+            for parcel in asked.whole_parcels():
+                written(parcel, asked.batch(asked.parcels[parcel]))
             if dispatch.done:
                 return  # a call that is still there finds nothing to do
             call, ended = self.group.crew.next_done([call for under_way in calls.values() for call in under_way])
@@ -106,7 +107,7 @@ class RemoteGenerators(GeneratorsClient):
             for next_call in calls[worker]:
                 next_call.renew()
             if ended is not None:
-                dispatch.ended(worker, answers.add(self.generators[worker], call.kept[0], ended))
+                dispatch.ended(worker, asked.add(self.generators[worker], call.kept[0], ended))
 
     def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.replicas[0].logprobs(tokens)
@@ -124,7 +125,7 @@ class RemoteGenerators(GeneratorsClient):
         """Generators end with the run (`open_remote_roles`)."""
 
 
-class _Answers:
+class _Asked:
     """What is known of the answers to these requests so far, and who holds them. `parcels`: ranges of them."""
 
     def __init__(self, requests: Requests, parcels: Sequence[range]) -> None:
@@ -138,7 +139,8 @@ class _Answers:
             raise DataError("generate: two requests have the same sample_id; give each its own")
         self._without_texts = requests.without_texts()
         self._parts: list[Part] = []
-        self._parcels_left = list(range(len(parcels)))
+        self._missing = [len(rows) for rows in parcels]  # rows of each that have not ended
+        self._left = list(range(len(parcels)))
         self._columns: dict[str, list[Any]] = {f.name: [None] * len(requests) for f in dataclasses.fields(Rows)}
 
     def work(self, group: range, new_tokens: int) -> int:
@@ -146,7 +148,7 @@ class _Answers:
         given = sum(row in self.requests.answers for row in group) if self.requests.answers else 0
         return len(self.requests.tokens[self.requests.prompt[group.start]]) + (len(group) - given) * new_tokens
 
-    def asked(self, groups: Sequence[int]) -> Requests:
+    def of_groups(self, groups: Sequence[int]) -> Requests:
         """What a generator is told of these groups."""
         rows = [row for group in groups for row in self.groups[group]]
         return self._without_texts.select(np.asarray(rows, np.int64))
@@ -154,20 +156,19 @@ class _Answers:
     def add(self, worker: Worker, ref: ObjectRef, written: Written) -> list[int]:
         """What a generator has written, as the object behind `ref`. Returns the groups that ended."""
         rows = [self._row[sample_id] for sample_id in written.sample_ids]
-        self._parts.append(Part(worker, ref, np.arange(len(rows)), np.asarray(rows, np.int64)))
+        row_N = np.asarray(rows, np.int64)
+        self._parts.append(Part(worker, ref, np.arange(len(rows)), row_N))
+        for parcel, own in enumerate(self.parcels):
+            self._missing[parcel] -= int(((row_N >= own.start) & (row_N < own.stop)).sum())
         for name, column in self._columns.items():
             for row, value in zip(rows, getattr(written.rows, name), strict=True):
                 column[row] = value
         return list(dict.fromkeys(self._group[row] for row in rows))
 
     def whole_parcels(self) -> list[int]:
-        """Those that are whole and have not been returned yet."""
-        lengths = self._columns["lengths"]
-        whole = [
-            parcel for parcel in self._parcels_left
-            if None not in lengths[self.parcels[parcel].start : self.parcels[parcel].stop]
-        ]  # fmt: skip
-        self._parcels_left = [parcel for parcel in self._parcels_left if parcel not in whole]
+        """Those that have become whole since the last time."""
+        whole = [parcel for parcel in self._left if not self._missing[parcel]]
+        self._left = [parcel for parcel in self._left if self._missing[parcel]]
         return whole
 
     def batch(self, rows: range) -> RemoteBatch:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, DataError, RequestError, RewardError
+from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.batch import RemoteBatch
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.handles import RemoteGenerators
 from rlhf_ray.remote.hosts import GeneratorHost
-from rlhf_ray.remote.packed import unpack
+from rlhf_ray.remote.packed import Packed, unpack
+from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
 from rlhf_ray.sample import Sample
 from tests.remote.in_process import InProcess
@@ -81,6 +85,30 @@ def test_a_small_step_keeps_every_generator_busy(world):
     batch = opened(world, engines, rows=1024).generate(requests_of(3), SAMPLING)
     assert [engine.submitted for engine in engines] == [[[0, 1, 4, 5]], [[2, 3]]], "groups stay whole"
     assert answers(world, batch) == [0, 1, 2, 3, 4, 5] and batch.rows.prompt_id == (0, 0, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_models_write_the_same_tokens_whoever_is_given_what(count):
+    """Groups of odd sizes; each generator writes five rows side by side, and they answer in an order that changes."""
+    shape = {"vocab_size": 11, "hidden_size": 16, "layers": 1, "heads": 2, "max_length": 64}
+
+    def model() -> HFGenerator:
+        return HFGenerator(build_scratch("qwen2", seed=1, **shape), pad_token_id=0, batch_size=5)
+
+    requests, sampling = [], Sampling(12, stop_token_ids=(1, 2))
+    for group, size in enumerate((3, 1, 7, 2, 5, 1, 4)):
+        prompt = (3,) * (1 + group % 3)
+        requests += [Request(group, 10 * group + member, prompt, seed=10 * group + member) for member in range(size)]
+    expected = model().generate(requests, sampling)
+    assert len(set(expected.rows.response_lengths)) > 4, "skewed"
+    turns = itertools.count()
+    world = InProcess(lambda calls: next(turns) % calls)
+    batch = opened(world, [model() for _ in range(count)], rows=5).generate(requests, sampling)
+    found = Packed.cat([world.taken("a test", part.ref) for part in batch.parts])
+    order = np.argsort(np.concatenate([part.rows for part in batch.parts]))
+    assert torch.equal(unpack(found.select(order), {}, {}).tokens, expected.tokens)
+    assert batch.rows == expected.rows and len({part.worker.name for part in batch.parts}) == count
+    world.close()
 
 
 def test_the_only_generator_gets_everything_at_once(world):
