@@ -20,11 +20,10 @@ from rlhf_ray.roles.batch import gather
 from rlhf_ray.roles.protocols import HERE, BatchStore, Gather, Generator, Reward, Sampling
 from rlhf_ray.rollout.ahead import Ahead
 from rlhf_ray.rollout.choose import Asking, Choice, LearningRows
-from rlhf_ray.rollout.groups import Answers, groups_of, joined
+from rlhf_ray.rollout.groups import Answers, Judging, groups_of, joined, parcels_of
 from rlhf_ray.rollout.kept import Scored, from_plain, plain
 from rlhf_ray.rollout.ledger import Ledger
 from rlhf_ray.rollout.measures import rollout_metrics, source_metrics, staleness
-from rlhf_ray.rollout.parcels import Judging, parcels_of
 from rlhf_ray.run.timer import Timer
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import rlhf_ray
 from rlhf_ray.remote import dispatch
 from rlhf_ray.remote.crew import Crew
-from rlhf_ray.rollout import parcels
+from rlhf_ray.rollout import groups
 from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.start.rl import run_rl
 
@@ -103,7 +103,7 @@ def test_two_generators_and_a_resumed_run_give_the_same_numbers(tiny_config, tmp
 
     Of two sources, drawn by weight.
     """
-    monkeypatch.setattr(parcels, "LEAST_ROWS", 8)
+    monkeypatch.setattr(groups, "LEAST_ROWS", 8)
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(2, 9)))
     sources = f"data={{max_prompt_tokens: 8, eval_size: 2, sources: [{{path: 'task:arithmetic', weight: 2}}, " \
               f"{{path: {tmp_path}/more.jsonl, weight: 1}}]}}"  # fmt: skip

@@ -22,8 +22,8 @@ from rlhf_ray.rewards.failures import FailurePolicy
 from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.protocols import Request, Sampling, Scores
 from rlhf_ray.roles.reward import Reward
-from rlhf_ray.rollout import parcels
-from rlhf_ray.rollout.parcels import Judging, parcels_of
+from rlhf_ray.rollout import groups
+from rlhf_ray.rollout.groups import Judging, parcels_of
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.timer import Timer
 
@@ -89,13 +89,13 @@ def test_parcels_of_a_step():
 
 
 @given(st.integers(1, 900), st.integers(1, 70))
-def test_parcels_hold_every_row_once_in_order_and_whole_groups(groups, members):
-    cuts = parcels_of(groups, members)
-    assert [row for rows in cuts for row in rows] == list(range(groups * members)) and all(cuts)
+def test_parcels_hold_every_row_once_in_order_and_whole_groups(count, members):
+    cuts = parcels_of(count, members)
+    assert [row for rows in cuts for row in rows] == list(range(count * members)) and all(cuts)
     assert all(rows.start % members == 0 for rows in cuts)
     sizes = [len(rows) // members for rows in cuts]
     assert max(sizes) - min(sizes) <= 1
-    assert len(cuts) == 1 or min(map(len, cuts)) > parcels.LEAST_ROWS - members
+    assert len(cuts) == 1 or min(map(len, cuts)) > groups.LEAST_ROWS - members
 
 
 # ---- the same as one call ---------------------------------------------------------------------------------------
@@ -111,14 +111,14 @@ def test_parcels_hold_every_row_once_in_order_and_whole_groups(groups, members):
 def test_scores_texts_and_events_are_those_of_one_call(numbers, order, on_failure, texts):
     batch = batch_of([x for x in numbers for _ in range(MEMBERS)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parcels, "LEAST_ROWS", 2)
+        patch.setattr(groups, "LEAST_ROWS", 2)
         found = in_parcels(judge(on_failure), batch, order, texts)
     require_equal(found, judge(on_failure).score(batch, texts=texts))
 
 
 def test_what_is_said_of_failures_by_hand(monkeypatch):
     """Rows 3 and 5 fail, in two parcels of four rows."""
-    monkeypatch.setattr(parcels, "LEAST_ROWS", 4)
+    monkeypatch.setattr(groups, "LEAST_ROWS", 4)
     batch = batch_of([1, 2, 3, float("nan"), 5, float("nan"), 7, 8])
     found = in_parcels(judge("drop_group"), batch, [1, 0])
     assert found.keep.tolist() == [True, True, False, False, False, False, True, True]
@@ -133,7 +133,7 @@ def test_what_is_said_of_failures_by_hand(monkeypatch):
 
 
 def test_an_error_names_the_row_of_the_step_and_ends_the_writing(monkeypatch):
-    monkeypatch.setattr(parcels, "LEAST_ROWS", 4)
+    monkeypatch.setattr(groups, "LEAST_ROWS", 4)
     batch = batch_of([1, 2, 3, 4, 5, float("nan"), 7, 8, 9, 9, 9, 9])
     cuts = parcels_of(6, MEMBERS)
     with Judging(judge("raise"), cuts, 0, Timer()) as judging:
@@ -146,7 +146,7 @@ def test_an_error_names_the_row_of_the_step_and_ends_the_writing(monkeypatch):
 
 
 def test_an_error_of_the_last_parcel_is_raised_too(monkeypatch):
-    monkeypatch.setattr(parcels, "LEAST_ROWS", 4)
+    monkeypatch.setattr(groups, "LEAST_ROWS", 4)
     with pytest.raises(RewardError, match="reward 'worth' gave nan for row 6"):
         in_parcels(judge("raise"), batch_of([1, 2, 3, 4, 5, 6, float("nan"), 8]), [0, 1])
 
@@ -195,7 +195,7 @@ class Worth:
 
 @pytest.mark.parametrize("algorithm", [{}, {"resample_rounds": 2}], ids=["one round", "resampling"])
 def test_steps_are_the_same_whatever_is_written_first(generator, prompts, monkeypatch, algorithm):
-    monkeypatch.setattr(parcels, "LEAST_ROWS", 2)
+    monkeypatch.setattr(groups, "LEAST_ROWS", 2)
     orders = {"in order": lambda n: list(range(n)), "backwards": lambda n: list(range(n))[::-1]}
     runs = []
     for order in (None, *orders.values()):
