@@ -16,12 +16,36 @@ LISTED = {
     "rlhf_ray": ("*.py",), "configs": ("*.yaml", "*.py"), "examples": ("*.py",), "benchmarks": ("*.py", "*.md"),
     "docs": ("*.md", "*.py"), "docker": ("Dockerfile.*",), "requirements": ("*.txt",),
 }  # fmt: skip
+# Of rlhf_ray, from the top down; tests/test_layers.py holds the imports to it.
+ROOMS = {
+    "cli, api": "the two faces: the command line, and `import rlhf_ray`",
+    "commands": "one file a command, or a folder where it takes more",
+    "start": "what a run starts from: its tokenizer, policy and rows, and whether it fits; `--dry-run`",
+    "loops": "RL, supervised training, evaluation on the way",
+    "feedback": "pairs of answers, and who says which is better",
+    "evaluation": "finished models compared",
+    "rollout": "prompts become judged groups: order, choice, ledger, metrics",
+    "remote, run": "the same roles on Ray; what a run writes down: directory, metrics, checkpoints, observers",
+    "roles": "generator, reward, reference, critic, learner; their protocols, and who makes them",
+    "rewards": "reward functions, judges, the sandbox, the reward server",
+    "models, sync": "loading, engines, LoRA; weights on their way from the learner to the generators",
+    "data": "files and datasets become prompts, answers and pairs",
+    "config": "settings, and what they refuse",
+    "algo, sample, clock": "formulas on tensors and numbers; one sequence as a policy wrote it; time as an argument",
+    "errors": "what goes wrong, and what to do",
+}
 HEADER = """# Map
 
 Every file, and the first sentence of what it says of itself. `make map` writes this page;
 `tests/test_map.py` holds it to the files. `tests/` has a folder for each of `rlhf_ray/`, and `system/`, where the real
 commands run.
 
+## The rooms
+
+Of `rlhf_ray/`, from the top down. Each imports only from lines below its own.
+
+| | |
+| --- | --- |
 """
 
 
@@ -54,7 +78,8 @@ def page() -> str:
             folder = parent
             lines += ["", f"## {folder}/", "", "| | |", "| --- | --- |"]
         lines.append(f"| [{name.rpartition('/')[2]}](../{name}) | {line.replace('|', chr(92) + '|')} |")
-    return HEADER + "\n".join(lines).lstrip() + "\n"
+    rooms = "".join(f"| {names} | {what} |\n" for names, what in ROOMS.items())
+    return HEADER + rooms + "\n".join(lines) + "\n"
 
 
 def _files() -> Iterator[Path]:

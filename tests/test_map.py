@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.test_layers import LINES
+
 
 @pytest.fixture(scope="module")
 def make_map(script):
@@ -25,3 +27,8 @@ def test_the_map_knows_every_room(make_map):
     some = {"rlhf_ray/loops/rl.py", "configs/grpo_arithmetic.yaml", "docs/data.md", "docker/Dockerfile.gpu"}
     assert some <= set(names)
     assert names["rlhf_ray/loops/rl.py"].startswith("The reinforcement-learning loop")
+
+
+def test_the_rooms_stand_on_the_page_as_the_layers_have_them(make_map):
+    lines = [tuple(names.split(", ")) for names in make_map.ROOMS]
+    assert lines == list(LINES[1:]), "tests/test_layers.py says who may import whom"

@@ -15,7 +15,7 @@ from rlhf_ray.config.names import known_or_own
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineFacts:
     """Attributes:
     maker: place of the function that makes it.
     package: optional package that it needs, also the name of the extra that installs it.
@@ -28,7 +28,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class GeneratorEngine(Engine):
+class GeneratorEngine(EngineFacts):
     """Its maker is called as make(settings, assets, use) and returns a `roles.protocols.Generator`.
 
     `settings` is the section `generator`; roles/factory.py has the other two, `Assets` and `GeneratorUse`.
@@ -55,7 +55,7 @@ class GeneratorEngine(Engine):
 
 
 @dataclass(frozen=True)
-class TrainingEngine(Engine):
+class TrainingEngine(EngineFacts):
     """Its maker is called as make(model, **settings) and returns a `models.engine.TrainEngine`.
 
     Attributes:

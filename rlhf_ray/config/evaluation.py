@@ -14,10 +14,10 @@ from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rewards import RewardConfig, RewardModelConfig, RewardSettings, SafetyConfig
 from rlhf_ray.config.schema import GeneratorConfig, PromptsConfig
 from rlhf_ray.config.sections import (
-    Clock,
     Device,
     Dtype,
     MaxNewTokens,
+    RunDate,
     RunName,
     Section,
     Seed,
@@ -113,7 +113,7 @@ class SampledRunConfig(Section):
     seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
-    clock: Clock = None
+    clock: RunDate = None
     data: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     generator: GeneratorConfig = GeneratorConfig()

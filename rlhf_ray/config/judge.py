@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from rlhf_ray.config.rewards import RewardConfig
-from rlhf_ray.config.sections import Clock, Section, Seed, TrustRemoteCode
+from rlhf_ray.config.sections import RunDate, Section, Seed, TrustRemoteCode
 
 
 class JudgeConfig(Section):
@@ -28,7 +28,7 @@ class JudgeConfig(Section):
     attempts: int = Field(3, gt=0, description="endpoint: how often it is asked until its reply can be read")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="local judge")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="local judge")
-    clock: Clock = None
+    clock: RunDate = None
     trust_remote_code: TrustRemoteCode = False
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.load import apply_override, parse_config, read_yaml, set_value, with_long_forms
 from rlhf_ray.config.schema import RunConfig
-from rlhf_ray.config.sections import Clock, Device, Dtype, RunName, Section
+from rlhf_ray.config.sections import Device, Dtype, RunDate, RunName, Section
 from rlhf_ray.config.supervised import SCHEMAS
 from rlhf_ray.errors import ConfigError
 
@@ -61,7 +61,7 @@ class PipelineConfig(Section):
     executor: Literal["local", "ray"] | None = Field(None, description=_OF_STAGES)
     device: Device | None = Field(None, description=_OF_STAGES)
     dtype: Dtype | None = Field(None, description=_OF_STAGES)
-    clock: Clock = None
+    clock: RunDate = None
     values: dict[str, str | int | float] = Field({}, description="`${name}` in a stage's settings stands for its value")
     stages: list[StageConfig] = Field(min_length=1)
 

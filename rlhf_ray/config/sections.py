@@ -25,7 +25,7 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
     Field(description="what models compute in; auto: bfloat16 on CUDA, else float32"),
 ]
-Clock = Annotated[
+RunDate = Annotated[
     datetime | None,
     Field(description="what chat templates take for now; empty: the run's first start, which its config.yaml keeps"),
 ]
@@ -224,7 +224,7 @@ class TrainingRunConfig(Section):
     )
     device: Device = "auto"
     dtype: Dtype = "auto"
-    clock: Clock = None
+    clock: RunDate = None
     model: ModelConfig
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -18,7 +18,7 @@ from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.trainable import is_packed
 
 _BASE = ".base_layer."
-Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
+GatherParameters = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 
 
 def apply_lora(
@@ -100,7 +100,7 @@ def quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": packing}
 
 
-def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+def merged_state(model: nn.Module, gather: GatherParameters | None = None) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) with every adapter added to its weight; tied weights under each name.
 
     Weights that are held in 4 bits leave as the numbers that they stand for, which is what the model computes with.
@@ -126,7 +126,7 @@ def merged_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tup
             yield name.replace(_BASE, "."), weight
 
 
-def adapter_state(model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+def adapter_state(model: nn.Module, gather: GatherParameters | None = None) -> Iterator[tuple[str, Tensor]]:
     """(PEFT's name, tensor) of the adapters alone; `gather` as for `merged_state`."""
     gather = gather or (lambda tensors: nullcontext())
     for name, parameter in model.named_parameters():

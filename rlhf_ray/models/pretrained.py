@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.folders import save_folder
 from rlhf_ray.models.loading import with_named_ends
-from rlhf_ray.models.lora import Gather, adapter_state, merged_state
+from rlhf_ray.models.lora import GatherParameters, adapter_state, merged_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ def plain_model(module: nn.Module) -> nn.Module:
     return module.get_base_model() if is_lora(module) else module
 
 
-def plain_state(module: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+def plain_state(module: nn.Module, gather: GatherParameters | None = None) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) with LoRA merged; nothing copied.
 
     `gather` is a context manager that makes sharded parameters whole while a pair is out.
@@ -48,7 +48,7 @@ def plain_state(module: nn.Module, gather: Gather | None = None) -> Iterator[tup
 
 
 def exported_state(
-    module: nn.Module, what: Export = "model", gather: Gather | None = None
+    module: nn.Module, what: Export = "model", gather: GatherParameters | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """`plain_state`, or (PEFT's name, tensor) of the adapter."""
     return adapter_state(module, gather) if what == "adapter" else plain_state(module, gather)

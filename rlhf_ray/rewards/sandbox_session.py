@@ -28,7 +28,7 @@ class Ended(Exception):
     """The process answers no more; says why."""
 
 
-class Session:
+class SandboxSession:
     """One question at a time to a process that reads and writes a JSON object a line."""
 
     def __init__(self, running: Started, beside: Sequence[Started], reading: int, writing: int, limits: Limits) -> None:
@@ -119,7 +119,7 @@ class Session:
 @contextmanager
 def sample_session(
     program: str, *, limits: Limits, tier: str | None, calls: int, leetcode: bool
-) -> Iterator[Session]:
+) -> Iterator[SandboxSession]:
     """A process with the sample's code, to be asked for the values of its functions."""
     with ExitStack() as stack:
         job = {"program": program, "leetcode": leetcode, "outside": []}
@@ -129,7 +129,7 @@ def sample_session(
 @contextmanager
 def judge_session(
     program: str, about_tests: Mapping[str, Any], *, limits: Limits, tier: str | None, calls: int, leetcode: bool
-) -> Iterator[Session]:
+) -> Iterator[SandboxSession]:
     """A process that runs tests, joined by two pipes to another one that has the sample's code."""
     with ExitStack() as stack:
         (asked, asking), (answered, answering) = _pipe(stack), _pipe(stack)
@@ -146,14 +146,14 @@ def judge_session(
 def _session(
     stack: ExitStack, modules: tuple[str, ...], job: dict, pipes: list[FileIO], limits: Limits, tier: str | None,
     calls: int, beside: Sequence[Started] = (),
-) -> Session:  # fmt: skip
+) -> SandboxSession:  # fmt: skip
     (question_end, writing), (reading, answer_end) = _pipe(stack), _pipe(stack)
     job = {**job, "reading": question_end.fileno(), "writing": answer_end.fileno()}
     ends = [question_end, answer_end]
     running = stack.enter_context(_started(modules, job, [*ends, *pipes], limits, tier, calls))
     for end in ends:
         end.close()
-    return Session(running, beside, reading.fileno(), writing.fileno(), limits)
+    return SandboxSession(running, beside, reading.fileno(), writing.fileno(), limits)
 
 
 def _started(

@@ -37,7 +37,7 @@ Config = TypeVar("Config", bound=Section)
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowsToOpen:
     """A dataset that a command reads. `held_out`: so many of its rows are kept apart, as the setting `key` says."""
 
     path: str
@@ -114,33 +114,34 @@ def models_of(config: Section) -> list[str]:
     return list(dict.fromkeys(path for path in found if path is not None and not path.startswith("scratch:")))
 
 
-def rows_of(config: Section) -> list[Rows]:
+def rows_of(config: Section) -> list[RowsToOpen]:
     """The datasets that a command reads; tasks, which are made on the spot, are not."""
-    found: list[Rows] = []
+    found: list[RowsToOpen] = []
     if isinstance(config, RunConfig | SupervisedConfig):
         test_split = "test" if isinstance(config, RunConfig) else config.data.eval_split
         several = len(config.data.parts) > 1
         for part in config.data.parts:
             own = 0 if several or part.data.eval_path or config.data.eval_path else config.data.eval_size
-            found.append(Rows(part.data.path, part.data.split, own, "data.eval_size"))
+            found.append(RowsToOpen(part.data.path, part.data.split, own, "data.eval_size"))
             found += _held_out(part.data.eval_path, test_split)
         found += _held_out(config.data.eval_path, test_split)
     if isinstance(config, SupervisedConfig):
         found += _held_out(config.eval.test_path, config.data.eval_split)
     if isinstance(config, SFTConfig) and config.plain_text is not None:
-        found.append(Rows(config.plain_text.data.path, config.plain_text.data.split))
+        found.append(RowsToOpen(config.plain_text.data.path, config.plain_text.data.split))
     if isinstance(config, RunConfig) and config.sft_data is not None:
-        found += [Rows(part.data.path, part.data.split) for part in config.sft_data.parts]
+        found += [RowsToOpen(part.data.path, part.data.split) for part in config.sft_data.parts]
     if isinstance(config, SampledRunConfig):
-        found.append(Rows(config.data.path, config.data.split))
+        found.append(RowsToOpen(config.data.path, config.data.split))
     if isinstance(config, EvalRunConfig):
-        found += [Rows(section.path, section.split) for section in (config.perplexity, config.red_team) if section]
+        sections = [section for section in (config.perplexity, config.red_team) if section]
+        found += [RowsToOpen(section.path, section.split) for section in sections]
     return [rows for rows in found if rows.path and not is_task(rows.path)]
 
 
-def _held_out(path: str | None, split: str) -> Iterator[Rows]:
+def _held_out(path: str | None, split: str) -> Iterator[RowsToOpen]:
     if path is not None:
-        yield Rows(path, split)
+        yield RowsToOpen(path, split)
 
 
 def limited(config: Config) -> Config:
@@ -236,7 +237,7 @@ def _open_models(paths: Sequence[str]) -> None:
         load_tokenizer(path)
 
 
-def _open_rows(datasets: Sequence[Rows]) -> None:
+def _open_rows(datasets: Sequence[RowsToOpen]) -> None:
     """Raises DataError for a file that is missing or empty, ConfigError for one smaller than its held-out part."""
     for rows in datasets:
         count = sum(1 for _ in islice(read_rows(rows.path, split=rows.split), rows.held_out + 1))

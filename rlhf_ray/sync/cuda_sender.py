@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.errors import ConfigError, RlhfRayError, SyncError
-from rlhf_ray.sync.export import Pair, ParamMeta, Source, describe
+from rlhf_ray.sync.export import NamedTensor, ParamMeta, WeightSource, describe
 from rlhf_ray.sync.sender import NOTHING_EXPORTED, SyncStats, WeightClient, exhaust
 
 BACKENDS = {"nccl": "nccl", "cuda_ipc": "ipc"}
@@ -44,14 +44,14 @@ class CudaSender:
         self.receivers = receivers
         self.address = address
         self.device = torch.device(device)
-        self._source: Source | None = None
-        self._active: Iterator[Pair] = iter(())  # the export under way
+        self._source: WeightSource | None = None
+        self._active: Iterator[NamedTensor] = iter(())  # the export under way
         self._metadata: list[ParamMeta] | None = None
         self._client: WeightClient | None = None
         self._versioned: VersionedClient | None = None
         self._channel: tuple[Callable[[], None], Callable[[], None]] | None = None
 
-    def send(self, source: Source, client: WeightClient, version: int) -> SyncStats:
+    def send(self, source: WeightSource, client: WeightClient, version: int) -> SyncStats:
         started = time.perf_counter()
         self._source = source
         if self.device.type == "cuda":
@@ -101,7 +101,7 @@ class CudaSender:
         with _stream_kept(self.device):
             self._channel = vllm.open_channel(plan)
 
-    def _stream(self) -> Iterator[Pair]:
+    def _stream(self) -> Iterator[NamedTensor]:
         assert self._source is not None
         self._active = iter(self._source())
         for name, tensor in self._active:

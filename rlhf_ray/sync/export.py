@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Pair = tuple[str, Tensor]
+NamedTensor = tuple[str, Tensor]
 # Called once per sync; every learner rank iterates what it returns to the end, because ZeRO-3 gathers on the
 # way.
-Source = Callable[[], Iterable[Pair]]
+WeightSource = Callable[[], Iterable[NamedTensor]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,6 @@ class ParamMeta:
     shape: tuple[int, ...]
 
 
-def describe(pairs: Iterable[Pair]) -> list[ParamMeta]:
+def describe(pairs: Iterable[NamedTensor]) -> list[ParamMeta]:
     """What a stream holds, without keeping its tensors. Iterates it to the end."""
     return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in pairs]

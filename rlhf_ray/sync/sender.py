@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_ray.errors import RlhfRayError, SyncError
 from rlhf_ray.sync.buckets import BucketLayout
-from rlhf_ray.sync.export import Pair, Source
+from rlhf_ray.sync.export import NamedTensor, WeightSource
 
 NOTHING_EXPORTED = (
     "weight sync: the learner exported no tensor, so the generator would keep its old weights; pass engine.export, "
@@ -44,7 +44,7 @@ class WeightClient(Protocol):
 class WeightSender(Protocol):
     """Lives in the learner, one on each rank."""
 
-    def send(self, source: Source, client: WeightClient, version: int) -> SyncStats:
+    def send(self, source: WeightSource, client: WeightClient, version: int) -> SyncStats:
         """Push all of `source` as weight `version`. Every rank calls it; only rank 0 talks to `client`.
 
         Raises SyncError, or what the client raised if that is one of this package's errors; the receivers
@@ -72,11 +72,11 @@ class BucketSender:
         """What the receivers must know before the first bucket."""
         return {"transport": self.transport}
 
-    def send_buckets(self, pairs: Iterator[Pair], client: WeightClient) -> tuple[int, int]:
+    def send_buckets(self, pairs: Iterator[NamedTensor], client: WeightClient) -> tuple[int, int]:
         """Send everything; returns (buckets, bytes)."""
         raise NotImplementedError
 
-    def send(self, source: Source, client: WeightClient, version: int) -> SyncStats:
+    def send(self, source: WeightSource, client: WeightClient, version: int) -> SyncStats:
         started = time.perf_counter()
         pairs = iter(source())
         if self.rank != 0:
@@ -121,7 +121,7 @@ class InProcessSender(BucketSender):
 
     transport = "in_process"
 
-    def send_buckets(self, pairs: Iterator[Pair], client: WeightClient) -> tuple[int, int]:
+    def send_buckets(self, pairs: Iterator[NamedTensor], client: WeightClient) -> tuple[int, int]:
         layout, tensors, sent, nbytes = BucketLayout(), [], 0, 0
         for name, tensor in pairs:
             if not layout.takes(tensor, self.capacity):

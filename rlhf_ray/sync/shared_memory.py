@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_ray.errors import SyncError
 from rlhf_ray.sync.buckets import BucketLayout, padded_bytes, write
-from rlhf_ray.sync.export import Pair
+from rlhf_ray.sync.export import NamedTensor
 from rlhf_ray.sync.segment import Segment, attach, default_directory, remove_leftovers
 from rlhf_ray.sync.sender import BucketSender, WeightClient
 
@@ -43,7 +43,7 @@ class SharedMemorySender(BucketSender):
         self._probe.flat.copy_(torch.frombuffer(bytearray(nonce), dtype=torch.uint8))
         return {"transport": self.transport, "probe": str(self._probe.path), "nonce": nonce.hex()}
 
-    def send_buckets(self, pairs: Iterator[Pair], client: WeightClient) -> tuple[int, int]:
+    def send_buckets(self, pairs: Iterator[NamedTensor], client: WeightClient) -> tuple[int, int]:
         layout, sent, nbytes = BucketLayout(), 0, 0
         in_flight: Future[None] | None = None
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync") as caller:

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from rlhf_ray.sync.buckets import dtype_name, read
-from rlhf_ray.sync.export import Pair, ParamMeta
+from rlhf_ray.sync.export import NamedTensor, ParamMeta
 from rlhf_ray.sync.segment import AttachedSegments
 from rlhf_ray.sync.sender import WeightClient
 from rlhf_ray.sync.shared_memory import check_same_memory
@@ -94,7 +94,7 @@ class CheckpointEngine(WeightTransferEngine):
         self._loaded = set()
         initialize_layerwise_reload(self.model)
 
-    def load(self, pairs: Iterable[Pair]) -> None:
+    def load(self, pairs: Iterable[NamedTensor]) -> None:
         loaded = self.model.load_weights(pairs)
         # Few old model classes return nothing; then there is nothing to check either.
         self._loaded |= self._expected if loaded is None else set(loaded)
@@ -205,7 +205,7 @@ class ChannelPlan:
 
     backend: str  # of vLLM: ipc or nccl
     metadata: Callable[[], list[ParamMeta]]
-    stream: Callable[[], Iterator[Pair]]
+    stream: Callable[[], Iterator[NamedTensor]]
     client: WeightClient
     rank: int
     buffer_bytes: int
@@ -237,7 +237,7 @@ def _open_with_trainer_engine(plan: ChannelPlan) -> Channel:
         def metadata(self) -> list[Any]:
             return [base.ParamMeta(m.name, m.dtype, m.shape) for m in plan.metadata()]
 
-        def __iter__(self) -> Iterator[Pair]:
+        def __iter__(self) -> Iterator[NamedTensor]:
             return plan.stream()
 
     info: Any
@@ -333,6 +333,6 @@ def _open_nccl_0_26(plan: ChannelPlan) -> Channel:
 _OPEN_WITH_STATIC_METHODS = {"ipc": _open_ipc_0_26, "nccl": _open_nccl_0_26}
 
 
-def _iterate(pairs: Iterator[Pair]) -> None:
+def _iterate(pairs: Iterator[NamedTensor]) -> None:
     for _ in pairs:
         pass
