@@ -1,11 +1,11 @@
-"""The roles of a run on Ray: the twin of `build.open_roles`."""
+"""The roles of a run on Ray: the twin of `start.rl.open_roles`."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,28 +101,27 @@ def _build(
     def left() -> Deadline:
         return Deadline(max(1.0, until - time.monotonic()), "ray.start_deadline_s")
 
-    def start(role: str) -> list[Call]:
-        make = getattr(makers, role)
+    def start(role: str, make: Callable[[], Any] | None) -> list[Call]:
         return [worker.start(HOSTS[role].build, make, deadline=left()) for worker in crew.named(role)]
 
     note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
     _lend_gpus(crew, plan, places, left())
     loading = Loading(note, crew.workers, engines)
-    calls = start("generator")
+    calls = start("generator", makers.generator)
     if plan.shared:
         # vLLM measures what is free and takes its share of it, so it must be alone; then it lies down until the sync.
         crew.results(calls, loading.done)
         calls = [worker.ask(Generator.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
     rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
-    for role, more in (("learner", [rows]), ("critic", [])):
+    for role, make, more in (("learner", makers.learner, [rows]), ("critic", makers.critic, [])):
         ranks = crew.named(role)
         for number, worker in enumerate(ranks):
             first = places[ranks[0].name]
             rank = Rank(number, len(ranks), first.node, first.port, workers.call_deadline_s)
-            calls.append(worker.start(HOSTS[role].build, getattr(makers, role), *more, rank, deadline=left()))
-    calls += [*start("reference"), *start("reward")]
+            calls.append(worker.start(HOSTS[role].build, make, *more, rank, deadline=left()))
+    calls += [*start("reference", makers.reference), *start("reward", makers.reward)]
     crew.results(calls, loading.done)
 
 

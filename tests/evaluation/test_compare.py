@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.evaluation import EvalRunConfig
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import ConfigError, DataError, ModelError
 from rlhf_ray.evaluation.compare import compare
 from rlhf_ray.rewards.failures import Failure
 from rlhf_ray.rewards.judge_questions import Opinion
@@ -233,6 +233,18 @@ def test_what_people_get_wrong_is_refused_before_anything_is_sampled(config, tab
     made = table(base=(wrong, 0.5), tuned=(wrong, 0.5))
     with pytest.raises(ConfigError, match=message):
         compare(config(**changes))
+    assert made["base"].asked == []
+
+
+def test_a_tokenizer_of_another_model_is_refused(config, table, folders, tmp_path):
+    """Its tokens have no embedding: an index error in the generator."""
+    from rlhf_ray.models.scratch import build_scratch
+
+    made = table(base=(wrong, 0.5))
+    build_scratch("gpt2", vocab_size=5, hidden_size=8, layers=1, heads=1).save_pretrained(tmp_path / "base")
+    models = {"base": {"path": str(tmp_path / "base"), "tokenizer": str(folders / "tuned")}}
+    with pytest.raises(ModelError, match="is beyond the 5 embeddings of .*base.* set the model's tokenizer to the"):
+        compare(config(models=models))
     assert made["base"].asked == []
 
 
