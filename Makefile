@@ -6,7 +6,7 @@
 #   make algorithms          every algorithm on two small tasks (an hour of one core): docs/algorithms_results.md
 #   make bench               what takes how long here: start-up, dry run, quickstart alone and beside a busy process, ...
 #   make same-numbers BEFORE=/path   the same runs in another checkout and in this one: equal tokens, numbers to 1e-6
-#   make fuzz                1,000 spoiled data files and 500 spoiled configs; `make test` has 100 of each
+#   make fuzz                1,000 spoiled data files, 500 configs and 300 run directories; `make test` has 100 of each
 #   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
 #   make settings            docs/settings.md: every setting, from the schema

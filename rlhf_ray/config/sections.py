@@ -198,6 +198,12 @@ class CheckpointConfig(Section):
 
     every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, gt=0, description="how many of the newest checkpoints stay; older ones are deleted")
+    best_by: str | None = Field(
+        None, description="a number in the rows of metrics.jsonl, such as eval/reward or val/loss: the checkpoints of "
+        "the steps with the best ones stay, too"
+    )  # fmt: skip
+    keep_best: int = Field(1, gt=0, description="how many of these")
+    best_is: Literal["highest", "lowest"] = Field("highest", description="what is the best")
 
 
 class LoggingConfig(Section):

@@ -15,7 +15,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.export import export
 from rlhf_ray.roles.protocols import Learner
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.run.storage import to_json, write_atomically
+from rlhf_ray.run.storage import opened, read_object, sealed, to_json, write_atomically
 
 
 class BestPolicy:
@@ -62,7 +62,7 @@ class BestPolicy:
         if value > self.found.get(self.by, float("-inf")) or step == self.found.get("step"):
             export(self.learner, self.folder, self._adapter, "the best model")
             self.found = {"step": step, self.by: value}
-            write_atomically(self._file, to_json({**self.found, "measure": self.measure}) + "\n")
+            write_atomically(self._file, to_json(sealed({**self.found, "measure": self.measure})) + "\n")
 
     def _refuse(self, kind: str, step: int, reason: str) -> None:
         self._directory.event(kind, step=step, reason=reason)
@@ -80,8 +80,5 @@ def measure_of(evaluation: EvalConfig, judging: RewardSettings, max_new_tokens: 
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # none yet, or cut off: the next evaluation writes it again
-    return found if isinstance(found, dict) else {}
+    """{} where there is none yet, or a damaged one: the next evaluation writes it again."""
+    return opened(read_object(file)) or {}

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.algo.kl import AdaptiveKL, FixedKL, KLController, ScheduledKL
@@ -120,15 +119,10 @@ def new_controller(algorithm: AlgorithmConfig, span: int) -> KLController:
 
 def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> None:
     """A complete checkpoint: nothing else is needed to go on bit for bit."""
-
-    def write(folder: Path) -> None:
-        roles.learner.save(folder / "learner")
-        if roles.critic is not None:
-            roles.critic.save(folder / "critic")
-
     with run.timer("ckpt"):
+        writers = {"learner": roles.learner.save} | ({} if roles.critic is None else {"critic": roles.critic.save})
         state = {"kl": kl, "advantages": roles.advantages, "rollouts": rollouts}
-        run.checkpoints.save(step, write, {name: part.state_dict() for name, part in state.items()})
+        run.save(step, writers, {name: part.state_dict() for name, part in state.items()})
 
 
 def restore(kl: KLController, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> tuple[int, KLController]:

@@ -178,7 +178,7 @@ def save(step: int, seen: Validated, trainer: Trainer, run: SupervisedRun) -> No
     """A complete checkpoint: nothing else is needed to go on bit for bit. The one with the best weights stays."""
     protect = () if seen.best_step is None else (seen.best_step,)
     with run.timer("ckpt"):
-        run.checkpoints.save(step, lambda folder: trainer.save(folder / FOLDER), asdict(seen), protect)
+        run.save(step, {FOLDER: trainer.save}, asdict(seen), protect)
 
 
 def restore(config: SupervisedConfig, trainer: Trainer, run: SupervisedRun) -> tuple[int, Validated]:

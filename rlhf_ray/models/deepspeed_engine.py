@@ -28,6 +28,7 @@ from rlhf_ray.models.trainable import (
     enable_gradient_checkpointing,
     switch_dropout_off,
 )
+from rlhf_ray.models.written import Written, files_of_rank, together, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,13 +143,17 @@ class DeepSpeedEngine:
         with torch.no_grad(), _BucketGather(self.module, GATHER_ELEMENTS) as gather:
             yield from exported_state(self.module, what, gather)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written:
         folder.mkdir(parents=True, exist_ok=True)
         with _quiet():
             self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.rank == 0:
             (folder / META).write_text(json.dumps(self._meta() | {"steps": self.steps}), encoding="utf-8")
         torch.distributed.barrier()
+        weights = (getattr(p, "ds_tensor", p).data for p in self.module.parameters())  # of ZeRO-3 this rank's shards
+        parts = [written(folder, files_of_rank(folder, self.rank), weights)] * self.world_size
+        torch.distributed.all_gather_object(parts, parts[0])
+        return together(parts)
 
     def load(self, folder: Path) -> None:
         problem, steps = self._inspect(folder)
@@ -277,15 +282,9 @@ def _leave() -> None:
 
 
 def _deepspeed_config(
-    adam: dict[str, Any],
-    stage: int,
-    offload: str,
-    torch_adam: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_grad_norm: float,
-    module: nn.Module,
-) -> dict[str, Any]:
+    adam: dict[str, Any], stage: int, offload: str, torch_adam: bool, dtype: torch.dtype, device: torch.device,
+    max_grad_norm: float, module: nn.Module,
+) -> dict[str, Any]:  # fmt: skip
     # ZeRO allocates buffers of this size whatever the model's: DeepSpeed's own 500M would be 2 GB for a toy.
     # It must be even (NCCL aligns to 4 bytes).
     bucket = min(BUCKET_ELEMENTS, 2 * sum(p.numel() for p in module.parameters()))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from rlhf_ray.models.pretrained import Export
-
+    from rlhf_ray.models.written import Written
 
 
 class TrainEngine(Protocol):
@@ -67,8 +67,11 @@ class TrainEngine(Protocol):
         iterate to the end, because ZeRO-3 gathers on the way.
         """
 
-    def save(self, folder: Path) -> None:
-        """Write all that bit-equal continuation needs: weights, fp32 masters, moments, step. Collective."""
+    def save(self, folder: Path) -> Written | None:
+        """Write all that bit-equal continuation needs: weights, fp32 masters, moments, step. Collective.
+
+        Returns what all ranks have written; of an engine in one process None means what lies in `folder`.
+        """
 
     def load(self, folder: Path) -> None:
         """Undo `save`. Raises CheckpointError if `folder` is incomplete or of another shape. Collective."""

@@ -21,6 +21,7 @@ from rlhf_ray.models.trainable import (
     is_packed,
     switch_dropout_off,
 )
+from rlhf_ray.models.written import Written, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ class TorchEngine:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         return plain_state(self.module)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "module": self._learned(),
@@ -126,6 +127,7 @@ class TorchEngine:
             "steps": self.steps,
         }
         torch.save(state, folder / FILE)
+        return written(folder, [folder / FILE], self.module.parameters())
 
     def load(self, folder: Path) -> None:
         file = folder / FILE

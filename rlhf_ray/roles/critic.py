@@ -12,6 +12,7 @@ from rlhf_ray.algo.aggregation import loss_weights
 from rlhf_ray.algo.value_losses import clipped_value_loss
 from rlhf_ray.config.schema import CriticConfig
 from rlhf_ray.models.engine import TrainEngine
+from rlhf_ray.models.written import Written
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.forward import critic_values
 from rlhf_ray.roles.training import Share, Totals, TrainingRole
@@ -68,8 +69,8 @@ class Critic(TrainingRole):
         loss = (loss_BT * weight_BT).sum()
         return loss, {"loss/value": loss.detach()}
 
-    def save(self, folder: Path) -> None:
-        self.engine.save(folder)
+    def save(self, folder: Path) -> Written | None:
+        return self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
         self.engine.load(folder)

@@ -21,6 +21,7 @@ from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter
+from rlhf_ray.models.written import Written
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.formulas import Loss
 from rlhf_ray.roles.forward import Predictions, predict
@@ -243,9 +244,9 @@ class Learner(TrainingRole):
         logp_BT = token_logprobs(logits_BTV, padded_BT).cpu()
         return [logp_BT[i, : len(row)].tolist() for i, row in enumerate(rows)]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written | None:
         """Everything a bit-equal continuation needs. Collective."""
-        self.engine.save(folder)
+        return self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
         """Undo `save`. Raises CheckpointError. Collective."""

@@ -23,6 +23,7 @@ from rlhf_ray.sync.canary import CanaryTarget
 
 if TYPE_CHECKING:
     from rlhf_ray.config.algorithm import AlgorithmConfig
+    from rlhf_ray.models.written import Written
     from rlhf_ray.roles.division import Division
 
 
@@ -271,7 +272,7 @@ class Critic(Ranks, Protocol):
     def update(self, batch: Batch, step: int) -> dict[str, float]:
         """Fit `batch.returns`; metrics by their final names."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> Written | None: ...
     def load(self, folder: Path) -> None: ...
 
 
@@ -297,7 +298,7 @@ class Learner(Ranks, Protocol):
     def canary_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Like `Generator.logprobs`, under the weights that were pushed."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> Written | None: ...
     def load(self, folder: Path) -> None: ...
     def export_model(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""

@@ -24,6 +24,7 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.fits import positions_of
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
+from rlhf_ray.models.written import Written
 from rlhf_ray.roles.division import Microbatches, split_items
 from rlhf_ray.roles.objectives import Measured, Objective, language_model_inputs, pad_examples
 from rlhf_ray.roles.preferences import ReferencedPair, answer_logprobs
@@ -213,9 +214,9 @@ class SupervisedTrainer:
             answers.append(written[0, len(prompt) :].tolist())
         return CompletionText(self.tokenizer).decode(answers)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written | None:
         """Everything a bit-equal continuation needs. Collective."""
-        self.engine.save(folder)
+        return self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
         """Undo `save`. Raises CheckpointError. Collective."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.batch import Rows
@@ -29,19 +32,22 @@ def spent_before(directory: RunDirectory) -> Spent:
 
     Asked before `directory.rewind`: the steps that will be repeated were paid for all the same.
     """
-    seconds, device_hours = [0.0], [0.0]
-    if directory.summary_file.exists():
-        summary = directory.read_summary()
-        seconds.append(summary.get("seconds", 0.0))
-        device_hours.append(summary.get("device_hours", 0.0))
+    summary = directory.read_summary()
+    seconds, device_hours = [_number(summary, "seconds")], [_number(summary, "device_hours")]
     for row in directory.read_metrics()[-1:]:
-        seconds.append(3600 * row.get("cost/hours", 0.0))
-        device_hours.append(row.get("cost/device_hours", 0.0))
+        seconds.append(3600 * _number(row, "cost/hours"))
+        device_hours.append(_number(row, "cost/device_hours"))
     for event in directory.read_events():  # a part that was killed before its first step
         if event.get("event") == "resumed":
-            seconds.append(event.get("seconds", 0.0))
-            device_hours.append(event.get("device_hours", 0.0))
+            seconds.append(_number(event, "seconds"))
+            device_hours.append(_number(event, "device_hours"))
     return Spent(max(seconds), max(device_hours))
+
+
+def _number(found: Mapping[str, Any], name: str) -> float:
+    """0 where a damaged file has something else there."""
+    value = found.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf_ray.errors import ConfigError, StorageError
-from rlhf_ray.run.storage import append_line, explained, keep_lines, read_lines, to_json, write_atomically
+from rlhf_ray.run.storage import (
+    append_line,
+    explained,
+    keep_lines,
+    read_lines,
+    read_object,
+    to_json,
+    write_atomically,
+)
 
 LOCK = ".lock"
 CONTENTS = (
@@ -54,8 +61,9 @@ class RunDirectory:
         if self.resumed:
             require_alone(self.path)
             # A killed run may have left half a line; the next append would spoil two.
-            keep_lines(self.events_file, lambda row: True)
-            keep_lines(self.metrics_file, lambda row: True)
+            for path in (self.events_file, self.metrics_file):
+                if lost := keep_lines(path, lambda row: True):
+                    self.event("lines_lost", file=path.name, lines=lost)
 
     @classmethod
     def open(cls, name: str, run_dir: str | Path | None = None, *, resume: bool = False,
@@ -133,7 +141,8 @@ class RunDirectory:
         Raises ConfigError while another process writes this run.
         """
         require_alone(self.path)
-        if self.config_file.exists() and (old := self.config_file.read_text(encoding="utf-8")) != yaml_text:
+        old = self.config_file.read_text(encoding="utf-8", errors="replace") if self.config_file.is_file() else ""
+        if old not in ("", yaml_text):
             diff = difflib.unified_diff(old.splitlines(), yaml_text.splitlines(), lineterm="", n=0)
             changes = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
             self.event("config_changed", changes=changes)
@@ -167,16 +176,18 @@ class RunDirectory:
         _release(self.path)
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        """What summary.json says; {} where there is none that can be read."""
+        return read_object(self.summary_file)
 
     def rewind(self, step: int, **noted: Any) -> None:
         """Forget what came after `step`, the step of the checkpoint the run goes on from.
 
         The steps that follow will be run and written again; events stay, they did happen. `noted` goes into the event.
         """
-        gone = keep_lines(self.metrics_file, lambda row: int(row.get("step", 0)) <= step)
+        gone = keep_lines(self.metrics_file, lambda row: isinstance(row.get("step"), int) and row["step"] <= step)
         for path in self.rollouts.glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > step:
+            number = path.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:
                 path.unlink()
         self.summary_file.unlink(missing_ok=True)  # it told of an end that is no longer the end
         self.event("resumed", step=step, metric_rows_dropped=gone, **noted)
@@ -194,7 +205,7 @@ def require_alone(folder: Path) -> None:
     if path in _locks and path.exists() and os.path.samestat(os.fstat(_locks[path].fileno()), path.stat()):
         return
     with explained("the lock of the run", path):
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until the process ends
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  held until the process ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -254,12 +265,9 @@ def _check_free(path: Path, resume: bool) -> bool:
 
 def ended_at_start(path: Path, *statuses: str) -> bool:
     """Whether the run there ended before its first step, in one of these ways: no step would be lost with it."""
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    summary = read_object(path / "summary.json")
     steps = any((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else False
-    return summary.get("status") in statuses and summary.get("steps") == 0 and not steps
+    return summary.get("status") in [*statuses] and summary.get("steps") == 0 and not steps
 
 
 def _clear(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -15,7 +14,9 @@ from rlhf_ray.config.formula_names import ADVANTAGES, OWN_ADVANTAGE
 from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.storage import read_object
 
 # The sections that decide which weights a run starts from.
 POLICY = ("seed", "model", "warm_start")
@@ -37,6 +38,8 @@ SCHEDULES = (
     "rollout.temperature_end", "algorithm.kl_coef_end",
     "algorithm.entropy_coef_end", "algorithm.kl_target_end",
 )  # fmt: skip
+# In a checkpoint: the config that it was made with, the fingerprints of the data, and what the run remembers.
+BEGINNING = "beginning.json"
 # What a run directory may hold that was made from the rows of the data.
 MADE_FROM_ROWS = ("checkpoints", "start", "before.json", "reference.json")
 
@@ -49,7 +52,7 @@ def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, 
     Raises:
         ConfigError: naming every setting that would silently not apply to what is there already.
     """
-    old, new, problems = _old_config(directory), config.model_dump(mode="json"), []
+    old, new, problems = config_before(directory), config.model_dump(mode="json"), []
     if changed := _changed(old, new, POLICY):
         problems.append(f"goes on with the policy that is there, and {_have(changed)} since it was made")
     if changed := _changes_of_stream(old, new):
@@ -100,7 +103,7 @@ def begun(directory: RunDirectory) -> datetime:
     moment = None
     if directory.resumed:
         events = directory.read_events()
-        moment = _moment_in(_old_config(directory), "clock") or _moment_in(events[0] if events else {}, "time")
+        moment = _moment_in(config_before(directory), "clock") or _moment_in(events[0] if events else {}, "time")
     return moment or datetime.now().replace(microsecond=0)
 
 
@@ -113,9 +116,8 @@ def _moment_in(tree: Mapping[str, Any], name: str) -> datetime | None:
 
 def _other_rows(data: Mapping[str, str], directory: RunDirectory) -> str | None:
     made = [name for name in MADE_FROM_ROWS if (directory.path / name).exists()]
-    try:
-        old = json.loads(directory.data_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    old = _beginning(directory).get("data") or read_object(directory.data_file)
+    if not old or not all(isinstance(text, str) for text in old.values()):
         unknown = "this run kept no fingerprint of its data, so whether that is still the same is not known"
         return unknown if made else None
     changed = [_said(name, old[name], value) for name, value in data.items() if old.get(name, value) != value]
@@ -194,13 +196,29 @@ def _has_critic(tree: Mapping[str, Any]) -> bool:
     return ADVANTAGES.get(_at(tree, "algorithm.advantage"), OWN_ADVANTAGE).baseline == "critic"
 
 
+def config_before(directory: RunDirectory) -> dict[str, Any]:
+    """What the newest checkpoint was made with, for its copy is verified; where none has kept that, what the run was
+    last started with. Empty where the first attempt did not get that far, or where its file cannot be read."""
+    return _tree(_beginning(directory).get("config")) or _old_config(directory)
+
+
+def _beginning(directory: RunDirectory) -> dict[str, Any]:
+    return Checkpoints(directory.checkpoints).small_file(BEGINNING)
+
+
 def _old_config(directory: RunDirectory) -> dict[str, Any]:
-    """What the run was last started with; empty where the first attempt did not get that far."""
     try:
-        old = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        return _tree(directory.config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return old if isinstance(old, dict) else {}
+
+
+def _tree(text: str | None) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text or "")
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -13,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import StorageError
+from rlhf_ray.errors import RlhfRayError, StorageError
+from rlhf_ray.models.written import force_to_disk
 
+SEAL = "sha256"
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space or set --run-dir to another disk, then --resume auto",
     errno.EDQUOT: "the disk quota is used up; free some space or set --run-dir elsewhere, then --resume auto",
@@ -41,8 +44,8 @@ def explained(what: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
-        raise
+    except RlhfRayError:
+        raise  # it says already what to do
     except Exception as error:
         code = getattr(error, "errno", None)
         if code not in _REMEDY and _out_of_space(error, path):
@@ -76,26 +79,17 @@ def written_whole(what: str, folder: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             unfinished.rename(folder)
-            fsync(folder.parent)
+            force_to_disk(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs these bytes back
-
-
-def fsync(path: Path) -> None:
-    """Force a file or folder to disk, whichever process wrote it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fsync_tree(folder: Path) -> list[Path]:
     """Force a folder and everything below it to disk; returns what lies below, sorted."""
     paths = sorted(folder.rglob("*"))
     for path in [*paths, folder]:
-        fsync(path)
+        force_to_disk(path)
     return paths
 
 
@@ -111,7 +105,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        fsync(path.parent)
+        force_to_disk(path.parent)
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -133,6 +127,31 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where the file is missing or holds none: empty, cut, garbage, something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value`, as JSON holds it, and the sha256 of that: whatever becomes another afterwards does not fit it."""
+    plain = _plain(value)
+    return {**plain, SEAL: _seal_of(plain)}
+
+
+def opened(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was `sealed`; None where something in it is another now, or where nobody has sealed it."""
+    plain = {name: part for name, part in value.items() if name != SEAL}
+    return plain if value.get(SEAL) == _seal_of(plain) else None
+
+
+def _seal_of(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON line with a single write, so that a crash can only cut the last line."""
     with explained(path.name, path), open(path, "a", encoding="utf-8") as file:
@@ -146,9 +165,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was never finished
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # a cut line that an older process appended to
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
@@ -161,4 +182,5 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     after = "".join(to_json(row) + "\n" for row in rows)
     if after != before:
         write_atomically(path, after)
-    return len(before.splitlines()) - len(rows)
+    lines = before.split("\n")
+    return len(lines) - (not lines[-1]) - len(rows)

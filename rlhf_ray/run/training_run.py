@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ from rlhf_ray.clock import Clock
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import StorageError
+from rlhf_ray.models.written import Written
 from rlhf_ray.roles.batch import Rows
 from rlhf_ray.roles.protocols import Scores
-from rlhf_ray.run.checkpoint import Checkpoints
+from rlhf_ray.run.checkpoint import Checkpoints, Ranking
 from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.loggers import Metrics, Recorder, rollout_rows
 from rlhf_ray.run.observer import Alarm, Observer, Observers, StepRecord
 from rlhf_ray.run.progress import Screen
-from rlhf_ray.run.resume import changes_to_say, refuse_other_beginnings
-from rlhf_ray.run.storage import to_json, write_atomically
+from rlhf_ray.run.resume import BEGINNING, changes_to_say, refuse_other_beginnings
+from rlhf_ray.run.storage import opened, read_object, sealed, to_json, write_atomically
 from rlhf_ray.run.timer import Timer
 
 # Stand in every row, also where nothing of the kind has happened.
@@ -56,16 +56,20 @@ class TrainingRun:
         self.directory = directory
         self.clock = clock
         self.timer = Timer(clock)
+        settings = config.checkpoint
         self.checkpoints = Checkpoints(
-            directory.checkpoints, config.checkpoint.keep, on_event=lambda kind, fields: directory.event(kind, **fields)
-        )
+            directory.checkpoints, settings.keep, on_event=lambda kind, fields: directory.event(kind, **fields),
+            ranking=settings.best_by and Ranking(settings.best_by, settings.keep_best, settings.best_is == "highest"),
+        )  # fmt: skip
         if directory.resumed:
             refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
         found = self.checkpoints.latest() if directory.resumed else None
         self.resume_point = None if found is None else ResumePoint(*found)
         said = changes_to_say(config, data, directory) if directory.resumed else {}
+        self._beginning: dict[str, Any] = {"config": dump_config(config), "data": dict(data or {})}
+        self._row: Mapping[str, float] = {}  # of the last step
         # A run that had finished keeps its results until a step is done that they know nothing of.
-        self._results = _summary_of(directory) if directory.resumed else {}
+        self._results = directory.read_summary() if directory.resumed else {}
         directory.write_config(dump_config(config))
         if data is not None:
             write_atomically(directory.data_file, to_json(data, indent=1) + "\n")
@@ -136,7 +140,7 @@ class TrainingRun:
         """Give the observers a step, with what the run has cost up to there."""
         spent = self.spent
         cost = {"cost/hours": spent.seconds / 3600, "cost/device_hours": spent.device_hours}
-        self.steps_done = step
+        self.steps_done, self._row = step, metrics
         self.observers.step(StepRecord(step, self.config.steps, {**metrics, **cost}, tuple(samples), tuple(failures)))
 
     def alarm(self, kind: str, reason: str, step: int) -> None:
@@ -145,17 +149,48 @@ class TrainingRun:
 
     def remember(
         self, name: str, compute: Callable[[], Mapping[str, Any]],
-        fits: Callable[[Mapping[str, Any]], bool] = lambda kept: True,
+        fits: Callable[[Mapping[str, Any]], bool] = lambda kept: True, *, again: bool = False,
     ) -> Mapping[str, Any]:  # fmt: skip
-        """`compute()`, kept in a file: a resumed run gets what the first one measured, as long as it still `fits`."""
+        """`compute()`, kept in a file: a resumed run gets what the first one measured, as long as it still `fits`.
+
+        `again`: in a resumed run, too, `compute` gives the same. What it does not is in each checkpoint besides.
+        """
         path = self.directory.path / f"{name}.json"
-        if self.directory.resumed and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if fits(kept):
-                return kept
-        value = compute()
-        write_atomically(path, to_json(value, indent=1))
+        value = self._remembered(name, path, again) if self.directory.resumed else None
+        if value is None or not fits(value):
+            if value is None and self.steps_done and not again:
+                reason = f"{path} is lost: it is measured now, after step {self.steps_done}, and not at the beginning"
+                self.directory.event(f"{name}_lost", reason=reason)
+                self.note(reason)
+            value = compute()
+            write_atomically(path, to_json(sealed(value), indent=1))
+        if not again:
+            self._beginning[name] = value
         return value
+
+    def _remembered(self, name: str, path: Path, again: bool) -> Mapping[str, Any] | None:
+        found = read_object(path)
+        if (value := opened(found)) is not None or again:
+            return value
+        kept = self.checkpoints.small_file(BEGINNING)
+        # A file of an older version is not sealed, and its checkpoints hold no copy.
+        return kept.get(name, found or None if self.steps_done and not kept else None)
+
+    def save(
+        self, step: int, parts: Mapping[str, Callable[[Path], Written | None]], state: Mapping[str, Any],
+        protect: Collection[int] = (),
+    ) -> None:  # fmt: skip
+        """A checkpoint; `parts` write into folders of their names. Raises as `Checkpoints.save` does."""
+
+        def write(folder: Path) -> dict[str, Written | None]:
+            write_atomically(folder / BEGINNING, to_json(self._beginning))
+            return {name: save(folder / name) for name, save in parts.items()}
+
+        best_by = self.config.checkpoint.best_by
+        if best_by is not None and best_by not in self._row:
+            reason = f"checkpoint.best_by={best_by} is no number of this step"
+            self.directory.event("checkpoint_not_ranked", step=step, reason=reason)
+        self.checkpoints.save(step, write, state, protect, self._row)
 
     def finish(self, status: str, **details: Any) -> None:
         """summary.json, and the loggers closed."""
@@ -178,7 +213,7 @@ class TrainingRun:
             self.screen.close()
             self.note(self._after_interruption())
         try:
-            if self._results.get("status") == "finished" and self.steps_done == self._results["steps"]:
+            if self._results.get("status") == "finished" and self.steps_done == self._results.get("steps"):
                 self.directory.event("resume_failed", **ended_by(error))
                 self.directory.write_summary(self._results)
                 self.close()
@@ -202,10 +237,3 @@ class TrainingRun:
 
     def close(self) -> None:
         self.observers.close()
-
-
-def _summary_of(directory: RunDirectory) -> dict[str, Any]:
-    try:
-        return directory.read_summary()
-    except (OSError, ValueError):
-        return {}

@@ -173,7 +173,7 @@ def set_reference(config: DPOConfig, trainer: Any, batches: Batches, run: Superv
     def fits(kept: Mapping[str, Any]) -> bool:
         return not by_step or kept["steps"] >= config.steps
 
-    trainer.set_reference(run.remember("reference", compute, fits))
+    trainer.set_reference(run.remember("reference", compute, fits, again=True))
 
 
 def doubt_judge(result: dict[str, Any], run: SupervisedRun) -> None:

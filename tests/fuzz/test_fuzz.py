@@ -1,4 +1,4 @@
-"""Spoiled rows and configs, all in one process: a covering selection here, everything with `make fuzz`.
+"""Spoiled rows, configs and run directories, in one process: a covering selection here, all with `make fuzz`.
 
 A failure names its case; `pytest tests/fuzz -k rows` with FUZZ=all runs all 1,000 of them, which are always the same.
 """
@@ -15,6 +15,11 @@ import pytest
 from fuzz_configs import check_config, config_cases
 from fuzz_harness import Case, Hang, covering
 from fuzz_rows import check_rows, row_cases
+from fuzz_runs import Checked, run_cases
+
+from rlhf_ray.config.load import parse_config
+from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.start.rl import run_rl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SELECTED = 100
@@ -48,3 +53,12 @@ def test_configs():
     """Each is valid or refused in readable words; nothing is executed."""
     outcomes = run(config_cases(500), check_config)
     assert set(outcomes) == {"valid", "refused"}, outcomes
+
+
+def test_run_directories(tmp_path, tiny_tree):
+    """A resume takes the newest whole checkpoint, whatever is wrong beside it, and never a damaged one."""
+    tree = {**tiny_tree, "steps": 4, "checkpoint": {"every": 2}, "eval": {"size": 2, "best_by": "reward"}}
+    config = parse_config(tree, RunConfig, "tiny")
+    run_rl(config, tmp_path / "run")
+    outcomes = run(run_cases(300), Checked(tmp_path / "run", config))
+    assert set(outcomes) == {"detected", "harmless"}, outcomes

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray.errors import ConfigError, ModelError, RewardError
+from rlhf_ray.errors import ConfigError, DivergenceError, RewardError
 from rlhf_ray.roles import factory
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
@@ -131,7 +131,7 @@ def test_the_run_directory(ppo_run):
     assert len(summary["before"]["samples"]) == 8 and summary["before"] != summary["after"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "step_2", "step_3"]
     assert {p.name for p in (folder / "checkpoints" / "step_3").iterdir()} == {
-        "learner", "critic", "manifest.json", "state.pt",
+        "learner", "critic", "manifest.json", "state.pt", "beginning.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in rollout_files(folder)["step_3.jsonl"].splitlines()]
     assert len(rows) == 5 and set(rows[0]) == {
@@ -357,10 +357,10 @@ def test_a_run_that_has_diverged_is_not_finished(tiny_config, tmp_path, monkeypa
 
     monkeypatch.setattr(Learner, "update", diverge)
     config = tiny_config("steps=1", "eval.size=2", "sync.canary=false")
-    with pytest.raises(ModelError, match="weights are not finite"):
+    with pytest.raises(DivergenceError, match="step 1: the weights of the learner are no longer finite, so this"):
         run_rl(config, tmp_path / "a")
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed"
-    assert not (tmp_path / "a" / "model").exists()
+    assert not (tmp_path / "a" / "model").exists() and not list((tmp_path / "a" / "checkpoints").iterdir())
 
 
 def test_a_canary_that_dies_is_an_alarm_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch):

@@ -178,12 +178,15 @@ class Rank:
         for dtype, stage in SAVED:
             engine = self.engine(stage, dtype=dtype)
             train(engine, [0, 1])
-            engine.save(self.folder / f"{dtype}-{stage}")
+            folder = self.folder / f"{dtype}-{stage}"
+            said = engine.save(folder)
+            there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            named = said.files.keys() == there and said.finite
             history = train(engine, [2, 3])
             end = snapshot(engine)
-            engine.load(self.folder / f"{dtype}-{stage}")  # back, in the same process
+            engine.load(folder)  # back, in the same process
             rewound = train(engine, [2, 3]) == history and equal(snapshot(engine), end)
-            self.found[dtype, stage] = {"history": history, "weights": end, "rewound": rewound}
+            self.found[dtype, stage] = {"history": history, "weights": end, "rewound": rewound, "named": named}
             engine.close()
         lora = self.engine(3, tiny_lora())
         lora.save(self.folder / "lora")

@@ -207,7 +207,7 @@ def test_resume_in_fresh_processes_is_bit_equal_and_refuses_what_does_not_fit(fo
     resumed = run_ranks("resume", 2, folder)["resume"]
     for before, after in zip(saved, resumed, strict=True):
         for key in SAVED:
-            assert before[key]["rewound"], key
+            assert before[key]["rewound"] and before[key]["named"], key
             assert after[key]["steps"] == 4, key
             assert after[key]["history"] == before[key]["history"], key
             assert equal(after[key]["weights"], before[key]["weights"]), key

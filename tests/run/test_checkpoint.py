@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.errors import CheckpointError, StorageError
+from rlhf_ray.errors import CheckpointError, ConfigError, DivergenceError, StorageError
+from rlhf_ray.models.written import written
 from rlhf_ray.run import checkpoint
-from rlhf_ray.run.checkpoint import Checkpoints
+from rlhf_ray.run.checkpoint import Checkpoints, Ranking
+from rlhf_ray.run.storage import opened, sealed
 
 
 def weights(text):
@@ -121,10 +124,118 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved):
         saved.latest()
 
 
+def reseal(folder, **changes):
+    """The manifest as somebody would write it who can compute its sha256."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(sealed(opened(manifest) | changes)))
+
+
+def edit(old, new):
+    def damage(folder):
+        path = folder / "manifest.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return damage
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (edit('"step": 3', '"step": 2'), "manifest.json is damaged"),  # one flipped bit
+    (edit('"files": {', '"files": {}, "none": {'), "manifest.json is damaged"),
+    (edit('"sha256"', '"sha257"'), "manifest.json is damaged"),
+    (lambda folder: reseal(folder, step=2), "manifest.json is of step 2; the folder has another's name"),
+    (lambda folder: reseal(folder, files={}), "manifest.json does not name state.pt, without which nothing can be"),
+    (lambda folder: reseal(folder, files={"state.pt": {"size": 1, "sha256": ""}, "../x": {"size": 1, "sha256": ""}}),
+     "state.pt has "),
+    (lambda folder: (folder / "learner" / "rank_9.pt").touch(), "learner/rank_9.pt is no part of it; move it away"),
+])  # fmt: skip
+def test_the_manifest_covers_itself_and_what_must_be_there(saved, events, damage, reason):
+    damage(saved.folder / "step_3")
+    with pytest.warns(UserWarning, match="falling back to the one before it"):
+        assert saved.latest()[0] == 2
+    assert [kind for kind, _ in events] == ["checkpoint_damaged"] and reason in events[0][1]["reason"]
+
+
+def test_a_name_that_leads_out_of_a_checkpoint_is_refused(saved):
+    folder = saved.folder / "step_3"
+    state = json.loads((folder / "manifest.json").read_text())["files"]["state.pt"]
+    reseal(folder, files={"state.pt": state, "../latest": {"size": 7, "sha256": ""}})
+    with pytest.raises(CheckpointError, match=r"names \.\./latest, which lies outside"):
+        saved.load(folder)
+
+
+def test_a_checkpoint_of_an_older_version_is_read_with_a_word_about_it(saved, events):
+    folder = saved.folder / "step_3"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": files}))
+    with pytest.warns(UserWarning, match="older version, whose manifest does not cover itself"):
+        assert saved.latest()[0] == 3
+    assert [kind for kind, _ in events] == ["checkpoint_unsealed"]
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 2, "files": files}))
+    with pytest.raises(CheckpointError, match="is of step 2"):
+        saved.load(folder)
+
+
+def told(folder, text="shard", finite=True):
+    """What a rank says that it has written, and has."""
+    folder.mkdir()
+    (folder / "shard.pt").write_text(text)
+    return written(folder, [folder / "shard.pt"], [torch.tensor([1.0 if finite else float("nan")])])
+
+
+def test_the_manifest_has_the_hashes_of_those_who_wrote(tmp_path):
+    def write(folder):
+        said = told(folder / "learner")
+        (folder / "learner" / "shard.pt").write_text("SHARD")  # the disk has lost a bit in between
+        return {"learner": said, "critic": None}
+
+    folder = Checkpoints(tmp_path).save(1, write, {})
+    with pytest.raises(CheckpointError, match="learner/shard.pt is not what was written"):
+        Checkpoints(tmp_path).load(folder)
+
+
+def test_a_rank_that_writes_to_another_disk_fails_the_save(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.0)
+
+    def write(folder):
+        said = told(folder / "learner")
+        (folder / "learner" / "shard.pt").unlink()  # it lies on the other machine alone
+        return {"learner": said}
+
+    with pytest.raises(ConfigError, match=r"learner/shard.pt: a rank has written 5 bytes .* not on a disk that all"):
+        saved.save(4, write, {})
+    assert sorted(p.name for p in saved.folder.iterdir()) == ["latest", "step_2", "step_3"]
+
+
+def test_weights_that_are_not_finite_are_not_kept_and_push_nothing_out(saved):
+    with pytest.raises(DivergenceError, match="weights of the critic .*; the checkpoint of step 3 has the last that"):
+        saved.save(4, lambda f: {"learner": told(f / "learner"), "critic": told(f / "critic", finite=False)}, {})
+    assert saved.steps() == [2, 3] and saved.latest()[0] == 3
+
+
+def test_the_best_stay_beside_the_newest(tmp_path):
+    for better, kept in ((True, [2, 4, 6]), (False, [1, 5, 6])):
+        checkpoints = Checkpoints(tmp_path / str(better), keep=1, ranking=Ranking("reward", 2, higher=better))
+        for step, reward in enumerate((0.1, 0.9, math.nan, 0.9, 0.2, None), start=1):
+            checkpoints.save(step, weights("w"), {}, metrics={} if reward is None else {"reward": reward})
+        assert checkpoints.steps() == kept
+
+
+def test_a_small_file_comes_from_the_newest_checkpoint_that_has_it_whole(saved):
+    def write(folder):
+        (folder / "note.json").write_text(json.dumps({"step": step}))
+
+    for step in (4, 5):
+        saved.save(step, write, {})
+    assert saved.small_file("note.json") == {"step": 5}
+    (saved.folder / "step_5" / "note.json").write_text('{"step": 9}')
+    assert saved.small_file("note.json") == {"step": 4} and saved.small_file("other.json") == {}
+
+
 def test_a_format_of_the_future(saved):
     path = saved.folder / "step_3" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="format 2, and this version reads 1"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CheckpointError, match="format 3, and this version reads 2"):
         saved.load(path.parent)
 
 
@@ -248,9 +359,12 @@ if found:
     assert found[2] == {"step": step}
     assert (found[1] / "weights").read_bytes() == bytes([step % 256]) * 300_000
 print("resumed", step, flush=True)
+def write(folder):
+    (folder / "weights").write_bytes(bytes([step % 256]) * 300_000)
+
 while True:
     step += 1
-    checkpoints.save(step, lambda f: (f / "weights").write_bytes(bytes([step % 256]) * 300_000), {"step": step})
+    checkpoints.save(step, write, {"step": step})
 """
 
 

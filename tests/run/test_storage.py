@@ -108,7 +108,8 @@ def test_a_folder_that_exists_is_whole(tmp_path):
 def test_a_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """The name survives a power cut at once, bytes that nobody forced to disk do not."""
     on_disk = []
-    monkeypatch.setattr(storage, "fsync", lambda path: on_disk.append((path.name, (tmp_path / "model").exists())))
+    note = lambda path: on_disk.append((path.name, (tmp_path / "model").exists()))  # noqa: E731
+    monkeypatch.setattr(storage, "force_to_disk", note)
     with written_whole("a model", tmp_path / "model") as unfinished:
         (unfinished / "part").mkdir()
         (unfinished / "part" / "weights").write_text("some")

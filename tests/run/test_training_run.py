@@ -28,6 +28,10 @@ ROWS = Rows(
 SCORES = Scores(torch.tensor([1.0, 0.5]), {"exact": torch.tensor([1.0, 0.0])}, (("p", "one"), ("p", "two")))
 
 
+def weights(folder) -> None:
+    (folder / "weights").write_text("w")
+
+
 def settings(**changes) -> RunConfig:
     tree = {"model": {"path": "m"}, "data": {"path": "d"}, "logging": {"loggers": [], "samples_every": 2}}
     return RunConfig.model_validate({**tree, **changes})
@@ -138,7 +142,7 @@ def test_going_on_from_a_checkpoint(recorder, tmp_path):
     for step in (1, 2, 3):
         run.log(step, {}, ROWS, SCORES)
         if step == 2:
-            run.checkpoints.save(2, lambda folder: (folder / "weights").write_text("w"), {"kl": 0.5})
+            run.checkpoints.save(2, weights, {"kl": 0.5})
     resumed = recorder(resume=True, steps=5)
     assert resumed.resume_point.step == 2 and resumed.resume_point.state == {"kl": 0.5}
     assert resumed.steps_done == 2
@@ -201,7 +205,7 @@ def test_what_a_critic_began_as_cannot_change_once_it_has_learned(recorder):
     ppo = {"algorithm": {"name": "ppo"}}
     recorder(**ppo)
     run = recorder(resume=True, critic={"path": "one"}, **ppo)
-    run.checkpoints.save(1, lambda folder: (folder / "weights").write_text("w"), {})
+    run.checkpoints.save(1, weights, {})
     with pytest.raises(ConfigError, match="the critic of the checkpoint, and critic.path has changed since it was"):
         recorder(resume=True, critic={"path": "two"}, **ppo)
     recorder(resume=True, critic={"path": "one"}, **ppo)
@@ -232,7 +236,7 @@ def test_an_interrupted_run_says_what_will_happen(recorder, capsys, saved, every
     for step in (1, 2, 3):
         run.log(step, {}, ROWS, SCORES)
     if saved:
-        run.checkpoints.save(saved, lambda folder: (folder / "weights").write_text("w"), {})
+        run.checkpoints.save(saved, weights, {})
     run.fail(KeyboardInterrupt())
     assert re.search(says, capsys.readouterr().out.splitlines()[-1])
     summary = run.directory.read_summary()

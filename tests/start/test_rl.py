@@ -216,7 +216,7 @@ def test_a_folder_that_was_there_before_stays(config, tmp_path):
 def full_disk(monkeypatch):
     """Checkpoints find no space."""
 
-    def save(self, step, writer, state):
+    def save(self, step, *args):
         raise StorageError(errno.ENOSPC, "checkpoints: the disk is full; free some space")
 
     monkeypatch.setattr(Checkpoints, "save", save)

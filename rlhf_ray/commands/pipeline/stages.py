@@ -9,7 +9,6 @@ by hand with the command that is printed. The state of a pipeline is its stages'
 from __future__ import annotations
 
 import atexit
-import json
 import shlex
 import shutil
 import signal
@@ -32,7 +31,7 @@ from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resol
 from rlhf_ray.errors import ConfigError, StageError, Terminated
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.resume import begun
-from rlhf_ray.run.storage import write_atomically
+from rlhf_ray.run.storage import read_object, write_atomically
 from rlhf_ray.start.preflight import preflight
 
 # What a shell says of a process that Ctrl-C has ended.
@@ -176,11 +175,8 @@ class _Result:
 def _result(stage: Stage) -> _Result | None:
     """What a stage has left, if it came to its end."""
     file = stage.folder / "summary.json"
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        return _Result(summary, file.stat().st_mtime) if summary["status"] == "finished" else None
-    except (OSError, ValueError, KeyError):
-        return None
+    summary = read_object(file)
+    return _Result(summary, file.stat().st_mtime) if summary.get("status") == "finished" else None
 
 
 def _finished(stage: Stage, stages: Sequence[Stage], directory: RunDirectory) -> bool:
