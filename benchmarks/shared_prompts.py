@@ -51,7 +51,9 @@ def learner_of(share_prompts: bool) -> Learner:
 
 def seconds(learner: Learner, batch: Batch) -> float:
     started = time.perf_counter()
-    learner.update(batch, 0, 0.0)
+    learner.begin(0, 0.0)
+    learner.learn(batch)
+    learner.finish()
     return time.perf_counter() - started
 
 

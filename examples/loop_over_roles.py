@@ -27,9 +27,11 @@ def main(steps: int = 20) -> None:
             scores = reward.score(batch, texts=1)
             batch = batch.replace(score=scores.score)  # [B]
             batch = batch.replace(**session.roles.advantages.estimate(batch, kl_coef=0.0).columns)  # [B, T]
-            learner.update(batch, step, kl_coef=0.0)
+            learner.begin(step, kl_coef=0.0)
+            learner.learn(batch)
+            gradient = learner.finish()["grad_norm"]
             learner.push_weights(step + 1)
-            print(f"step {step + 1}: reward {scores.score.mean():.3f}, {scores.texts[0]}")
+            print(f"step {step + 1}: reward {scores.score.mean():.3f}, {scores.texts[0]}, gradient {gradient:.2f}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ class EngineError(RlhfRayError, RuntimeError):
     """A generator's engine died, and what was being written in it is lost; that generator must be replaced."""
 
 
+class StepError(RlhfRayError, RuntimeError):
+    """`begin`, `learn` and `finish` of a learner or critic came in another order, or another call between them."""
+
+
 class SyncError(RlhfRayError, RuntimeError):
     """Weights did not arrive whole in a generator; that generator must be replaced."""
 

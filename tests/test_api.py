@@ -13,6 +13,7 @@ import pytest
 import rlhf_ray
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, DataError, RewardError, RlhfRayError
+from tests.steps import one_step
 
 SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
 
@@ -131,7 +132,7 @@ def test_roles_without_the_loop(tiny, tmp_path):
         scores = roles.reward.score(batch)
         batch = batch.replace(score=scores.score)
         estimate = roles.advantages.estimate(batch, 0.0)
-        roles.learner.update(batch.replace(**estimate.columns), 0, 0.0)
+        one_step(roles.learner, batch.replace(**estimate.columns), 0, 0.0)
         assert roles.learner.push_weights(1) and roles.generator.version == 1
         assert (session.export(tmp_path / "mine") / "model.safetensors").is_file()
     run = rlhf_ray.rl(tiny, prompts=SUMS, rewards=first_digit, run_dir=tmp_path / "run")

@@ -46,6 +46,14 @@ def loss_totals(mask_BT: Tensor) -> Tensor:
     return torch.stack([mask_BT.sum(), mask_BT.any(1).sum()])
 
 
+def normaliser(mode: str = "token_mean", *, total_tokens: float, total_sequences: float) -> float:
+    """What divides every weight of an optimiser step alike.
+
+    While the totals are not known, pass 1 for both to `loss_weights`, and divide sums and gradients by this afterwards.
+    """
+    return max(float(total_tokens if mode == "token_mean" else total_sequences), 1.0)
+
+
 def loss_weights(
     mask_BT: Tensor,
     mode: str = "token_mean",
@@ -60,10 +68,10 @@ def loss_weights(
     completion equal (GRPO). seq_sum_const: 1/(constant total_sequences), constant = the longest completion
     allowed (Dr.GRPO). Totals are those of the whole optimiser step (`loss_totals`, summed); 0 gives weight 0.
     """
-    weight_BT = mask_BT.to(torch.float32)
+    divisor = normaliser(mode, total_tokens=total_tokens, total_sequences=total_sequences)
+    weight_BT = mask_BT.to(torch.float32) / divisor
     if mode == "token_mean":
-        return weight_BT / max(float(total_tokens), 1.0)
-    weight_BT = weight_BT / max(float(total_sequences), 1.0)
+        return weight_BT
     if mode == "seq_mean":
         return weight_BT / weight_BT.count_nonzero(dim=1).clamp(min=1)[:, None]
     if mode == "seq_sum_const":

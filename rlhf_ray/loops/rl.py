@@ -1,7 +1,7 @@
 """The reinforcement-learning loop: local and on Ray, synchronous and overlapped, for every algorithm.
 
     prompts -> generator.generate -> reward.score -> reference.logprobs, critic.values, learner.logprobs
-            -> advantages -> critic.update, learner.update -> weight sync -> log
+            -> advantages -> critic and learner: begin, learn, finish -> weight sync -> log
 
 `roles` are either the role objects themselves or typed handles to Ray actors; a batch is opaque here.
 After `step` updates the policy has weight version `step`; step k learns from what version k (or, overlapped,
@@ -47,10 +47,14 @@ def train(
             metrics = {**scored.metrics, **estimate.stats, "kl_coef": kl_coef}
             if roles.critic is not None:
                 with run.timer("critic_update"):
-                    metrics |= roles.critic.update(batch, step)
+                    roles.critic.begin(step)
+                    roles.critic.learn(batch)
+                    metrics |= roles.critic.finish()
             if roles.critic is None or step >= config.critic.warmup_steps:
                 with run.timer("update"):
-                    metrics |= roles.learner.update(batch, step, kl_coef)
+                    roles.learner.begin(step, kl_coef)
+                    roles.learner.learn(batch)
+                    metrics |= roles.learner.finish()
             # Also while only the critic learns: what is written next must not count as older than it is.
             metrics |= push_weights(step + 1, roles, rollouts, canary, run)
             # While only the critic learns nothing measures the KL, and a moving target moves on.
@@ -59,8 +63,7 @@ def train(
                 with run.timer("eval"):
                     metrics |= numbers_of(evaluator.evaluate(step + 1), "eval/")
         run.log(step + 1, metrics, scored.batch.rows, scored.scores, scored.sources)
-        # After the log (so its time counts with the next step): a kill between the two repeats a step and its row;
-        # the other way round the row would be lost.
+        # After the log, in the next step's time: a kill between the two repeats a row; the other way round it is lost.
         due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
         if due or step + 1 == config.steps:
             save(step + 1, kl, roles, rollouts, run)
@@ -111,9 +114,7 @@ def new_controller(algorithm: AlgorithmConfig, span: int) -> KLController:
     if algorithm.kl_controller == "adaptive":
         return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
     if algorithm.kl_controller == "scheduled":
-        return ScheduledKL(
-            algorithm.kl_coef, algorithm.kl_target, algorithm.kl_target_end, span, algorithm.kl_horizon
-        )  # fmt: skip
+        return ScheduledKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_target_end, span, algorithm.kl_horizon)
     return FixedKL(algorithm.kl_coef)
 
 

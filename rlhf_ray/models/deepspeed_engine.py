@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import json
@@ -10,7 +9,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, WorkerError
+from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError
 from rlhf_ray.models.devices import with_index
 from rlhf_ray.models.pretrained import Export, exported_state, write_pretrained
+from rlhf_ray.models.process_group import join_ranks
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -80,7 +79,8 @@ class DeepSpeedEngine:
         self.zero_stage = zero_stage
         self.max_grad_norm = max_grad_norm
         self.steps = 0
-        self.rank, self.world_size = _join(self.device, rank, world_size, master_address, master_port, timeout_s)
+        self._has_gradients = self._was_cut_off = False
+        self.rank, self.world_size = join_ranks(self.device, rank, world_size, master_address, master_port, timeout_s)
         self._dtype = dtype
         self._real_stage = max(zero_stage, 1) if dtype == torch.bfloat16 else zero_stage
         switch_dropout_off(module)
@@ -99,34 +99,56 @@ class DeepSpeedEngine:
         return self._deepspeed(**inputs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        if self._was_cut_off:
+            raise StepError(
+                "an earlier step was cut off, and DeepSpeed still holds gradients of some of its rows; start anew from "
+                "a checkpoint (--resume auto)"
+            )
+        self._has_gradients = True
         self._deepspeed.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks and (with accumulation steps 1) sums over micro-batches.
         self._deepspeed.backward(loss * self.world_size)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, scale: float = 1.0) -> float:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._step_replicated() if self._real_stage == 0 else self._step_sharded()
+        norm = self._step_replicated(scale) if self._real_stage == 0 else self._step_sharded(scale)
+        self._has_gradients = False
         if math.isfinite(norm):
             self.steps += 1
         return norm
 
-    def _step_replicated(self) -> float:
+    def discard(self) -> None:
+        self._was_cut_off |= self._has_gradients
+
+    def _step_replicated(self, scale: float) -> float:
         # Stage 0 in float32 is a bare AdamW over all-reduced gradients: DeepSpeed neither reports their norm
         # nor refuses one that is not finite.
         grads = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)
         norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
         if not math.isfinite(norm):
             self._deepspeed.zero_grad()
             return norm
-        scale = clip_scale(norm, self.max_grad_norm)
-        if scale < 1.0:
-            torch._foreach_mul_(grads, scale)
+        clip = clip_scale(norm, self.max_grad_norm)
+        if clip < 1.0:
+            torch._foreach_mul_(grads, clip)
         self._deepspeed.step()
         return norm
 
-    def _step_sharded(self) -> float:
-        self._deepspeed.step()
+    def _step_sharded(self, scale: float) -> float:
+        optimizer = self._deepspeed.optimizer
+        if scale == 1.0:
+            self._deepspeed.step()
+        elif hasattr(optimizer, "fp32_groups_gradients_flat"):  # of bfloat16 with ZeRO 1
+            torch._foreach_mul_(optimizer.fp32_groups_gradients_flat, scale)
+            self._deepspeed.step()
+        else:
+            # DeepSpeed's own way to divide gradients late, where it takes their norm and clips them.
+            optimizer.loss_scale = 1 / scale
+            self._deepspeed.step()
+            optimizer.loss_scale = 1.0
         if not self._deepspeed.was_step_applied():
             return math.inf
         return float(self._deepspeed.get_global_grad_norm())
@@ -234,51 +256,6 @@ def _check_options(device: torch.device, zero_stage: int, offload: str) -> None:
         raise ConfigError("learner.offload=optimizer needs sharded states; set learner.zero_stage=1, 2 or 3")
     if offload == "parameters" and zero_stage != 3:
         raise ConfigError("learner.offload=parameters needs sharded parameters; set learner.zero_stage=3")
-
-
-def _join(
-    device: torch.device, rank: int | None, world_size: int | None, address: str | None, port: int | None,
-    timeout_s: float,
-) -> tuple[int, int]:  # fmt: skip
-    """Enter the process group, with a deadline on each of its collectives. Returns (rank, world size)."""
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed wants it even when the group exists
-    if torch.distributed.is_initialized():
-        there = (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if there != (rank, world_size):
-            raise ConfigError(
-                f"this process is already rank {there[0]} of {there[1]}, so it cannot be rank {rank} of "
-                f"{world_size} for another engine; give both engines the same world size, or own processes"
-            )
-        return there
-    address = address or os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = port if port is not None else int(os.environ.get("MASTER_PORT", "29500"))
-    # DeepSpeed reads these even when the group exists.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}:{port}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    except RuntimeError as error:
-        raise WorkerError(
-            f"learner rank {rank} of {world_size} could not meet the others at {address}:{port} within "
-            f"{timeout_s:.0f} s ({error}); check that the port is free and that rank 0 is reachable"
-        ) from error
-    # Threads of a group that still stands when the interpreter ends can abort the process after its work is done.
-    atexit.register(_leave)
-    return rank, world_size
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _deepspeed_config(

@@ -46,16 +46,21 @@ class TrainEngine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, this rank's share of a loss SUMMED over micro-batches and ranks.
 
-        The caller has divided by the global normaliser; the engine undoes any averaging of its own.
+        The caller has divided by the global normaliser, or will say it to `step`; the engine undoes any averaging of
+        its own.
         `last` marks the final micro-batch of the optimiser step. Collective.
         """
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, scale: float = 1.0) -> float:
         """Clip, update, zero the gradients; returns the global gradient norm before clipping.
 
+        The gradients are multiplied by `scale` first, for a normaliser that was not known when they were computed.
         A norm that is not finite comes back as inf or nan: the update was then skipped on every rank, and
         weights, moments and `steps` are what they were before. Collective.
         """
+
+    def discard(self) -> None:
+        """Zero the gradients, for a step that was cut off; or refuse each later `backward`. Not collective."""
 
     def all_reduce(self, value: Tensor, op: str = "sum") -> Tensor:
         """`value` summed ("sum") or maximised ("max") over ranks, as a new tensor. Collective."""

@@ -92,13 +92,15 @@ class TorchEngine:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, scale: float = 1.0) -> float:
         grads = [master.grad for master in self._masters if master.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)
         norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
         if math.isfinite(norm):
-            scale = clip_scale(norm, self.max_grad_norm)
-            if scale < 1.0:
-                torch._foreach_mul_(grads, scale)
+            clip = clip_scale(norm, self.max_grad_norm)
+            if clip < 1.0:
+                torch._foreach_mul_(grads, clip)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -106,6 +108,11 @@ class TorchEngine:
             self.steps += 1
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None  # of a pass that was cut off before it reached the masters
 
     def _round_masters(self) -> None:
         for parameter, master in zip(self._parameters, self._masters, strict=True):

@@ -1,7 +1,7 @@
 """A role on Ray behind the methods that its protocol declares (`roles/protocols.py`): declared once, called as locally.
 
     learner = proxy(Learner, group)
-    learner.update(batch, step, kl_coef)  # every rank's Learner.update, each with its own rows
+    learner.learn(batch)  # every rank's Learner.learn, each with its own rows
 
 Arguments and results are what they are locally, but for batches and columns of tokens: these stay with the workers, and
 here are a `RemoteBatch` and `RemoteColumn`.

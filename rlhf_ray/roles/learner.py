@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +21,13 @@ from rlhf_ray.config.schema import LearnerConfig
 from rlhf_ray.data.turn_end import turn_end_ids
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.lora import without_adapter
-from rlhf_ray.models.written import Written
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.formulas import Loss
 from rlhf_ray.roles.forward import Predictions, predict
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.roles.sft_term import MicroLoss, SFTTerm
 from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
-from rlhf_ray.roles.training import Share, Totals, TrainingRole
+from rlhf_ray.roles.training import Share, Step, Totals, TrainingRole
 from rlhf_ray.sync.sender import WeightSender
 
 if TYPE_CHECKING:
@@ -61,7 +60,10 @@ class Learner(TrainingRole):
     ) -> None:
         """`sft`: what the policy learns beside its rollouts, where `algorithm.sft_coef` asks for it."""
         sharing = PromptSharing.of(engine.module) if config.share_prompts else None
-        super().__init__(engine, config, seed=seed, total_steps=total_steps, first_step=first_step, sharing=sharing)
+        super().__init__(
+            engine, config, seed=seed, total_steps=total_steps, aggregation=algorithm.aggregation,
+            first_step=first_step, sharing=sharing,
+        )  # fmt: skip
         self.algorithm = algorithm
         self.policy_loss = Loss(algorithm)
         self.tokenizer = tokenizer
@@ -83,45 +85,32 @@ class Learner(TrainingRole):
     def _predict(self, micro: MicroBatch) -> Predictions:
         return predict(self.engine, micro, temperature=self.temperature, device=self.engine.device)
 
-    def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
-        """All inner epochs and minibatches of one step.
+    def begin(self, step: int, kl_coef: float, streamed: bool = False) -> None:
+        """Open a step; `learn` comes next, then `finish`.
+
+        The rows that are learned from have `advantages`; `logp_old` may be missing when there is a single optimiser
+        step, for then the policy that is updated is the old one; `logp_ref` is needed if the KL is measured.
 
         Args:
-            batch: with `advantages`; `logp_old` may be missing when there is a single optimiser step, for then the
-                policy that is updated is the old one; `logp_ref` is needed if the KL is measured.
+            step: 0, 1, ...: its place in the schedules of learning rate and entropy.
             kl_coef: weight of the KL term, where the algorithm puts it into the loss.
-        Returns:
-            Metrics by their final names, averaged over the optimiser steps. A step whose gradient is not finite is
-            skipped and counted in `skipped_steps`.
+            streamed: `learn` is called with wave after wave of the step's rows, and one optimiser step follows in
+                `finish`. The numbers are those of a step that has all rows at once, but for rounding. Nothing about a
+                row may depend on rows of later waves: whitened advantages do.
+        Raises:
+            StepError: another step is open.
+            ConfigError: `streamed`, and the config asks for several optimiser steps a step.
         """
-        lr = self.learning_rate(step)
         entropy_coef = linear(self.algorithm.entropy_coef, self.algorithm.entropy_coef_end, step, self.total_steps)
-        totals, grad_norms = Totals(), []
-        loss = partial(self._loss, kl_coef=kl_coef, entropy_coef=entropy_coef)
-        for number, (epoch, share) in enumerate(self._passes(batch)):
-            more = self._sft_losses(step, number)
-            grad_norm, stats = self.optimiser_step(batch, share, partial(loss, first_epoch=epoch == 0), lr, more)
-            grad_norms.append(grad_norm)
-            totals.add(stats.values)
-            if self._is_far(stats):
-                break
-        metrics = self._metrics(totals.over_ranks(self.engine), grad_norms, lr)
-        if self.config.stop_kl is not None:
-            metrics["optimiser_steps"] = float(len(grad_norms))
-        return metrics
+        self.begin_step(step, partial(self._loss, kl_coef=kl_coef, entropy_coef=entropy_coef), streamed)
 
-    def _passes(self, batch: Batch) -> Iterator[tuple[int, Share]]:
-        """(inner epoch, this rank's part) of each optimiser step."""
-        for epoch in range(self.config.epochs):
-            yield from ((epoch, share) for share in self.shares(batch))
-
-    def _sft_losses(self, step: int, number: int) -> Sequence[MicroLoss]:
-        """Of a step's optimiser step 0, 1, ...: by its place in the run, for a step may end early (`stop_kl`)."""
+    def more_losses(self, number: int, optimiser_step: int) -> Sequence[MicroLoss]:
+        """The supervised rows of an optimiser step: by its place in the run, for a step may end early (`stop_kl`)."""
         if self.sft is None:
             return ()
-        return self.sft.losses(self.engine, step * self.config.epochs * self.config.minibatches + number)
+        return self.sft.losses(self.engine, number * self.config.epochs * self.config.minibatches + optimiser_step)
 
-    def _is_far(self, stats: Totals) -> bool:
+    def is_far(self, stats: Totals) -> bool:
         """Whether the policy has moved far enough from the one before the passes; all ranks say the same.
 
         A minibatch is measured before its own optimiser step: the step that finds the policy too far is the last.
@@ -152,7 +141,7 @@ class Learner(TrainingRole):
         policy_BT, own = self.policy_loss(logp_BT, old_BT, advantage_BT, mask_BT)
         policy_BT = policy_BT * self._correction(old_BT, gen_BT, mask_BT)
         weight_BT = loss_weights(
-            mask_BT, algorithm.aggregation,
+            mask_BT, self.aggregation,
             total_tokens=share.total_tokens, total_sequences=share.total_sequences, constant=self.max_new_tokens,
         )  # fmt: skip
         # The terms without their coefficients, also those that this loss does not have.
@@ -199,9 +188,10 @@ class Learner(TrainingRole):
             low=1 / algorithm.correction_cap if algorithm.correction == "mask" else 0.0, high=algorithm.correction_cap,
         )  # fmt: skip
 
-    def _metrics(self, totals: dict[str, float], grad_norms: Sequence[float], lr: float) -> dict[str, float]:
-        count, updates = totals["count"], len(grad_norms)
-        finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    def metrics(self, totals: dict[str, float], step: Step) -> dict[str, float]:
+        """By their final names; losses are averaged over the optimiser steps."""
+        count, updates = totals["count"], len(step.grad_norms)
+        finite = [norm for norm in step.grad_norms if math.isfinite(norm)]
         metrics = {name: value / updates for name, value in totals.items() if name.startswith("loss/")}
         mismatch = {name.partition("/")[2]: value for name, value in totals.items() if name.startswith("mismatch/")}
         metrics |= {f"mismatch/{name}": value for name, value in mismatch_summary(mismatch).items()}
@@ -211,13 +201,15 @@ class Learner(TrainingRole):
             "approx_kl": totals["approx_kl_sum"] / count,
             "grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "skipped_steps": float(updates - len(finite)),
-            "lr": lr,
+            "lr": step.lr,
             **self.usage(totals),
         }
         if self.sft is not None:
             metrics["sft/tokens"] = totals["sft/tokens"]
         if "kl_ref_sum" in totals:
             metrics["kl_ref"] = totals["kl_ref_sum"] / max(1.0, totals["sequences"])
+        if self.config.stop_kl is not None:
+            metrics["optimiser_steps"] = float(updates)
         return metrics
 
     def connect(self, generators: WeightReceiver) -> None:
@@ -229,7 +221,9 @@ class Learner(TrainingRole):
 
         Raises:
             SyncError: a generator did not receive them whole.
+            StepError: a step has begun and not ended.
         """
+        self.require_no_step("push_weights")
         stats = self.sender.send(self.engine.export, self.generators, version)
         return {"sync/gb_per_s": stats.gigabytes_per_second}
 
@@ -244,18 +238,12 @@ class Learner(TrainingRole):
         logp_BT = token_logprobs(logits_BTV, padded_BT).cpu()
         return [logp_BT[i, : len(row)].tolist() for i, row in enumerate(rows)]
 
-    def save(self, folder: Path) -> Written | None:
-        """Everything a bit-equal continuation needs. Collective."""
-        return self.engine.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Undo `save`. Raises CheckpointError. Collective."""
-        self.engine.load(folder)
-
     def export_model(self, folder: Path) -> None:
         """A plain Hugging Face folder with the tokenizer, which says what ends a turn. Collective."""
+        self.require_no_step("export_model")
         self.engine.save_pretrained(folder, self.tokenizer, ends=turn_end_ids(self.tokenizer))
 
     def export_adapter(self, folder: Path) -> None:
         """What LoRA has learned, as a folder that PEFT reads, with the tokenizer. Collective."""
+        self.require_no_step("export_adapter")
         self.engine.save_pretrained(folder, self.tokenizer, "adapter")

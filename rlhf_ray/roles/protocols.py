@@ -268,9 +268,15 @@ class Critic(Ranks, Protocol):
     def values(self, batch: Batch) -> Tensor:
         """[B, T] value before each token is chosen."""
 
+    def begin(self, step: int, streamed: bool = False) -> None:
+        """As `Learner.begin`."""
+
     @reads("values", "returns")
-    def update(self, batch: Batch, step: int) -> dict[str, float]:
-        """Fit `batch.returns`; metrics by their final names."""
+    def learn(self, batch: Batch) -> None:
+        """Fit `batch.returns`. As `Learner.learn`."""
+
+    def finish(self) -> dict[str, float]:
+        """As `Learner.finish`."""
 
     def save(self, folder: Path) -> Written | None: ...
     def load(self, folder: Path) -> None: ...
@@ -288,9 +294,18 @@ class Learner(Ranks, Protocol):
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """[B, T] the same under the policy that the run began with, where that is this one without its adapter."""
 
+    def begin(self, step: int, kl_coef: float, streamed: bool = False) -> None:
+        """Open step 0, 1, ...; `learn` comes next, then `finish`. Until then weights do not leave. Raises StepError.
+
+        `streamed`: the rows come in waves, to one optimiser step; else all at once, to as many as the config says.
+        """
+
     @reads("temperature", "logp_gen", "weight_version", "logp_old", "logp_ref", "advantages")
-    def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
-        """One policy update (all inner epochs and minibatches); metrics by their final names."""
+    def learn(self, batch: Batch) -> None:
+        """Learn from these rows: all of the step's (every inner epoch and minibatch), or a wave. Raises StepError."""
+
+    def finish(self) -> dict[str, float]:
+        """End the step; its metrics by their final names. Raises StepError."""
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Send the weights to every generator; metrics by their final names. Raises SyncError."""

@@ -245,18 +245,18 @@ def test_the_first_step_is_exact_with_several_optimiser_steps_too(tiny_config, t
 
 
 def test_while_the_critic_warms_up_the_policy_rests(tiny_config, tmp_path, read_rows, monkeypatch):
-    updates = []
+    begun = []
     for role in (Critic, Learner):
-        real = role.update
+        real = role.begin
         monkeypatch.setattr(
-            role, "update",
-            lambda self, batch, step, *rest, real=real, name=role.__name__: (
-                updates.append((name, step)), real(self, batch, step, *rest))[1],
+            role, "begin",
+            lambda self, step, *rest, real=real, name=role.__name__: (
+                begun.append((name, step)), real(self, step, *rest))[1],
         )  # fmt: skip
     options = ("algorithm.name=ppo", "steps=3", "eval.size=2", "critic.warmup_steps=2", "learner.lr_warmup_steps=2")
     config = tiny_config(*options)
     run_rl(config, tmp_path / "a")
-    assert updates == [("Critic", 0), ("Critic", 1), ("Critic", 2), ("Learner", 2)]
+    assert begun == [("Critic", 0), ("Critic", 1), ("Critic", 2), ("Learner", 2)]
     rows = read_rows(tmp_path / "a")
     assert ["loss/policy" in row for row in rows] == [False, False, True]
     assert rows[2]["lr"] == config.learner.lr / 2, "the first of two steps of its warm-up"
@@ -347,15 +347,15 @@ def test_an_exception_in_the_loop_ends_the_run_cleanly(tiny_config, tmp_path, mo
 
 
 def test_a_run_that_has_diverged_is_not_finished(tiny_config, tmp_path, monkeypatch):
-    real = Learner.update
+    real = Learner.finish
 
-    def diverge(self, *args):
-        metrics = real(self, *args)
+    def diverge(self):
+        metrics = real(self)
         with torch.no_grad():
             next(self.engine.module.parameters()).fill_(math.nan)
         return metrics
 
-    monkeypatch.setattr(Learner, "update", diverge)
+    monkeypatch.setattr(Learner, "finish", diverge)
     config = tiny_config("steps=1", "eval.size=2", "sync.canary=false")
     with pytest.raises(DivergenceError, match="step 1: the weights of the learner are no longer finite, so this"):
         run_rl(config, tmp_path / "a")

@@ -15,11 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.errors import CheckpointError, ConfigError
+from rlhf_ray.config.algorithm import AlgorithmConfig
+from rlhf_ray.config.schema import CriticConfig, LearnerConfig
+from rlhf_ray.errors import CheckpointError, ConfigError, StepError
 from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel, ValueOutput
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.roles.batch import batch_of
+from rlhf_ray.roles.critic import Critic
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.sample import Sample
+from rlhf_ray.sync.sender import InProcessSender
 
 VOCAB = 48
 # What is saved and resumed. In bfloat16, stage 0 is stage 1.
@@ -31,6 +38,7 @@ LR = 3e-3
 # The gradient of an attention key's bias is 0 but for rounding, which Adam with eps 1e-8 would blow up to
 # steps of lr in random directions: no two summation orders would ever agree.
 EPS = 1e-6
+WAVES_EPS = 1e-4  # to compare weights to 1e-6
 
 Weights = dict[str, Tensor]
 
@@ -80,8 +88,8 @@ def loss_sum(output: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (nll_BT * mask_BT[:, 1:]).sum()
 
 
-def train(engine: TrainEngine, steps: Iterable[int]) -> list[tuple[float, float]]:
-    """(loss a token, gradient norm) of each step."""
+def train(engine: TrainEngine, steps: Iterable[int], late: bool = False) -> list[tuple[float, float]]:
+    """(loss a token, gradient norm) of each step. `late`: its tokens are counted when all gradients are there."""
     done = []
     for step in steps:
         rows = rows_of(step)
@@ -93,11 +101,49 @@ def train(engine: TrainEngine, steps: Iterable[int]) -> list[tuple[float, float]
         for i, (piece, weight) in enumerate(pieces):
             ids_BT, mask_BT = pad(piece)
             output = engine(input_ids=ids_BT, attention_mask=mask_BT)
-            loss = loss_sum(output, ids_BT, mask_BT) / tokens * weight
+            loss = loss_sum(output, ids_BT, mask_BT) * (weight if late else weight / tokens)
             total += loss.detach()
-            engine.backward(loss, last=i == len(pieces) - 1)
-        done.append((engine.all_reduce(total).item(), engine.step(LR)))
+            engine.backward(loss, last=not late and i == len(pieces) - 1)
+        if late:  # the boundary is a pass that adds nothing
+            ids_BT, mask_BT = pad(rows[:1])
+            engine.backward(loss_sum(engine(input_ids=ids_BT), ids_BT, torch.zeros_like(mask_BT)), last=True)
+            done.append((engine.all_reduce(total / tokens).item(), engine.step(LR, 1 / tokens)))
+        else:
+            done.append((engine.all_reduce(total).item(), engine.step(LR)))
     return done
+
+
+def tiny_critic() -> nn.Module:
+    model = ValueModel(tiny(seed=1).base_model)
+    with torch.no_grad():  # it starts at 0, where the rest of the model has no gradient
+        model.value_head.weight.copy_(torch.linspace(-1, 1, 32)[None])
+    return model
+
+
+def steps_of_roles(engine: TrainEngine, values: TrainEngine, waves: list[list[int]]) -> list[dict[str, float]]:
+    """Metrics of three steps of a critic and a learner, streamed in more than one wave."""
+    learner = Learner(
+        engine, LearnerConfig(lr=LR, tokens_per_microbatch=16), AlgorithmConfig(aggregation="seq_mean", kl_coef=0.1),
+        tokenizer=None, temperature=1.0, max_new_tokens=12, sender=InProcessSender(capacity=1 << 20), seed=0,
+        total_steps=9,
+    )  # fmt: skip
+    critic = Critic(values, CriticConfig(lr=LR, tokens_per_microbatch=16), seed=0, total_steps=9)
+    found = []
+    for step in range(3):
+        rows = rows_of(step)[:5]
+        batch = batch_of([Sample.answer(i, i, row[:2], row[2:], [-1.0] * (len(row) - 2), 0, "stop")
+                          for i, row in enumerate(rows)], [{}] * 5, [None] * 5)  # fmt: skip
+        spread = (batch.tokens % 5 - 2) * batch.response_mask
+        batch = batch.replace(advantages=torch.linspace(-1, 1, 5), logp_ref=spread - 3.0 * batch.response_mask,
+                              values=0.1 * spread, returns=1.0 * spread)  # fmt: skip
+        metrics = {}
+        for role, more in ((critic, ()), (learner, (0.1,))):
+            role.begin(step, *more, streamed=len(waves) > 1)
+            for wave in waves:
+                role.learn(batch.select(wave))
+            metrics |= role.finish()
+        found.append({name: value for name, value in metrics.items() if not name.startswith("perf/")})
+    return found
 
 
 def snapshot(engine: TrainEngine) -> Weights:
@@ -145,11 +191,16 @@ class Rank:
         self._variant(("offload", 3), 3, tiny(), offload="parameters")
         for stage in STAGES:
             self._variant(("bfloat16", stage), stage, tiny(), dtype=torch.bfloat16)
+            self._variant(("late", stage), stage, tiny(), late=True)
+        self._variant(("late bfloat16", 1), 1, tiny(), late=True, dtype=torch.bfloat16)
+        self._variant(("late offload", 2), 2, tiny(), late=True, offload="optimizer")
 
-    def _variant(self, key: tuple[str, int], stage: int, model: nn.Module, **settings: Any) -> None:
+    def _variant(
+        self, key: tuple[str, int], stage: int, model: nn.Module, late: bool = False, **settings: Any
+    ) -> None:
         engine = self.engine(stage, model, **settings)
         calls = _count_calls(engine.module)
-        found = {"history": train(engine, range(3)), "weights": snapshot(engine), "layer_calls": len(calls)}
+        found = {"history": train(engine, range(3), late), "weights": snapshot(engine), "layer_calls": len(calls)}
         target = self.folder / f"{key[0]}-{key[1]}"
         if key[0] in ("untied", "lora", "critic"):
             engine.save_pretrained(target, None)
@@ -173,6 +224,17 @@ class Rank:
                 "norm": norm, "unchanged": unchanged, "steps": engine.steps, "next": train(engine, [1]),
             }  # fmt: skip
             engine.close()
+
+    def waves(self) -> None:
+        """Streamed steps; rank 1 has no row of the second wave. And one that is cut off."""
+        for stage in (2, 3):
+            engine, values = self.engine(stage, eps=WAVES_EPS), self.engine(stage, tiny_critic(), eps=WAVES_EPS)
+            metrics = steps_of_roles(engine, values, [[0, 3], [4], [1, 2]])
+            self.found[stage] = {"metrics": metrics, "weights": snapshot(engine), "values": snapshot(values)}
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        engine.backward(engine(input_ids=ids).logits.sum(), last=False)
+        engine.discard()
+        self.found["cut off"] = _message(StepError, engine.backward, torch.zeros(()), last=False)
 
     def save(self) -> None:
         for dtype, stage in SAVED:

@@ -25,14 +25,26 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine_cases import EPS, SAVED, STAGES, equal, snapshot, tiny, tiny_lora, train
+from engine_cases import (
+    EPS,
+    SAVED,
+    STAGES,
+    WAVES_EPS,
+    equal,
+    snapshot,
+    steps_of_roles,
+    tiny,
+    tiny_critic,
+    tiny_lora,
+    train,
+)
 
 pytestmark = pytest.mark.engine
 
 DEADLINE_S = 800.0
 COMPILED = "torch_extensions"
 WORLDS = (1, 2, 3)
-JOBS = {1: "parity,other_world", 2: "parity,variants,bad_gradient,save", 3: "parity"}
+JOBS = {1: "parity,other_world", 2: "parity,variants,bad_gradient,waves,save", 3: "parity"}
 
 
 def free_port() -> int:
@@ -178,6 +190,41 @@ def test_memory_savers_do_not_change_the_numbers(found: Any, variant: tuple[str,
     # gradient precedes each step. Checkpointing computes the micro-batches twice.
     micro_batches = 2 + 2 + 3
     assert run["layer_calls"] == 3 + micro_batches * (2 if variant[0] == "checkpointing" else 1)
+
+
+@pytest.mark.parametrize("variant", [*(("late", stage) for stage in STAGES), ("late offload", 2)])
+def test_gradients_may_be_divided_when_all_are_there(found: Any, variant: tuple[str, int]) -> None:
+    """By the tokens that nobody knew before; the norm and its clipping are those of the quotient."""
+    expected = reference(tiny())
+    assert expected["history"][0][1] > 1, "clipped"
+    for rank in found(2)["variants"]:
+        assert_same(rank[variant], expected)
+
+
+def test_gradients_in_bfloat16_may_be_divided_when_all_are_there(found: Any) -> None:
+    variants = found(2)["variants"][0]
+    expected, run = variants["bfloat16", 1], variants["late bfloat16", 1]
+    torch.testing.assert_close(torch.tensor(run["history"]), torch.tensor(expected["history"]), atol=1e-2, rtol=1e-2)
+    for name, weight in run["weights"].items():  # a gradient that is mere rounding moves them 3e-3 in either direction
+        torch.testing.assert_close(weight, expected["weights"][name], atol=7e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_waves_on_two_ranks_are_one_step_of_one_process(found: Any, stage: int) -> None:
+    engine, values = (TorchEngine(model, eps=WAVES_EPS) for model in (tiny(), tiny_critic()))
+    expected = steps_of_roles(engine, values, [[0, 1, 2, 3, 4]])
+    assert expected[0]["grad_norm"] > 0 and expected[0]["loss/value"] > 0
+    for rank in found(2)["waves"]:
+        for one, other in zip(rank[stage]["metrics"], expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+        for name, trained in (("weights", engine), ("values", values)):
+            for key, weight in snapshot(trained).items():
+                torch.testing.assert_close(rank[stage][name][key], weight, atol=1e-6, rtol=0, msg=key)
+
+
+def test_deepspeed_refuses_to_go_on_after_a_step_that_was_cut_off(found: Any) -> None:
+    """It keeps what its ranks have averaged in places of its own."""
+    assert all("an earlier step was cut off" in rank["cut off"] for rank in found(2)["waves"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -85,6 +85,6 @@ def test_the_deepspeed_engine_says_which_gpu(monkeypatch):
         raise Entered(device)
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(deepspeed_engine, "_join", join)
+    monkeypatch.setattr(deepspeed_engine, "join_ranks", join)
     with pytest.raises(Entered, match="cuda:0|index=0"):
         DeepSpeedEngine(torch.nn.Linear(2, 2), device="cuda")

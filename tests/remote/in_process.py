@@ -137,7 +137,7 @@ class RingEngine(TorchEngine):
         super().backward(loss, last=last)
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, scale: float = 1.0) -> float:
         for master in self._masters:
             master.grad = self.all_reduce(torch.zeros_like(master) if master.grad is None else master.grad)
-        return super().step(lr)
+        return super().step(lr, scale)

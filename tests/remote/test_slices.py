@@ -35,6 +35,7 @@ from rlhf_ray.roles.reference import Reference
 from rlhf_ray.sample import Sample
 from rlhf_ray.sync.sender import InProcessSender
 from tests.remote.in_process import DRIVER, InProcess, Ring, RingEngine
+from tests.steps import one_step
 
 SOON = Deadline(60, "ray.call_deadline_s")
 VOCAB, TEXT = 11, "why? " * 400
@@ -95,19 +96,21 @@ def engine_of(module: torch.nn.Module, ring: Ring | None, rank: int) -> TorchEng
     return TorchEngine(module) if ring is None else RingEngine(module, ring, rank)
 
 
-def learner_of(algorithm: AlgorithmConfig, share: bool, ring: Ring | None = None, rank: int = 0) -> Learner:
-    config = LearnerConfig(lr=0.01, tokens_per_microbatch=24, minibatches=2, share_prompts=share)
+def learner_of(
+    algorithm: AlgorithmConfig, share: bool, ring: Ring | None = None, rank: int = 0, minibatches: int = 2
+) -> Learner:
+    config = LearnerConfig(lr=0.01, tokens_per_microbatch=24, minibatches=minibatches, share_prompts=share)
     return Learner(
         engine_of(build_scratch("qwen2", seed=1, **SHAPE), ring, rank), config, algorithm, tokenizer=None,
         temperature=1.0, max_new_tokens=9, sender=InProcessSender(capacity=1 << 20), seed=0, total_steps=4,
     )  # fmt: skip
 
 
-def critic_of(ring: Ring | None = None, rank: int = 0) -> Critic:
+def critic_of(ring: Ring | None = None, rank: int = 0, minibatches: int = 3) -> Critic:
     model = ValueModel(build_scratch("qwen2", seed=2, **SHAPE).base_model)
     with torch.no_grad():
         model.value_head.weight.copy_(torch.linspace(-1, 1, 8)[None])
-    config = CriticConfig(lr=0.01, tokens_per_microbatch=30, minibatches=3)
+    config = CriticConfig(lr=0.01, tokens_per_microbatch=30, minibatches=minibatches)
     return Critic(engine_of(model, ring, rank), config, seed=0, total_steps=4)
 
 
@@ -156,8 +159,8 @@ def two_steps(
         batch = batch.replace(**estimate.columns)
         metrics = dict(estimate.stats)
         if critic is not None:
-            metrics |= critic.update(batch, step)
-        found.append(metrics | learner.update(batch, step, 0.1))
+            metrics |= one_step(critic, batch, step)
+        found.append(metrics | one_step(learner, batch, step, 0.1))
     return found
 
 
@@ -199,15 +202,47 @@ def test_ranks_compute_what_one_process_computes(world, case, ranks):
         assert one["grad_norm"] > 0 and one["advantage/std"] > 0
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_waves_are_divided_over_ranks_each_by_itself(world, ranks):
+    """Groups come one after the other, as they end; one process that has them all computes the same step."""
+    algorithm = AlgorithmConfig(name="grpo", kl_coef=0.1)
+
+    def step_of(generator, reference, learner, critic, cuts) -> dict[str, float]:
+        for role, more in ((critic, ()), (learner, (0.1,))):
+            role.begin(0, *more, streamed=len(cuts) > 1)
+        for rows in cuts:
+            batch = generator.generate([requests_of()[row] for row in rows], Sampling(max_new_tokens=9))
+            batch = batch.replace(logp_ref=reference.logprobs(batch), values=critic.values(batch))
+            batch = batch.replace(advantages=torch.tensor([row % 5 - 2.0 for row in rows]), returns=batch.logp_ref)
+            critic.learn(batch)
+            learner.learn(batch)
+        return critic.finish() | learner.finish()
+
+    def group(protocol: Any, name: str, make: Any) -> Any:
+        ring = Ring(ranks)
+        return hired(world, protocol, name, [make(ring, rank) for rank in range(ranks)], divides=True)
+
+    alone = step_of(Writing(), reference_of(), learner_of(algorithm, True, minibatches=1), critic_of(minibatches=1),
+                    [range(24)])  # fmt: skip
+    many = step_of(
+        generators_of(world), hired(world, ReferenceProtocol, "reference", [reference_of()]),
+        group(LearnerProtocol, "learner", lambda *rank: learner_of(algorithm, True, *rank, minibatches=1)),
+        group(CriticProtocol, "critic", lambda *rank: critic_of(*rank, minibatches=1)),
+        [range(8, 12), range(4), range(12, 24), range(4, 8)],
+    )  # fmt: skip
+    names = {name for name in alone if not name.startswith("perf/")}
+    assert {n: many[n] for n in names} == pytest.approx({n: alone[n] for n in names}, rel=1e-6, abs=1e-6)
+    assert alone["grad_norm"] > 0 and alone["loss/value"] > 0
+
+
 class Keeper:
     """A rank that keeps what it is given."""
 
     def __init__(self) -> None:
         self.division, self.batch = Division(2, 24, seed=0, ranks=2), None
 
-    def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
+    def learn(self, batch: Batch) -> None:
         self.batch = batch
-        return {}
 
 
 @given(st.integers(1, 4), st.integers(1, 30), st.lists(st.integers(1, 5), min_size=5, max_size=9), st.randoms())
@@ -231,7 +266,7 @@ def test_who_wrote_what_and_when_changes_nothing_in_a_ranks_batch(count, room, s
         assert batch.rows == Writing().generate(requests, Sampling(max_new_tokens=9)).rows
         assert len({part.worker.name for part in batch.parts}) <= generators
         batch = gather_remote([(batch, picked)]).replace(advantages=torch.arange(float(len(picked))))
-        hired(world, LearnerProtocol, "learner", ranks, divides=True).update(batch, 0, 0.0)
+        hired(world, LearnerProtocol, "learner", ranks, divides=True).learn(batch)
         found.append([rank.batch for rank in ranks])
         world.close()
     for one, other in zip(*found, strict=True):
@@ -266,13 +301,12 @@ class Rank:
     def logprobs(self, batch: Batch) -> torch.Tensor:
         return -torch.ones(batch.tokens.shape)
 
-    def update(self, batch: Batch, step: int, kl_coef: float) -> dict[str, float]:
+    def learn(self, batch: Batch) -> None:
         own, mask_BT = batch.select(range(batch.own)), batch.response_mask[: batch.own]
         assert own.advantages.dim() == 1 and (own.logp_ref[own.response_mask] == -1).all()
         assert (own.weight_version[own.response_mask] == 3).all() and own.columns[0] is None
         # A token id and whether the policy wrote it; of those it wrote, three columns that others have computed.
         self.needed += int(own.attention_mask.sum()) * (4 + 1) + int(mask_BT.sum()) * (4 + 4 + 4)
-        return {}
 
 
 def travelled(ranks: int, scale: float = 1.0) -> tuple[InProcess, list[Rank]]:
@@ -285,7 +319,7 @@ def travelled(ranks: int, scale: float = 1.0) -> tuple[InProcess, list[Rank]]:
     requests = [Request(i // 8, i, (5,) * 40, seed=i, columns={"prompt": TEXT}) for i in range(256)]
     batch = generators.generate(requests, Sampling(max_new_tokens=20_000))
     batch = batch.replace(logp_ref=reference.logprobs(batch), logp_old=learner.logprobs(batch))
-    learner.update(batch.replace(advantages=torch.ones(256)), 0, 0.1)
+    learner.learn(batch.replace(advantages=torch.ones(256)))
     world.close()
     return world, roles
 

@@ -18,6 +18,7 @@ from rlhf_ray.roles.batch import Batch, build_batch
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.protocols import Request
 from rlhf_ray.sync.sender import InProcessSender
+from tests.steps import one_step
 
 VOCAB = 11
 
@@ -124,7 +125,7 @@ class OneOfTwo:
         self.calls.append(f"backward{' last' if last else ''}")
         self.engine.backward(loss, last=last)
 
-    def step(self, lr):
+    def step(self, lr, scale=1.0):
         self.calls.append("step")
         return 1.0
 
@@ -137,17 +138,18 @@ def one_of_two() -> type[OneOfTwo]:
     return OneOfTwo
 
 
-def gradients_of(learner: Learner, batch: Batch, kl_coef: float = 0.0) -> dict[str, Tensor]:
-    """The gradient an update would step with."""
+def gradients_of(learner: Learner, batch: Batch, kl_coef: float = 0.0, waves: Sequence[Any] = ()) -> dict[str, Tensor]:
+    """The gradient a step would end with; `waves`: of a streamed one, the rows of each wave."""
     kept: dict[str, Tensor] = {}
 
-    def step(lr: float) -> float:
-        kept.update({n: p.grad.clone() for n, p in learner.engine.module.named_parameters() if p.grad is not None})
+    def step(lr: float, scale: float = 1.0) -> float:
+        named = learner.engine.module.named_parameters()
+        kept.update({n: p.grad.clone() * scale for n, p in named if p.grad is not None})
         learner.engine.module.zero_grad()
         return 1.0
 
     learner.engine.step = step
-    learner.update(batch, 0, kl_coef)
+    one_step(learner, batch, 0, kl_coef, waves=waves)
     return kept
 
 

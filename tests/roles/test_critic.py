@@ -7,6 +7,7 @@ from rlhf_ray.config.schema import CriticConfig
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.critic import Critic
+from tests.steps import one_step
 
 KINDS = ["qwen2", "gpt2", "lstm"]
 
@@ -49,11 +50,11 @@ def test_the_value_loss_by_hand(critic_of, batch_of):
     value = float(critic.values(batch)[0, 2])
     old, target = torch.zeros(1, 3), torch.zeros(1, 3)
     old[0, 2], target[0, 2] = value - 1, value - 3
-    metrics = critic.update(batch.replace(values=old, returns=target), 0)
+    metrics = one_step(critic, batch.replace(values=old, returns=target), 0)
     assert metrics["loss/value"] == pytest.approx(4.5, rel=1e-4)
     # Return v + 3: the clipped value v - 0.8 is farther off: 3.8^2 / 2.
     target[0, 2] = value + 3
-    metrics = critic.update(batch.replace(values=old, returns=target), 0)
+    metrics = one_step(critic, batch.replace(values=old, returns=target), 0)
     assert metrics["loss/value"] == pytest.approx(7.22, rel=1e-4)
 
 
@@ -64,7 +65,7 @@ def test_updates_lower_the_loss(critic_of, ragged, kind):
     losses = []
     for step in range(8):
         batch = ragged.replace(values=critic.values(ragged), returns=returns)
-        losses.append(critic.update(batch, step)["loss/value"])
+        losses.append(one_step(critic, batch, step)["loss/value"])
     assert losses[-1] < 0.5 * losses[0] and losses[1] < losses[0]
     assert critic.engine.steps == 8 * 6
 
@@ -75,7 +76,7 @@ def test_the_microbatch_budget_does_not_change_the_update(critic_of, ragged):
     for budget in (1, 14, 1000):
         critic = critic_of(tokens_per_microbatch=budget)
         values = critic.values(ragged)
-        metrics = critic.update(ragged.replace(values=values, returns=returns), 0)
+        metrics = one_step(critic, ragged.replace(values=values, returns=returns), 0)
         results.append((metrics["loss/value"], metrics["critic/grad_norm"]))
     for loss, norm in results[:2]:
         assert loss == pytest.approx(results[2][0], rel=1e-5) and norm == pytest.approx(results[2][1], rel=1e-5)
@@ -85,7 +86,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(critic_of, ragged):
     critic = critic_of(minibatches=3)
     returns = ragged.response_mask.float()
     returns[0, 2] = math.nan
-    metrics = critic.update(ragged.replace(values=critic.values(ragged), returns=returns), 0)
+    metrics = one_step(critic, ragged.replace(values=critic.values(ragged), returns=returns), 0)
     assert metrics["critic/skipped_steps"] == 1.0 and math.isfinite(metrics["critic/grad_norm"])
     assert critic.engine.steps == 2
     assert all(p.isfinite().all() for p in critic.engine.module.parameters())
@@ -94,11 +95,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(critic_of, ragged):
 def test_save_and_load(critic_of, ragged, tmp_path):
     one, other = critic_of(), critic_of()
     batch = ragged.replace(values=one.values(ragged), returns=ragged.response_mask.float())
-    one.update(batch, 0)
+    one_step(one, batch, 0)
     assert not torch.equal(one.values(ragged), other.values(ragged))
     one.save(tmp_path)
     other.load(tmp_path)
-    first, second = one.update(batch, 1), other.update(batch, 1)
+    first, second = one_step(one, batch, 1), one_step(other, batch, 1)
     for metrics in (first, second):
         metrics.pop("perf/peak_mem_gb")  # the process's, which only grows
     assert first == second

@@ -14,6 +14,7 @@ from rlhf_ray.roles.division import Share
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.reference import Reference
+from tests.steps import one_step
 
 KINDS = ["qwen2", "gpt2", "lstm"]
 LOSSES = {"grpo": {}, "ppo-like": {"kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 3.0}}
@@ -32,7 +33,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_step_starts_from_the_old_policy_exactly(tiny, learner_of, ragged, with_advantages, kind):
-    metrics = learner_of(tiny(kind)).update(with_advantages(ragged), 0, 0.0)
+    metrics = one_step(learner_of(tiny(kind)), with_advantages(ragged), 0, 0.0)
     assert metrics["approx_kl"] == 0.0 and metrics["ratio/mean"] == 1.0 and metrics["ratio/max"] == 1.0
     assert metrics["clipfrac"] == 0.0 and metrics["grad_norm"] > 0
 
@@ -47,7 +48,7 @@ def test_old_logprobs_are_bit_equal_to_those_of_the_update(
         tiny(kind), temperature=temperature, epochs=2, minibatches=3, tokens_per_microbatch=8, lr=1e-45
     )
     batch = with_advantages(ragged)
-    metrics = learner.update(batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
+    metrics = one_step(learner, batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
     assert metrics["approx_kl"] == 0.0 and metrics["ratio/mean"] == 1.0 and metrics["ratio/max"] == 1.0
     assert metrics["grad_norm"] > 0
 
@@ -85,7 +86,7 @@ def test_rows_of_different_temperatures(tiny, learner_of, ragged, reference_logp
         rows = own_B == temperature
         expected = reference_logprobs(tiny(), ragged, temperature).detach()
         assert (ours - expected)[rows].abs().max() < 1e-5
-    metrics = learner.update(batch.replace(logp_gen=ours), 0, 0.0)
+    metrics = one_step(learner, batch.replace(logp_gen=ours), 0, 0.0)
     assert metrics["ratio/max"] == 1 and metrics["approx_kl"] == 0 and metrics["mismatch/absdiff_max"] == 0
     reference = Reference(tiny(), temperature=1.3, tokens_per_microbatch=10)
     assert (reference.logprobs(batch) - ours).abs().max() < 1e-5
@@ -102,7 +103,7 @@ def test_given_answers_count_as_the_policys_own(tiny, learner_of, ragged, with_a
     batch = batch.replace(weight_version=given, logp_gen=written)
     corrected = learner_of(tiny(), {"correction": "truncate"})
     assert distance(gradients_of(corrected, batch), gradients_of(learner_of(tiny()), batch)) < 1e-6
-    metrics = corrected.update(batch, 0, 0.0)
+    metrics = one_step(corrected, batch, 0, 0.0)
     assert metrics["mismatch/absdiff_max"] < 1e-5 and metrics["ratio/max"] == 1
 
 
@@ -114,7 +115,7 @@ def test_given_answers_measure_nothing_of_the_policy(tiny, learner_of, ragged, w
     given[1] = -1
     off = torch.where(given < 0, 50.0, 0.1) * mask
     batch = batch.replace(weight_version=given, logp_gen=logp - 0.1 * mask, logp_ref=logp - off)
-    metrics = learner_of(tiny()).update(batch, 0, 0.0)
+    metrics = one_step(learner_of(tiny()), batch, 0, 0.0)
     assert metrics["mismatch/absdiff_mean"] == pytest.approx(0.1, abs=1e-5)
     own = (mask & (given >= 0)).sum(1)
     assert metrics["kl_ref"] == pytest.approx(0.1 * float(own.sum() / (own > 0).sum()), abs=1e-4)
@@ -158,7 +159,7 @@ def test_an_update_is_adam_on_the_plain_objective(
         batch = batch.replace(logp_ref=reference_logprobs(tiny(seed=3), ragged, temperature).detach())
     algorithm = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "kl_estimator": "k2"}
     learner = learner_of(tiny(), algorithm, temperature=temperature, tokens_per_microbatch=12)
-    metrics = learner.update(batch, 0, kl_coef)
+    metrics = one_step(learner, batch, 0, kl_coef)
 
     plain = tiny()
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
@@ -190,8 +191,8 @@ def test_gradients_are_clipped_by_their_global_norm(tiny, learner_of, ragged, wi
     clipped.engine._optimizer.step = lambda: seen.append(
         math.sqrt(sum(float((p.grad**2).sum()) for p in clipped.engine.module.parameters() if p.grad is not None))
     )
-    norm = clipped.update(batch, 0, 0.0)["grad_norm"]
-    assert norm == free.update(batch, 0, 0.0)["grad_norm"] > 0.25, "the norm that is reported is the one before"
+    norm = one_step(clipped, batch, 0, 0.0)["grad_norm"]
+    assert norm == one_step(free, batch, 0, 0.0)["grad_norm"] > 0.25, "the norm that is reported is the one before"
     assert seen == [pytest.approx(0.25, rel=1e-4)]
 
 
@@ -220,7 +221,7 @@ def test_gradient_checkpointing_does_not_change_the_update(tiny, learner_of, rag
     learner = learner_of(model, engine=engine)
     batch = batch.replace(logp_old=learner.logprobs(batch))
     assert distance(plain, gradients_of(learner, batch)) < 1e-6
-    assert learner.update(batch, 0, 0.0)["approx_kl"] == 0.0
+    assert one_step(learner, batch, 0, 0.0)["approx_kl"] == 0.0
 
 
 def of_the_step(metrics: dict[str, float]) -> dict[str, float]:
@@ -244,7 +245,7 @@ def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_
         ]
 
     padded.shares = with_dummies
-    first, second = plain.update(batch, 0, 0.1), padded.update(batch, 0, 0.1)
+    first, second = one_step(plain, batch, 0, 0.1), one_step(padded, batch, 0, 0.1)
     assert second.pop("perf/padding_frac") > first.pop("perf/padding_frac")
     assert of_the_step(first) == of_the_step(second)
     assert distance(weights(plain), weights(padded)) == 0.0
@@ -258,7 +259,7 @@ def test_a_dummy_microbatch_adds_exactly_nothing(tiny, learner_of, ragged, with_
 def test_padding_is_that_of_the_microbatches(tiny, learner_of, ragged, with_advantages, budget, padding):
     learner = learner_of(tiny(), tokens_per_microbatch=budget)
     assert ragged.lengths.tolist() == [6, 4, 7, 2, 7, 9]
-    assert learner.update(with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(padding)
+    assert one_step(learner, with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(padding)
 
 
 def test_a_dummy_microbatch_counts_as_padding(tiny, learner_of, ragged, with_advantages):
@@ -266,19 +267,19 @@ def test_a_dummy_microbatch_counts_as_padding(tiny, learner_of, ragged, with_adv
     shares = learner.shares
     learner.shares = lambda b: [Share((*s.microbatches, ((3,),)), s.real, s.total_tokens, s.total_sequences)
                                 for s in shares(b)]  # fmt: skip
-    assert learner.update(with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(1 - 35 / 37)
+    assert one_step(learner, with_advantages(ragged), 0, 0.0)["perf/padding_frac"] == pytest.approx(1 - 35 / 37)
 
 
 def test_terms_that_the_loss_does_not_have_are_reported(tiny, learner_of, ragged, with_advantages):
     """Without their coefficients; and they change nothing."""
     batch = with_advantages(ragged)
     plain = learner_of(tiny())
-    metrics = plain.update(batch, 0, 0.0)
+    metrics = one_step(plain, batch, 0, 0.0)
     assert metrics["loss/kl"] == 0 and metrics["loss/entropy"] == pytest.approx(-metrics["entropy"])
     # The KL in the reward: k1, the mean over tokens of logp - ref = logp + 3.
     learner = learner_of(tiny(), {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.1})
     logp = learner.logprobs(ragged)
-    metrics = learner.update(batch.replace(logp_ref=-3.0 * batch.response_mask, logp_old=logp), 0, 0.1)
+    metrics = one_step(learner, batch.replace(logp_ref=-3.0 * batch.response_mask, logp_old=logp), 0, 0.1)
     assert metrics["loss/kl"] == pytest.approx(float(logp.sum() / ragged.response_mask.sum()) + 3, rel=1e-5)
     assert distance(weights(plain), weights(learner)) == 0
 
@@ -297,7 +298,7 @@ def test_two_ranks_share_the_gradient_and_make_the_same_calls(
     engines = [one_of_two(tiny(), rank) for rank in range(2)]
     for engine in engines:
         learner = learner_of(None, engine=engine, **settings)
-        learner.update(batch, 0, 0.0)
+        one_step(learner, batch, 0, 0.0)
     assert engines[0].calls == engines[1].calls
     assert engines[0].calls[-3:] == ["forward", "backward last", "step"]
     summed = {}
@@ -320,7 +321,7 @@ def test_every_preset_runs_an_update(tiny, learner_of, ragged, with_advantages, 
     learner = learner_of(tiny(), {"name": name})
     batch = batch.replace(logp_old=learner.logprobs(batch), logp_ref=learner.logprobs(batch) - 0.1)
     before = weights(learner)
-    metrics = learner.update(batch, 0, learner.algorithm.kl_coef)
+    metrics = one_step(learner, batch, 0, learner.algorithm.kl_coef)
     assert all(math.isfinite(value) for value in metrics.values()), metrics
     assert metrics["kl_ref"] == pytest.approx(0.1 * 21 / 6, rel=1e-5), "21 tokens in 6 answers"
     assert distance(before, weights(learner)) > 0
@@ -336,7 +337,7 @@ def test_a_better_answer_becomes_likelier(tiny, learner_of, ragged, with_advanta
     learner, batch = learner_of(tiny(), lr=1e-3), with_advantages(ragged)
     before = learner.logprobs(batch).sum(1)
     for step in range(5):
-        learner.update(batch, step, 0.0)
+        one_step(learner, batch, step, 0.0)
     change = learner.logprobs(batch).sum(1) - before
     assert (change[::2] > 0).all() and (change[1::2] < 0).all()
 
@@ -349,7 +350,7 @@ def test_truncated_importance_weights_scale_the_loss(tiny, learner_of, ragged, w
     weighted = gradients_of(learner, batch)
     plain = gradients_of(learner_of(tiny()), batch)
     assert distance({n: 1.2 * g for n, g in plain.items()}, weighted) < 1e-5
-    metrics = learner_of(tiny()).update(batch, 0, 0.0)
+    metrics = one_step(learner_of(tiny()), batch, 0, 0.0)
     assert metrics["mismatch/absdiff_max"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["mismatch/kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-4)
     assert metrics["mismatch/ess"] == pytest.approx(1.0, abs=1e-4)
@@ -374,7 +375,7 @@ def test_entropy_is_that_of_the_sampling_distribution(tiny, learner_of, ragged, 
         for i, t in ragged.response_mask.nonzero().tolist():
             p = torch.softmax(tiny()(input_ids=ragged.tokens[i : i + 1, :t]).logits[0, -1] / temperature, -1)
             total += float(-(p * p.log()).sum().detach())
-        metrics = learner_of(tiny(), temperature=temperature).update(with_advantages(ragged), 0, 0.0)
+        metrics = one_step(learner_of(tiny(), temperature=temperature), with_advantages(ragged), 0, 0.0)
         assert metrics["entropy"] == pytest.approx(total / 21, rel=1e-4)
 
 
@@ -383,7 +384,7 @@ def test_the_entropy_coefficient_moves_over_the_run(tiny, learner_of, ragged, wi
     weights = []
     for settings in ({"entropy_coef_end": 0.9}, {"entropy_coef": 0.2}, {}):
         model = tiny()
-        learner_of(model, settings).update(with_advantages(ragged), 2, 0.0)
+        one_step(learner_of(model, settings), with_advantages(ragged), 2, 0.0)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
     assert (weights[0] - weights[2]).abs().max() > 1e-3
@@ -395,7 +396,7 @@ def test_the_passes_end_once_the_policy_is_far_enough(tiny, learner_of, ragged, 
     engine = CountingSteps(tiny(), max_grad_norm=1e9)
     learner = learner_of(None, engine=engine, epochs=3, minibatches=2, lr=1e-2, stop_kl=stop_kl)
     batch = with_advantages(ragged)
-    metrics = learner.update(batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
+    metrics = one_step(learner, batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
     assert engine.calls == made
     assert metrics.get("optimiser_steps") == (None if stop_kl is None else made)
 
@@ -403,9 +404,9 @@ def test_the_passes_end_once_the_policy_is_far_enough(tiny, learner_of, ragged, 
 class CountingSteps(TorchEngine):
     calls = 0
 
-    def step(self, lr):
+    def step(self, lr, scale=1.0):
         self.calls += 1
-        return super().step(lr)
+        return super().step(lr, scale)
 
 
 # ---- trouble --------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, learner_of, ragg
     poisoned = batch.advantages.clone()
     poisoned[0, 2] = math.nan  # group 0
     before = weights(learner)
-    metrics = learner.update(batch.replace(advantages=poisoned), 0, 0.0)
+    metrics = one_step(learner, batch.replace(advantages=poisoned), 0, 0.0)
     assert metrics["skipped_steps"] == 1.0 and math.isfinite(metrics["grad_norm"])
     after = weights(learner)
     assert learner.engine.steps == 2 and distance(before, after) > 0
@@ -429,7 +430,7 @@ def test_when_every_step_is_skipped_nothing_changes(tiny, learner_of, ragged, wi
     batch = with_advantages(ragged)
     learner = learner_of(tiny())
     before = weights(learner)
-    metrics = learner.update(batch.replace(advantages=batch.advantages * math.nan), 0, 0.0)
+    metrics = one_step(learner, batch.replace(advantages=batch.advantages * math.nan), 0, 0.0)
     assert metrics["skipped_steps"] == 1.0 and math.isnan(metrics["grad_norm"])
     assert distance(before, weights(learner)) == 0.0
 
@@ -439,9 +440,9 @@ def test_a_training_that_has_diverged_ends(tiny, learner_of, ragged, with_advant
     broken = batch.replace(advantages=batch.advantages * math.nan)
     learner = learner_of(tiny(), max_skipped_steps=3)
     for advantages in (broken, broken, batch, broken, broken):  # a good step between them: counted anew
-        learner.update(advantages, 0, 0.0)
+        one_step(learner, advantages, 0, 0.0)
     with pytest.raises(DivergenceError, match=r"last 3 optimiser steps had no finite gradient .*max_skipped_steps=3"):
-        learner.update(broken, 0, 0.0)
+        one_step(learner, broken, 0, 0.0)
 
 
 # ---- the learning rate ----------------------------------------------------------------------------------------
@@ -481,7 +482,7 @@ def test_a_policy_that_waits_for_its_critic_has_its_whole_schedule(tiny, learner
 def test_the_rate_is_used_and_reported(tiny, learner_of, ragged, with_advantages):
     learner = learner_of(tiny(), lr=1.0, lr_schedule="linear")
     before = weights(learner)
-    assert learner.update(with_advantages(ragged), 10, 0.0)["lr"] == 0.0
+    assert one_step(learner, with_advantages(ragged), 10, 0.0)["lr"] == 0.0
     assert distance(before, weights(learner)) == 0.0
 
 
@@ -496,7 +497,7 @@ def test_after_a_push_generator_and_learner_agree(tiny, learner_of, ragged, with
     learner.connect(generator)
     fixed = [[2, 3, 4, 5], [6, 7], [8, 9, 10, 2, 3, 4]]
     for step in range(3):
-        learner.update(with_advantages(ragged), step, 0.0)
+        one_step(learner, with_advantages(ragged), step, 0.0)
         stale = generator.logprobs(fixed)
         metrics = learner.push_weights(step + 1)
         assert metrics["sync/gb_per_s"] > 0
@@ -510,7 +511,7 @@ def test_a_lora_policy_without_its_adapter_is_the_reference(tiny, learner_of, ra
     learner, began = learner_of(apply_lora(tiny(), r=2)), learner_of(tiny())
     batch = with_advantages(ragged)
     for step in range(2):
-        learner.update(batch, step, 0.0)
+        one_step(learner, batch, step, 0.0)
     assert (learner.reference_logprobs(batch) - began.logprobs(batch)).abs().max() < 1e-6
     moved = learner.logprobs(batch)
     assert (moved - began.logprobs(batch)).abs().max() > 1e-3, "and afterwards the adapter is there again"
@@ -524,8 +525,8 @@ def test_lora_trains_adapters_and_pushes_the_merged_weights(tiny, learner_of, ra
     generator = HFGenerator(tiny(sharpness=1.0), pad_token_id=0)
     learner.connect(generator)
     batch = with_advantages(ragged)
-    assert learner.update(batch, 0, 0.0)["approx_kl"] == 0.0
-    learner.update(batch, 1, 0.0)
+    assert one_step(learner, batch, 0, 0.0)["approx_kl"] == 0.0
+    one_step(learner, batch, 1, 0.0)
     learner.push_weights(1)
     fixed = [[2, 3, 4, 5], [6, 7]]
     for mine, others in zip(learner.canary_logprobs(fixed), generator.logprobs(fixed), strict=True):
@@ -541,15 +542,15 @@ def test_lora_trains_adapters_and_pushes_the_merged_weights(tiny, learner_of, ra
 def test_save_and_load_continue_bit_for_bit(tiny, learner_of, ragged, with_advantages, tmp_path):
     batch = with_advantages(ragged)
     one, other = learner_of(tiny()), learner_of(tiny(seed=4))
-    one.update(batch, 0, 0.0)
+    one_step(one, batch, 0, 0.0)
     one.save(tmp_path)
     other.load(tmp_path)
-    assert of_the_step(one.update(batch, 1, 0.0)) == of_the_step(other.update(batch, 1, 0.0))
+    assert of_the_step(one_step(one, batch, 1, 0.0)) == of_the_step(one_step(other, batch, 1, 0.0))
     assert distance(weights(one), weights(other)) == 0.0
 
 
 def test_a_batch_is_not_changed_by_an_update(tiny, learner_of, ragged, with_advantages):
     batch = with_advantages(ragged)
     kept = copy.deepcopy(batch)
-    learner_of(tiny(), epochs=2).update(batch.replace(logp_old=torch.zeros(batch.tokens.shape)), 0, 0.0)
+    one_step(learner_of(tiny(), epochs=2), batch.replace(logp_old=torch.zeros(batch.tokens.shape)), 0, 0.0)
     assert torch.equal(batch.advantages, kept.advantages) and torch.equal(batch.tokens, kept.tokens)

@@ -16,6 +16,7 @@ from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.roles.generator_vllm import VLLMGenerator
 from rlhf_ray.roles.protocols import Request, Sampling
+from tests.steps import one_step
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux only")]
 
@@ -73,7 +74,7 @@ def test_log_probabilities_are_the_learners_after_each_of_three_syncs(generator,
         assert (batch.logp_gen - logp_BT).abs().max() < BOUND, "what it says it sampled with"
         old = generator.logprobs(FIXED)
         sign_B = torch.where(batch.sample_id % 2 == 0, 1.0, -1.0)
-        metrics = learner.update(batch.replace(advantages=sign_B[:, None] * batch.response_mask), step, 0.0)
+        metrics = one_step(learner, batch.replace(advantages=sign_B[:, None] * batch.response_mask), step, 0.0)
         assert metrics["grad_norm"] > 0 and metrics["mismatch/absdiff_max"] < BOUND
         learner.push_weights(generator.version + 1)
         new = learner.canary_logprobs(FIXED)

@@ -13,6 +13,7 @@ from rlhf_ray.data.stream import Part
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.objectives import SFT
 from rlhf_ray.roles.sft_term import SFTRows, SFTTerm
+from tests.steps import one_step
 
 
 def example(prompt: int, *ids: int) -> TokenizedExample:
@@ -65,8 +66,8 @@ def test_the_two_are_clipped_together(tiny, learner_of, ragged, with_advantages,
     batch = with_advantages(ragged)
     both = gradients_of(with_term(learner_of(tiny())), batch)
     norm = math.sqrt(sum(float((grad**2).sum()) for grad in both.values()))
-    alone = learner_of(tiny()).update(batch, 0, 0.0)["grad_norm"]
-    assert with_term(learner_of(tiny())).update(batch, 0, 0.0)["grad_norm"] == pytest.approx(norm, rel=1e-5) != alone
+    alone = one_step(learner_of(tiny()), batch, 0, 0.0)["grad_norm"]
+    assert one_step(with_term(learner_of(tiny())), batch, 0, 0.0)["grad_norm"] == pytest.approx(norm, rel=1e-5) != alone
 
 
 def test_what_is_measured(tiny, learner_of, ragged, with_advantages):
@@ -75,18 +76,18 @@ def test_what_is_measured(tiny, learner_of, ragged, with_advantages):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     learner = with_term(learner_of(model, epochs=2, minibatches=3, lr=1e-45), 0.3, batch_size=2)
-    metrics = learner.update(batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
+    metrics = one_step(learner, batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
     assert metrics["loss/sft"] == pytest.approx(math.log(11), rel=1e-6)
     # Six optimiser steps of two rows: each of the six rows twice, and 2 + 7 + 1 + 2 + 2 + 3 tokens to learn in them.
     assert metrics["sft/tokens"] == 2 * 17
-    plain = learner_of(tiny()).update(batch, 0, 0.0)
+    plain = one_step(learner_of(tiny()), batch, 0, 0.0)
     assert "loss/sft" not in plain and "sft/tokens" not in plain
 
 
 def test_padding_of_these_rows_counts_too(tiny, learner_of, ragged, with_advantages):
     """35 tokens of rollouts in 54 places, and 26 of six rows in 6 x 8."""
     learner = with_term(learner_of(tiny(), tokens_per_microbatch=1000))
-    padding = learner.update(with_advantages(ragged), 0, 0.0)["perf/padding_frac"]
+    padding = one_step(learner, with_advantages(ragged), 0, 0.0)["perf/padding_frac"]
     assert padding == pytest.approx(1 - (35 + 26) / (54 + 48))
 
 
@@ -99,9 +100,9 @@ def test_rows_come_by_the_number_of_the_optimiser_step(tiny, learner_of, ragged,
     learner.sft.losses = lambda engine, number: (seen.append(number), losses(engine, number))[1]
     batch = with_advantages(ragged)
     batch = batch.replace(logp_old=learner.logprobs(batch))
-    learner.update(batch, 3, 0.0)
+    one_step(learner, batch, 3, 0.0)
     assert seen == [18, 19], "the second has found the policy too far"
-    learner.update(batch, 4, 0.0)
+    one_step(learner, batch, 4, 0.0)
     assert seen[2] == 24
 
 
@@ -115,7 +116,7 @@ def test_two_ranks_share_the_rows_and_make_the_same_calls(
     for rank in range(2):
         learner = learner_of(None, engine=one_of_two(tiny(), rank), tokens_per_microbatch=7)
         learners.append(with_term(learner, batch_size=batch_size, budget=budget))
-    told = [learner.update(batch, 0, 0.0) for learner in learners]
+    told = [one_step(learner, batch, 0, 0.0) for learner in learners]
     engines = [learner.engine for learner in learners]
     assert engines[0].calls == engines[1].calls and engines[0].calls[-3:] == ["forward", "backward last", "step"]
     assert engines[0].calls.count("backward last") == 1

@@ -9,6 +9,7 @@ from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing, lay_out, plan_lines
+from tests.steps import one_step
 
 KINDS = ["qwen2", "gpt2"]
 WIDE = PromptSharing(hidden_size=1000)  # a token costs so much that sharing always pays
@@ -110,8 +111,8 @@ def test_logprobs_and_update_are_those_of_separate_rows(
     assert (logp - expected).abs().max() < 1e-5
 
     batch = batch.replace(logp_ref=expected - 0.1 * ragged.response_mask)
-    one = plain.update(batch.replace(logp_old=plain.logprobs(batch)), 0, 0.1)
-    other = shared.update(batch.replace(logp_old=logp), 0, 0.1)
+    one = one_step(plain, batch.replace(logp_old=plain.logprobs(batch)), 0, 0.1)
+    other = one_step(shared, batch.replace(logp_old=logp), 0, 0.1)
     for name in ("grad_norm", "entropy", "loss/policy", "loss/kl", "approx_kl", "kl_ref"):
         assert other[name] == pytest.approx(one[name], abs=1e-5), name
     assert distance(dict(plain.engine.export()), dict(shared.engine.export())) < 1e-5
@@ -120,7 +121,7 @@ def test_logprobs_and_update_are_those_of_separate_rows(
 def test_old_logprobs_are_bit_equal_to_those_of_the_update(tiny, learner_of, ragged, with_advantages):
     learner = learner_of(tiny(), share_prompts=True, epochs=2, minibatches=3, tokens_per_microbatch=8, lr=1e-45)
     batch = with_advantages(ragged)
-    metrics = learner.update(batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
+    metrics = one_step(learner, batch.replace(logp_old=learner.logprobs(batch)), 0, 0.0)
     assert metrics["approx_kl"] == 0.0 and metrics["ratio/mean"] == 1.0 and metrics["ratio/max"] == 1.0
 
 
@@ -128,7 +129,7 @@ def test_with_lora(tiny, learner_of, ragged, with_advantages):
     models = [apply_lora(tiny(), r=2, seed=1) for _ in range(2)]
     plain, shared = (learner_of(m, share_prompts=share) for m, share in zip(models, (False, True), strict=True))
     for learner in (plain, shared):
-        learner.update(with_advantages(ragged), 0, 0.0)
+        one_step(learner, with_advantages(ragged), 0, 0.0)
     assert distance(dict(plain.engine.export()), dict(shared.engine.export())) < 1e-5
     assert distance(dict(plain.engine.export()), dict(tiny().state_dict())) > 1e-4, "it has learned"
 
@@ -140,7 +141,7 @@ def test_with_gradient_checkpointing_and_in_bfloat16(tiny, ragged, with_advantag
         for share in (False, True):
             engine = TorchEngine(tiny(), max_grad_norm=1e9, gradient_checkpointing=True, dtype=dtype)
             learner = learner_of(None, engine=engine, share_prompts=share)
-            norms[name, share] = learner.update(batch, 0, 0.0)["grad_norm"]
+            norms[name, share] = one_step(learner, batch, 0, 0.0)["grad_norm"]
     assert norms["float32", True] == pytest.approx(norms["float32", False], rel=1e-5)
     assert norms["bfloat16", True] == pytest.approx(norms["bfloat16", False], rel=0.05)
 
@@ -160,7 +161,7 @@ def test_a_prompt_is_computed_once(tiny, learner_of, batch_of):
     learner = learner_of(tiny(), share_prompts=True, tokens_per_microbatch=14)
     seen = []
     learner.engine.module.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
-    metrics = learner.update(batch, 0, 0.0)
+    metrics = one_step(learner, batch, 0, 0.0)
     assert [tuple(shape) for shape in seen] == [(1, 14)], "6 + 4 * 2 tokens; separate rows would be 4 of 8"
     assert metrics["perf/padding_frac"] == 0
 
