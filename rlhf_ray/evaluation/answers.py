@@ -118,7 +118,6 @@ class AnsweringModel:
     Attributes:
         judging: what scores its answers.
         stop: tokens that end one.
-        limits: what the model can read.
         longest_window: tokens of a sequence whose log-probabilities the generator can give.
     """
 
@@ -132,14 +131,11 @@ class AnsweringModel:
         self.judging = judging
         named = stop_token_ids(assets.policy, tokenizer, trust_remote_code=assets.trust_remote_code)
         self.stop = with_turn_ends(named, tokenizer)
-        self.limits = limits_of(assets.policy, trust_remote_code=assets.trust_remote_code)
-        self.longest_window = self.limits.longest(longest_window or 1 << 30)
+        limits = limits_of(assets.policy, trust_remote_code=assets.trust_remote_code)
+        self.longest_window = limits.longest(longest_window or 1 << 30)
 
     def sample(self, prompts: PromptSet, sampling: SamplingConfig, seed: int) -> Batch:
         """`sampling.samples_per_prompt` answers to each prompt, prompt by prompt."""
-        longest = max(map(len, prompts.token_ids))
-        require_room(self.limits, longest, sampling.max_new_tokens, "sampling.max_new_tokens")
-        require_tokens(self.limits, self.tokenizer, prompts.token_ids, "the model's tokenizer")
         return self.generator.generate(
             requests_for(prompts, seed, sampling.samples_per_prompt),
             Sampling(
@@ -201,9 +197,15 @@ def open_model(model: SampledModelConfig, config: SampledRunConfig) -> Iterator[
         opened.close()
 
 
-def check_served(model: SampledModelConfig, config: SampledRunConfig) -> None:
-    """Raises ModelError for what vLLM would refuse when it has started."""
-    device = model.device or config.device
+def check_fits(
+    model: SampledModelConfig, config: SampledRunConfig, tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+) -> None:  # fmt: skip
+    """Prompts that the model has room and embeddings for; and with vLLM, what it would refuse when it has started.
+
+    Raises ConfigError, ModelError.
+    """
+    limits, device = limits_of(model.path, trust_remote_code=model.trust_remote_code), model.device or config.device
     require_served(
         model.path,
         config.generator,
@@ -212,6 +214,8 @@ def check_served(model: SampledModelConfig, config: SampledRunConfig) -> None:
         bfloat16=(model.dtype or config.dtype) == "bfloat16",
         trust_remote_code=model.trust_remote_code,
     )
+    require_room(limits, max(map(len, prompts)), config.sampling.max_new_tokens, "sampling.max_new_tokens")
+    require_tokens(limits, tokenizer, prompts, "the model's tokenizer")
 
 
 def check_rewards(config: SampledRunConfig) -> list[str]:

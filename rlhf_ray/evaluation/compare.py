@@ -16,8 +16,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.evaluation.answers import (
     AnsweringModel,
     Answers,
+    check_fits,
     check_rewards,
-    check_served,
     common_prompts,
     open_model,
     read_prompts,
@@ -99,14 +99,16 @@ def check_inputs(config: EvalRunConfig) -> Inputs:
     require(needs_of(config))
     _check_names(config, check_rewards(config))
     tokenizers = {name: tokenizer_of(model) for name, model in config.models.items()}
-    for model in config.models.values():
-        check_served(model, config)
 
     def read(data: PromptsConfig) -> dict[str, PromptSet]:
         return common_prompts({name: read_prompts(data, t, config.clock) for name, t in tokenizers.items()})
 
     texts = _perplexity_texts(config)
-    return Inputs(read(config.data), read(config.red_team) if config.red_team else {}, texts)
+    prompts, red_team = read(config.data), read(config.red_team) if config.red_team else {}
+    for name, model in config.models.items():
+        asked = [tokens for sets in (prompts, red_team) if sets for tokens in sets[name].token_ids]
+        check_fits(model, config, tokenizers[name], asked)
+    return Inputs(prompts, red_team, texts)
 
 
 def _check_names(config: EvalRunConfig, rewards: Sequence[str]) -> None:

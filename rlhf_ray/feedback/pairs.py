@@ -24,8 +24,8 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.answers import (
     AnsweringModel,
     Answers,
+    check_fits,
     check_rewards,
-    check_served,
     open_model,
     prompt_text,
     read_prompts,
@@ -133,10 +133,10 @@ def check_inputs(config: PairsConfig) -> tuple[list[str], PromptSet, list[HumanP
     require(needs_of(config))
     names = check_rewards(config)
     tokenizer = tokenizer_of(config.model)
-    check_served(config.model, config)
     prompts = read_prompts(config.data, tokenizer, config.clock)
     human = human_pairs(config, prompt_encoder(config.data, tokenizer, config.clock))
     require([AGREEMENT] if human else [])
+    check_fits(config.model, config, tokenizer, prompts.token_ids)
     return names, prompts, human
 
 
