@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -291,3 +292,14 @@ def _unused(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+@contextmanager
+def kept_only_if_used(directory: RunDirectory) -> Iterator[None]:
+    """Bad input leaves no empty folder behind, for `--resume auto` would take it for the newest run."""
+    try:
+        yield
+    except BaseException:
+        if not any(directory.path.iterdir()):
+            directory.path.rmdir()
+        raise

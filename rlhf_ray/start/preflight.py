@@ -169,13 +169,13 @@ def _open_all(config: Section) -> None:
     """As the command itself begins. Raises RlhfRayError."""
     if isinstance(config, RunConfig):
         from rlhf_ray.models.devices import choose_hardware
-        from rlhf_ray.start.rl import check_inputs as check_rl
+        from rlhf_ray.start.rl_inputs import check_inputs as check_rl
 
         # A cluster's workers may have what this machine has not.
         here = config.executor == "local" and config.device == "auto"
         check_rl(config, None, choose_hardware().device if here else config.device)
     elif isinstance(config, SupervisedConfig):
-        from rlhf_ray.start.supervised import check_inputs as check_supervised
+        from rlhf_ray.start.supervised_inputs import check_inputs as check_supervised
 
         check_supervised(config, None, lambda report: None)
     elif isinstance(config, EvalRunConfig):

@@ -22,7 +22,10 @@ from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.protocols import Roles, Sampling
 from rlhf_ray.roles.requests import Requests
 from rlhf_ray.rollout.choose import Asking
-from rlhf_ray.start.rl import check_inputs, hardware_of, open_roles, own_hardware, sampling_of
+from rlhf_ray.start.hardware import hardware_of, own_hardware
+from rlhf_ray.start.rl import sampling_of
+from rlhf_ray.start.rl_inputs import check_inputs
+from rlhf_ray.start.roles import open_roles
 from rlhf_ray.start.warm_start import starting_policy
 
 

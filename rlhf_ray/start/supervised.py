@@ -10,30 +10,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray.clock import Clock
-from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import on_device, validated
 from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
-from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
-from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
+from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.loops.export import export
 from rlhf_ray.loops.supervised import TRAIN_SAMPLE, Batches, SplitEvaluator, Trainer, train
-from rlhf_ray.models.fits import require_end
-from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.supervised_factory import make_trainer
 from rlhf_ray.run.cost import Workload
-from rlhf_ray.run.directory import RunDirectory
+from rlhf_ray.run.directory import RunDirectory, kept_only_if_used
 from rlhf_ray.run.observer import find_observer
 from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.supervised_run import SupervisedRun
-from rlhf_ray.start.rl import hardware_of, kept_only_if_used
+from rlhf_ray.start.hardware import hardware_of
 from rlhf_ray.start.supervised_inputs import (
     Splits,
-    check_model_fits,
-    load_splits,
-    make_tokenizer,
+    check_inputs,
     sample_prompts,
+    sources_of,
     starting_model,
 )
 from rlhf_ray.start.supervised_notes import balance_of, notes_on_labels, notes_on_validation
@@ -92,23 +87,6 @@ def run_supervised(
     return directory.read_summary()
 
 
-def check_inputs(
-    config: SupervisedConfig, start: Path | None, note: Callable[[CleaningReport], None]
-) -> tuple[Any, Splits, int]:
-    """(tokenizer, rows by split, how many of `train` are plain text): all that people get wrong, read before anything
-    is made.
-
-    `start`: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
-    Raises RlhfRayError: a package, a file, a row or a tokenizer that cannot be used.
-    """
-    require(needs_of(config))
-    tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
-    require_end(tokenizer, config.model.tokenizer.path or config.model.path, "text")
-    splits, plain = load_splits(config, tokenizer, note)
-    check_model_fits(config, tokenizer, splits)
-    return tokenizer, splits, plain
-
-
 def say_what_is_read(
     config: SupervisedConfig, reports: Sequence[CleaningReport], splits: Splits, batches: Batches,
     run: SupervisedRun,
@@ -124,11 +102,6 @@ def say_what_is_read(
         run.note(str(balance))
         if balance.is_strong:
             run.alarm("length_imbalance", balance.advice, run.steps_done)
-
-
-def sources_of(reports: Sequence[CleaningReport], tokenizer: Any) -> dict[str, str]:
-    """Fingerprints of all the rows that the run reads, by source, in the order of reading, and of the chat template."""
-    return {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template), **fingerprints_of(reports)}
 
 
 def batches_of(config: SupervisedConfig, rows: Sequence[Any], plain: int) -> Batches:

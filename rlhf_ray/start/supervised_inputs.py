@@ -11,17 +11,20 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.data import DatasetConfig
+from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.given import Given
 from rlhf_ray.config.supervised import ClassifierConfig, DPOConfig, RMConfig, SFTConfig, SupervisedConfig
-from rlhf_ray.data.cleaning import CleaningReport
+from rlhf_ray.data.cleaning import CleaningReport, fingerprints_of
 from rlhf_ray.data.datasets import load_labelled, load_labelled_answers, load_pairs, load_supervised
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.privacy import PersonalData
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.stream import by_turns
 from rlhf_ray.data.templates import alpaca_prompt
-from rlhf_ray.models.fits import limits_of, require_rows_fit
+from rlhf_ray.models.fits import limits_of, require_end, require_rows_fit
 from rlhf_ray.models.folders import save_folder
+from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
 from rlhf_ray.roles.supervised_factory import labels_of
 from rlhf_ray.run.storage import written_whole
@@ -30,6 +33,28 @@ from rlhf_ray.start.tokenizer import open_tokenizer
 Splits = dict[str, list[Any]]
 # Of a held-out text without a prompt, so many tokens are given for a sample.
 PROMPT_TOKENS = 8
+
+
+def check_inputs(
+    config: SupervisedConfig, start: Path | None, note: Callable[[CleaningReport], None]
+) -> tuple[Any, Splits, int]:
+    """(tokenizer, rows by split, how many of `train` are plain text): all that people get wrong, read before anything
+    is made.
+
+    `start`: the folder that an earlier part of the run has made its tokenizer in; it need not be there.
+    Raises RlhfRayError: a package, a file, a row or a tokenizer that cannot be used.
+    """
+    require(needs_of(config))
+    tokenizer = load_tokenizer(start) if start is not None and start.is_dir() else make_tokenizer(config)
+    require_end(tokenizer, config.model.tokenizer.path or config.model.path, "text")
+    splits, plain = load_splits(config, tokenizer, note)
+    check_model_fits(config, tokenizer, splits)
+    return tokenizer, splits, plain
+
+
+def sources_of(reports: Sequence[CleaningReport], tokenizer: Any) -> dict[str, str]:
+    """Fingerprints of all the rows that the run reads, by source, in the order of reading, and of the chat template."""
+    return {CHAT_TEMPLATE: fingerprint_of_template(tokenizer.chat_template), **fingerprints_of(reports)}
 
 
 def make_tokenizer(config: SupervisedConfig) -> PreTrainedTokenizerBase:

@@ -29,7 +29,8 @@ from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.placement import Placement, Seat, options_of, placed, plan_seats
 from rlhf_ray.remote.roles import _lend_gpus, open_remote_roles
 from rlhf_ray.roles.factory import Assets
-from rlhf_ray.start.rl import hardware_of, own_hardware, run_rl
+from rlhf_ray.start.hardware import hardware_of, own_hardware
+from rlhf_ray.start.rl import run_rl
 
 VLLM = ("executor=ray", "generator.engine=vllm", "device=auto")
 ON_GPU = Assets("nowhere", "nowhere", Hardware("cuda", torch.bfloat16))

@@ -18,9 +18,9 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.roles import factory
 from rlhf_ray.run.checkpoint import Checkpoints
-from rlhf_ray.start import rl as start
-from rlhf_ray.start import warm_start
-from rlhf_ray.start.rl import left_out, load_data, run_rl
+from rlhf_ray.start import hardware, rl_inputs, warm_start
+from rlhf_ray.start.rl import run_rl
+from rlhf_ray.start.rl_inputs import left_out, load_data
 
 
 @pytest.fixture
@@ -106,14 +106,14 @@ def test_a_model_folder_without_a_tokenizer(config, tmp_path, model_folder):
 
 
 def test_a_tokenizer_without_an_end(config, tmp_path, monkeypatch):
-    real = start.make_tokenizer
+    real = rl_inputs.make_tokenizer
 
     def endless(settings):
         tokenizer = real(settings)
         tokenizer.eos_token = None
         return tokenizer
 
-    monkeypatch.setattr(start, "make_tokenizer", endless)
+    monkeypatch.setattr(rl_inputs, "make_tokenizer", endless)
     message = "scratch:char: the tokenizer has no EOS token, so no completion could end; set eos_token"
     refused(config(), tmp_path / "run", ModelError, message)
 
@@ -190,7 +190,7 @@ def test_too_little_data_to_hold_some_out(config, tmp_path, data):
 
 def test_a_device_that_does_not_fit(config, tmp_path, monkeypatch):
     settings = config("learner.engine=deepspeed", "device=auto")
-    monkeypatch.setattr(start, "choose_hardware", lambda *_: Hardware("mps", None))
+    monkeypatch.setattr(hardware, "choose_hardware", lambda *_: Hardware("mps", None))
     refused(settings, tmp_path / "run", ConfigError, "mps here, .* 1 problem\n.*learner.engine=deepspeed has no MPS")
 
 

@@ -13,7 +13,7 @@ from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.loading import load_policy, load_tokenizer
 from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.start import warm_start
-from rlhf_ray.start.rl import load_data
+from rlhf_ray.start.rl_inputs import load_data
 from rlhf_ray.start.warm_start import Lessons, make_tokenizer, starting_policy, warm_start_lessons
 
 CPU = Hardware("cpu", torch.float32)
