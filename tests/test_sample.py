@@ -41,6 +41,6 @@ def test_rows_of_a_batch():
     assert batch.response_mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 0]]
     assert batch.logp_gen.tolist() == [[0, 0, -0.5, -1.0, 0, -0.25], [0] * 6]
     assert batch.weight_version.tolist() == [[-1, -1, 4, 4, -1, 5], [-1] * 6]
-    assert batch.rows.weight_version == (4, -1) and batch.rows.response_lengths == (3, 1)
+    assert batch.rows.weight_version.tolist() == [4, -1] and batch.rows.response_lengths.tolist() == [3, 1]
     assert batch.truncated.tolist() == [False, True] and batch.sample_id.tolist() == [12, 13]
     assert batch.columns == ({"a": 1}, {"a": 2})

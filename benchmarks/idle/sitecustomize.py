@@ -42,6 +42,7 @@ class Idle:
 
     def __init__(self, *made_of: Any) -> None:
         self.waiting: list[Any] = []
+        self.asked: list[Any] = []  # requests that nobody has answered yet
         self.ranks = next((part.world_size for part in made_of if type(part).__name__ == "Rank"), 1)
 
     def __getattr__(self, name: str) -> Any:

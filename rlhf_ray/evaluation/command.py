@@ -74,8 +74,8 @@ def _write_answers(path: Path, prompts: Sequence[str], answers: Answers) -> None
             "prompt_id": row // answers.samples,
             "prompt": prompts[row // answers.samples],
             "completion": completion,
-            "tokens": answers.rows.response_lengths[row],
-            "truncated": answers.rows.truncated[row],
+            "tokens": int(answers.rows.response_lengths[row]),
+            "truncated": bool(answers.rows.truncated[row]),
         }
         if answers.scores.by_function:
             fields |= {"reward": float(answers.scores.score[row]), "rewards": answers.scores.of_row(row)}

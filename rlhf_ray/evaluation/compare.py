@@ -169,7 +169,7 @@ def model_metrics(config: EvalRunConfig, measured: Measured) -> dict[str, float]
         metrics |= _pass_at_k(config, answers)
     ids = answers.scores.completion_ids
     metrics |= text_metrics(answers.completions, ids, answers.rows, largest_n=3, chinese=config.chinese)
-    metrics["response_len_max"] = float(max(answers.rows.response_lengths))
+    metrics["response_len_max"] = float(answers.rows.response_lengths.max())
     bleu = self_bleu(answers.completions, config.self_bleu_texts, chinese=config.chinese)
     if bleu is not None:
         metrics["self_bleu"] = bleu

@@ -41,8 +41,8 @@ def text_metrics(
     """
     sizes = range(1, largest_n + 1)
     return {
-        "response_len": sum(rows.response_lengths) / len(rows),
-        "truncated_frac": sum(rows.truncated) / len(rows),
+        "response_len": float(rows.response_lengths.mean()),
+        "truncated_frac": float(rows.truncated.mean()),
         **{f"distinct_{n}": distinct_n(completions, n, chinese=chinese) for n in sizes},
         **{f"distinct_{n}_tokens": distinct_ngrams(completion_ids, n) for n in sizes},
     }

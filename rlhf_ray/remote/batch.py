@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_ray.remote.calls import Worker
 from rlhf_ray.roles.batch import Batch, Rows
+from rlhf_ray.roles.requests import Texts
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -49,7 +50,7 @@ class RemoteBatch:
 
     parts: tuple[Part, ...]
     rows: Rows
-    prompts: Mapping[int, tuple[Mapping[str, Any], Any]]  # prompt_id -> its dataset columns and its conversation
+    prompts: Mapping[int, Texts]  # by prompt_id
     values: Mapping[str, RemoteColumn | Tensor] = field(default_factory=dict)
     # What has been cut for whom, so that nobody is sent the same tokens twice. Copies of the batch share it.
     sent: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class RemoteBatch:
     @property
     def columns(self) -> tuple[Mapping[str, Any], ...]:
         """[B] dataset columns of each row's prompt, as `Batch.columns`."""
-        return tuple(self.prompts[prompt][0] for prompt in self.rows.prompt_id)
+        return tuple(self.prompts[prompt][0] for prompt in self.rows.prompt_id.tolist())
 
     @property
     def score(self) -> Any:

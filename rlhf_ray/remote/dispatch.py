@@ -28,6 +28,8 @@ class Dispatch:
         self.work, self.rows, self.room = work, rows, room
         self.waiting = deque(range(len(work)))
         self.open: dict[int, list[int]] = {worker: [] for worker in range(workers)}
+        self._load = dict.fromkeys(self.open, 0)  # of all that a worker has open: its work,
+        self._held = dict.fromkeys(self.open, 0)  # and its answers
 
     @property
     def done(self) -> bool:
@@ -36,8 +38,7 @@ class Dispatch:
 
     def assign(self) -> dict[int, list[int]]:
         """The groups to send now, by worker: one by one to whoever has the least open work, the first of equals."""
-        load = {worker: sum(self.work[group] for group in groups) for worker, groups in self.open.items()}
-        held = {worker: sum(self.rows[group] for group in groups) for worker, groups in self.open.items()}
+        load, held = self._load, self._held
         sent: dict[int, list[int]] = {}
         while self.waiting:
             group = self.waiting[0]
@@ -55,10 +56,13 @@ class Dispatch:
         """The worker has written them."""
         gone = set(groups)
         self.open[worker] = [group for group in self.open[worker] if group not in gone]
+        self._load[worker] -= sum(self.work[group] for group in groups)
+        self._held[worker] -= sum(self.rows[group] for group in groups)
 
     def lost(self, worker: int) -> list[int]:
         """The worker is gone. The groups that it had open go out again, before all others; they are returned."""
         again = sorted(self.open.pop(worker))
+        del self._load[worker], self._held[worker]
         self.waiting.extendleft(reversed(again))
         return again
 

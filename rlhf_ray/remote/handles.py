@@ -6,10 +6,9 @@ The other roles are proxies alone (`remote/proxy.py`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -133,15 +132,16 @@ class _Asked:
         starts = [0, *(1 + np.flatnonzero(np.diff(requests.prompt_id))).tolist()] if len(requests) else []
         # Rows of requests that ask the same prompt, side by side.
         self.groups = [range(start, end) for start, end in zip(starts, [*starts[1:], len(requests)], strict=True)]
-        self._group = [number for number, group in enumerate(self.groups) for _ in group]
-        self._row = {sample_id: row for row, sample_id in enumerate(requests.sample_id.tolist())}
-        if len(self._row) < len(requests):
+        self._group = np.repeat(np.arange(len(self.groups)), [len(group) for group in self.groups])
+        self._by_id = np.argsort(requests.sample_id)  # rows in the order of their sample_ids
+        self._ids = requests.sample_id[self._by_id]
+        if (np.diff(self._ids) == 0).any():
             raise DataError("generate: two requests have the same sample_id; give each its own")
         self._without_texts = requests.without_texts()
         self._parts: list[Part] = []
         self._missing = [len(rows) for rows in parcels]  # rows of each that have not ended
         self._left = list(range(len(parcels)))
-        self._columns: dict[str, list[Any]] = {f.name: [None] * len(requests) for f in dataclasses.fields(Rows)}
+        self._rows = Rows.empty(len(requests))  # filled as they end
 
     def work(self, group: range, new_tokens: int) -> int:
         """Tokens that the group may cost: its prompt once, and its answers at their longest."""
@@ -150,20 +150,18 @@ class _Asked:
 
     def of_groups(self, groups: Sequence[int]) -> Requests:
         """What a generator is told of these groups."""
-        rows = [row for group in groups for row in self.groups[group]]
-        return self._without_texts.select(np.asarray(rows, np.int64))
+        rows = [np.arange(self.groups[group].start, self.groups[group].stop) for group in groups]
+        return self._without_texts.select(np.concatenate([np.arange(0), *rows]))
 
     def add(self, worker: Worker, ref: ObjectRef, written: Written) -> list[int]:
         """What a generator has written, as the object behind `ref`. Returns the groups that ended."""
-        rows = [self._row[sample_id] for sample_id in written.sample_ids]
-        row_N = np.asarray(rows, np.int64)
-        self._parts.append(Part(worker, ref, np.arange(len(rows)), row_N))
+        row_N = self._by_id[np.searchsorted(self._ids, written.sample_ids)]
+        self._parts.append(Part(worker, ref, np.arange(len(row_N)), row_N))
         for parcel, own in enumerate(self.parcels):
             self._missing[parcel] -= int(((row_N >= own.start) & (row_N < own.stop)).sum())
-        for name, column in self._columns.items():
-            for row, value in zip(rows, getattr(written.rows, name), strict=True):
-                column[row] = value
-        return list(dict.fromkeys(self._group[row] for row in rows))
+        for name, column in vars(self._rows).items():
+            column[row_N] = getattr(written.rows, name)
+        return np.unique(self._group[row_N]).tolist()
 
     def whole_parcels(self) -> list[int]:
         """Those that have become whole since the last time."""
@@ -178,5 +176,5 @@ class _Asked:
             own = (part.rows >= rows.start) & (part.rows < rows.stop)
             if own.any():
                 parts.append(Part(part.worker, part.ref, part.places[own], part.rows[own] - rows.start))
-        columns = {name: tuple(column[rows.start : rows.stop]) for name, column in self._columns.items()}
-        return RemoteBatch(tuple(parts), Rows(**columns), self.requests[rows.start : rows.stop].texts_by_id)
+        known = Rows(**{name: column[rows.start : rows.stop] for name, column in vars(self._rows).items()})
+        return RemoteBatch(tuple(parts), known, self.requests[rows.start : rows.stop].texts_by_id)

@@ -96,7 +96,7 @@ class Written:
     """What a generator says of answers that have ended, whole groups of them."""
 
     rows: Rows
-    sample_ids: tuple[int, ...]
+    sample_ids: np.ndarray
 
 
 class GeneratorHost(RoleHost):
@@ -130,7 +130,7 @@ class GeneratorHost(RoleHost):
         if not samples:
             return None, None
         batch = batch_of(samples, [{}] * len(samples), [None] * len(samples))
-        return pack(batch), Written(batch.rows, tuple(sample.sample_id for sample in samples))
+        return pack(batch), Written(batch.rows, batch.sample_id.numpy())
 
     @reported
     def drop(self) -> None:

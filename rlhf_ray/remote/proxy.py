@@ -100,7 +100,7 @@ class _Forward:
     def _parts(self, batch: RemoteBatch) -> list[RankPart]:
         """Which rows each rank computes; the same for every call with this batch."""
         if not self.divides:
-            return [RankPart(tuple(range(len(batch))), (), ())]
+            return [RankPart(np.arange(len(batch)))]
         key = f"{self.sender.name}: parts"
         if key not in batch.sent:
             if self._division is None:
@@ -113,12 +113,12 @@ class _Forward:
         if first.by_row:
             whole_B = torch.zeros(sum(len(part.rows) for part in parts))
             for part, answer in zip(parts, answers, strict=True):
-                whole_B[list(part.rows)] = answer.value
+                whole_B[part.rows] = answer.value
             return whole_B
         if not first.columns:
             return first.value
         held = tuple(
-            Part(rank, ref, np.arange(len(part.rows)), np.asarray(part.rows, np.int64))
+            Part(rank, ref, np.arange(len(part.rows)), part.rows)
             for rank, ref, part in zip(self.group.ranks, refs, parts, strict=True)
         )
         columns = {name: RemoteColumn(held, name) for name in first.columns}

@@ -18,8 +18,9 @@ from rlhf_ray.remote.batch import Part, RemoteBatch, RemoteColumn
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.packed import ROWS, TOKENS, Packed, empty_rows, unpack
 from rlhf_ray.roles.batch import Batch
-from rlhf_ray.roles.division import RankBatch, RankPart, Share
+from rlhf_ray.roles.division import Passes, RankBatch, RankPart
 from rlhf_ray.roles.protocols import TEXTS
+from rlhf_ray.roles.requests import Texts
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -42,9 +43,9 @@ class Delivery:
     rows: int
     incoming: tuple[Incoming, ...]
     values: Mapping[str, Tensor]  # [rows]
-    texts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    texts: Mapping[int, Texts] = field(default_factory=dict)  # by prompt_id
     dummies: tuple[int, ...] = ()
-    shares: tuple[Share, ...] | None = None  # None: the consumer has all rows and divides them itself
+    passes: tuple[Passes, ...] | None = None  # None: the consumer has all rows and divides them itself
 
 
 def received(delivery: Delivery, slices: Sequence[Packed]) -> Batch:
@@ -61,13 +62,20 @@ def received(delivery: Delivery, slices: Sequence[Packed]) -> Batch:
         order = np.argsort(np.concatenate([places for _, places in pieces]))
         columns.append(Packed.cat([piece for piece, _ in pieces]).select(order))
     packed, extra = Packed.joined(columns), len(delivery.dummies)
-    if delivery.shares is None:
-        return unpack(packed, delivery.values, delivery.texts)
+    if delivery.passes is None:
+        return unpack(packed, delivery.values, _texts_of_rows(packed, delivery.texts))
     if extra:
         packed = Packed.cat([packed, empty_rows(packed, delivery.dummies)])
     values = {name: torch.cat([value_B, torch.ones(extra)]) for name, value_B in delivery.values.items()}
-    whole = unpack(packed, values, delivery.texts)
-    return RankBatch(**vars(whole), shares=delivery.shares, own=delivery.rows)
+    whole = unpack(packed, values, _texts_of_rows(packed, delivery.texts))
+    return RankBatch(**vars(whole), shares=tuple(passes.share() for passes in delivery.passes), own=delivery.rows)
+
+
+def _texts_of_rows(packed: Packed, texts: Mapping[int, Texts]) -> dict[str, tuple[Any, ...]]:
+    if not texts:
+        return {}
+    columns, chats = zip(*(texts[prompt] for prompt in packed.rows["prompt_id"].tolist()), strict=True)
+    return {"columns": columns, "chats": chats}
 
 
 def cut(names: Sequence[str], picks: Sequence[Sequence[np.ndarray]], held: Sequence[Packed]) -> list[Packed]:
@@ -99,20 +107,20 @@ class Sender:
         """
         place = np.full((len(parts), len(batch)), -1)
         for own, part in zip(place, parts, strict=True):
-            own[list(part.rows)] = np.arange(len(part.rows))
+            own[part.rows] = np.arange(len(part.rows))
         sent = self._sent(batch, place, reads)
         deliveries = []
         for consumer, part in enumerate(parts):
             incoming, refs = zip(*(pieces[consumer] for pieces in sent), strict=True)
-            index = torch.tensor(part.rows, dtype=torch.long)
+            index = torch.from_numpy(part.rows)
             values = {
                 name: value_B[index] for name in reads if isinstance(value_B := batch.values.get(name), Tensor)
             }
             texts = {}
             if TEXTS in reads:
-                prompts = [batch.prompts[batch.rows.prompt_id[row]] for row in part.rows]
-                texts = {"columns": tuple(p[0] for p in prompts), "chats": tuple(p[1] for p in prompts)}
-            passes = (part.dummies, part.shares) if divided else ((), None)
+                prompts = np.unique(batch.rows.prompt_id[part.rows]).tolist()
+                texts = {prompt: batch.prompts[prompt] for prompt in prompts}
+            passes = (part.dummies, part.passes) if divided else ((), None)
             deliveries.append((Delivery(len(part.rows), incoming, values, texts, *passes), list(refs)))
         return deliveries
 

@@ -18,31 +18,46 @@ from torch import Tensor
 
 from rlhf_ray.sample import Sample
 
+_ROW_TYPES = {"truncated": np.bool_, "prompt_digests": np.uint64}  # of columns that are no int64
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """What a driver needs to know of a batch's rows: plain numbers, no tensors."""
+    """What a driver needs to know of a batch's N rows: columns of plain numbers, given as any sequences."""
 
-    prompt_id: tuple[int, ...]
-    lengths: tuple[int, ...]  # tokens, prompt included
-    response_lengths: tuple[int, ...]
-    truncated: tuple[bool, ...]
-    weight_version: tuple[int, ...]  # the oldest that produced a token of the row; -1 for an empty completion
-    prompt_lengths: tuple[int, ...]  # tokens before the first that the policy wrote
-    prompt_digests: tuple[int, ...]  # of those tokens: rows with equal ones may share them in a forward pass
+    prompt_id: np.ndarray  # [N] int64
+    lengths: np.ndarray  # [N] int64, tokens, prompt included
+    response_lengths: np.ndarray  # [N] int64
+    truncated: np.ndarray  # [N] bool
+    weight_version: np.ndarray  # [N] int64, the oldest that produced a token of the row; -1 for an empty completion
+    prompt_lengths: np.ndarray  # [N] int64, tokens before the first that the policy wrote
+    prompt_digests: np.ndarray  # [N] uint64 of those tokens: rows with equal ones may share them in a forward pass
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, np.asarray(getattr(self, f.name), _ROW_TYPES.get(f.name, np.int64)))
+
+    @staticmethod
+    def empty(count: int) -> Rows:
+        """Rows of which nothing is known yet: columns to write into."""
+        return Rows(**{f.name: np.zeros(count, _ROW_TYPES.get(f.name, np.int64)) for f in dataclasses.fields(Rows)})
 
     def __len__(self) -> int:
         return len(self.prompt_id)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
+
     def select(self, rows: Sequence[int]) -> Rows:
         """The given rows, in order."""
-        return Rows(**{f.name: tuple(getattr(self, f.name)[i] for i in rows) for f in dataclasses.fields(self)})
+        index = np.asarray(rows, np.int64)
+        return Rows(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
         """The rows of all parts, in order."""
         names = [f.name for f in dataclasses.fields(Rows)]
-        return Rows(**{name: tuple(value for part in parts for value in getattr(part, name)) for name in names})
+        return Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True)
@@ -91,13 +106,13 @@ class Batch:
         prompts = self.prompt_lengths.tolist()
         oldest_B = self.weight_version.masked_fill(~self.response_mask, newest).amin(1)
         return Rows(
-            prompt_id=tuple(self.prompt_id.tolist()),
-            lengths=tuple(self.lengths.tolist()),
-            response_lengths=tuple(self.response_mask.sum(1).tolist()),
-            truncated=tuple(self.truncated.tolist()),
-            weight_version=tuple(oldest_B.masked_fill(oldest_B == newest, -1).tolist()),
-            prompt_lengths=tuple(prompts),
-            prompt_digests=tuple(_digest(row[:n]) for row, n in zip(self.tokens.numpy(), prompts, strict=True)),
+            prompt_id=self.prompt_id,
+            lengths=self.lengths,
+            response_lengths=self.response_mask.sum(1),
+            truncated=self.truncated,
+            weight_version=oldest_B.masked_fill(oldest_B == newest, -1),
+            prompt_lengths=prompts,
+            prompt_digests=[_digest(row[:n]) for row, n in zip(self.tokens.numpy(), prompts, strict=True)],
         )
 
     def replace(self, **fields: Any) -> Batch:

@@ -75,7 +75,7 @@ def plan_lines(
     Rows with the same prompt go together as long as that pays, at most `max_tokens` a line, and no line has more of
     the answers' tokens than one of `ranks` ranks should compute.
     """
-    lengths, prompts = step.lengths, step.prompt_lengths
+    lengths, prompts, digests = (x.tolist() for x in (step.lengths, step.prompt_lengths, step.prompt_digests))
     if sharing is None:
         return [(row,) for row in sorted(rows)], [lengths[row] for row in sorted(rows)]
     most = math.ceil(sum(lengths[row] - prompts[row] for row in rows) / ranks)
@@ -84,7 +84,7 @@ def plan_lines(
     unfinished: dict[int, int] = {}
     for row in sorted(rows):
         length, answer = prompts[row], lengths[row] - prompts[row]
-        prompt = step.prompt_digests[row]
+        prompt = digests[row]
         line = unfinished.get(prompt)
         size = sizes[line] + answer if line is not None else 0
         if line is not None and size <= min(max_tokens, length + most) and sharing.pays(sizes[line], length, answer):

@@ -94,7 +94,7 @@ class Asking:
         """The name of each row's source; empty where there is only one path."""
         if not any(part.name for part in self.prompts.parts):
             return ()
-        return tuple(self.prompts.examples[self.stream[prompt][1]].source for prompt in rows.prompt_id)
+        return tuple(self.prompts.examples[self.stream[prompt][1]].source for prompt in rows.prompt_id.tolist())
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Choice:
     @property
     def asked(self) -> list[int]:
         """Every prompt of every round."""
-        return [group.position for answers in self.rounds for group in answers.groups]
+        return [position for answers in self.rounds for position in answers.groups.positions.tolist()]
 
     def outcomes(self) -> dict[int, Outcome]:
         """What becomes of each of them."""
@@ -158,12 +158,12 @@ class LearningRows:
     def of(self, choice: Choice) -> tuple[Batch, Scores]:
         """(columns `score`, `baseline` and `temperature` included, the rewards with the penalty for length)"""
         chosen = choice.chosen
-        parts = [(answers, rows) for answers in choice.rounds if (rows := answers.rows_of(chosen))]
+        parts = [(answers, rows) for answers in choice.rounds if len(rows := answers.rows_of(chosen))]
         scores = Scores.cat([answers.scores.select(rows) for answers, rows in parts])
         scores = replace(scores, events=tuple(event for answers in choice.rounds for event in answers.scores.events))
         if self.algorithm.overlong_buffer:
-            lengths = [answers.rows.response_lengths[row] for answers, rows in parts for row in rows]
-            scores = self._with_overlong_penalty(scores, torch.tensor(lengths))
+            lengths = np.concatenate([answers.rows.response_lengths[rows] for answers, rows in parts])
+            scores = self._with_overlong_penalty(scores, torch.from_numpy(lengths))
         columns = {"score": scores.score}
         if self.algorithm.advantage_facts.baseline == "greedy":
             columns["baseline"] = torch.cat([answers.greedy_scores(chosen) for answers, _ in parts])

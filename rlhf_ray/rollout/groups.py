@@ -7,11 +7,12 @@ groups at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf_ray.algo.advantages import informative_groups
@@ -28,42 +29,42 @@ LEAST_ROWS = 64
 MOST = 4
 
 
-@dataclass(frozen=True)
-class Group:
-    """The answers to one prompt, as rows of the batch that they were written in."""
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The answers to G prompts, which were asked alike, as rows of the batch that they were written in."""
 
-    position: int  # in the prompt stream
-    version: int  # the weights that it was dispatched at
-    rows: tuple[int, ...]  # those that may be learned from, in the members' order
-    given: frozenset[int] = frozenset()  # those of `rows` that nobody sampled
-    greedy: int | None = None  # ReMax's baseline
+    positions: np.ndarray  # [G] in the prompt stream
+    version: int  # the weights that they were dispatched at
+    rows: np.ndarray  # [G, M] those that may be learned from, in the members' order
+    given: int = 0  # how many of the last of these, in each group, nobody sampled
+    greedy: np.ndarray | None = None  # [G] ReMax's baselines
 
-    def tokens(self, rows: Rows) -> dict[str, int]:
-        """Completion tokens that were `sampled`, written as the `greedy` answer, and `given`."""
-        lengths = rows.response_lengths
-        given = sum([lengths[row] for row in self.given])
-        return {
-            "sampled": sum([lengths[row] for row in self.rows]) - given,
-            "greedy": 0 if self.greedy is None else lengths[self.greedy],
-            "given": given,
-        }
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def tokens(self, rows: Rows) -> Iterator[tuple[int, dict[str, int]]]:
+        """Of each group its position, and completion tokens that were `sampled`, written as the `greedy` answer, and
+        `given`."""
+        length_GM = rows.response_lengths[self.rows]
+        sampled = self.rows.shape[1] - self.given
+        columns = {"sampled": length_GM[:, :sampled].sum(1), "given": length_GM[:, sampled:].sum(1)}
+        if self.greedy is not None:
+            columns["greedy"] = rows.response_lengths[self.greedy]
+        counts = zip(*(column.tolist() for column in columns.values()), strict=True)
+        for position, numbers in zip(self.positions.tolist(), counts, strict=True):
+            yield position, dict(zip(columns, numbers, strict=True))
 
 
-def groups_of(requests: Requests, members: int, version: int) -> tuple[Group, ...]:
-    """The groups of so many members that the answers to these requests make up; all are made up alike."""
+def groups_of(requests: Requests, members: int, version: int) -> Groups:
+    """The groups of so many members that the answers to these requests make up; all are made up alike: sampled answers
+    first, then given ones, then the greedy one."""
     first = list(requests[:members])
-    learned = [member for member, request in enumerate(first) if request.temperature != 0]
-    given = [member for member in learned if first[member].answer is not None]
-    greedy = next((member for member, request in enumerate(first) if request.temperature == 0), None)
-    return tuple(
-        Group(
-            position, version, tuple([start + member for member in learned]),
-            frozenset([start + member for member in given]), None if greedy is None else start + greedy,
-        )
-        for start, position in zip(
-            range(0, len(requests), members), requests.prompt_id[::members].tolist(), strict=True
-        )
-    )  # fmt: skip
+    greedy = sum(request.temperature == 0 for request in first)
+    given = sum(request.answer is not None for request in first)
+    rows = np.arange(len(requests)).reshape(-1, members)
+    return Groups(
+        requests.prompt_id[::members], version, rows[:, : members - greedy], given, rows[:, -1] if greedy else None
+    )
 
 
 @dataclass(frozen=True)
@@ -71,26 +72,27 @@ class Answers:
     """The answers to some prompts that were asked for together, before anyone chooses among them."""
 
     requests: Requests
-    groups: Sequence[Group]
+    groups: Groups
     batch: Batch
     rows: Rows
     scores: Scores
 
-    def of(self, positions: Set[int]) -> list[Group]:
-        """The groups that answer these prompts."""
-        return [group for group in self.groups if group.position in positions]
+    def _of(self, positions: Set[int]) -> np.ndarray:
+        """[G] whether a group answers one of these prompts."""
+        return np.isin(self.groups.positions, list(positions))
 
-    def rows_of(self, positions: Set[int]) -> list[int]:
+    def rows_of(self, positions: Set[int]) -> np.ndarray:
         """Rows to learn from: the answers to these prompts without the greedy ones."""
-        return [row for group in self.of(positions) for row in group.rows]
+        return self.groups.rows[self._of(positions)].ravel()
 
     def greedy_scores(self, positions: Set[int]) -> torch.Tensor:
         """The reward of the greedy answer to each of `rows_of`'s prompts."""
-        return self.scores.score[[group.greedy for group in self.of(positions) for _ in group.rows]]
+        greedy = self.groups.greedy[self._of(positions)]
+        return self.scores.score[np.repeat(greedy, self.groups.rows.shape[1])]
 
     def judged(self) -> set[int]:
         """The prompts all of whose answers have a reward."""
-        prompts, keep_B = {group.position for group in self.groups}, self.scores.keep
+        prompts, keep_B = set(self.groups.positions.tolist()), self.scores.keep
         if keep_B is None:
             return prompts
         return prompts - set(self.requests.prompt_id[~keep_B.numpy()].tolist())
@@ -114,7 +116,7 @@ def joined(rounds: Sequence[Answers], positions: Set[int]) -> tuple[Rows, Scores
 
 def gathered(rounds: Sequence[Answers], positions: Set[int], gather: Gather = gather) -> Batch:
     """The same rows as one batch."""
-    parts = [(answers, rows) for answers in rounds if (rows := answers.rows_of(positions))]
+    parts = [(answers, rows) for answers in rounds if len(rows := answers.rows_of(positions))]
     answers, rows = parts[0]
     if len(parts) == 1 and len(rows) == len(answers.requests):
         return answers.batch

@@ -82,9 +82,8 @@ class Ledger:
         positions += range(self.position, self.position + fresh)
         self.position += fresh
         entry = Entry(step, self.version_for(step), Count(sampled), Count(greedy), Count(given))
-        for position in positions:
-            self.open[position] = entry
-            self.sampled += entry.written
+        self.open |= dict.fromkeys(positions, entry)
+        self.sampled += Count(count * entry.written.samples)
         return positions
 
     def finish(self, position: int, *, sampled: int, greedy: int = 0, given: int = 0) -> None:

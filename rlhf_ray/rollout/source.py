@@ -124,8 +124,8 @@ class Rollouts:
                 self.generator.sleep()
             groups, rows = groups_of(requests, asking.members, version), batch.rows
             with self._lock:
-                for group in groups:
-                    self.ledger.finish(group.position, **group.tokens(rows))
+                for position, tokens in groups.tokens(rows):
+                    self.ledger.finish(position, **tokens)
             written()
             return Answers(requests, groups, batch, rows, judging.scores(batch))
 

@@ -91,7 +91,7 @@ class Workload:
         """
         if self.policy is None or self.peak_flops is None or (self.passes.critic and self.critic is None):
             return None
-        work = self._operations(self.policy, step) * sum(rows.lengths)
+        work = self._operations(self.policy, step) * int(rows.lengths.sum())
         return work / (seconds * self.devices * self.peak_flops)
 
     def _operations(self, policy: Size, step: int) -> float:

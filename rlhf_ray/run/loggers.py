@@ -240,14 +240,14 @@ def rollout_rows(rows: Rows, scores: Scores, count: int, sources: Sequence[str] 
     """The first `count` completions of a step, as in rollouts/step_N.jsonl; with their sources, where there are any."""
     return [
         {
-            "prompt_id": rows.prompt_id[i],
+            "prompt_id": int(rows.prompt_id[i]),
             **({"source": sources[i]} if sources else {}),
             "prompt": prompt,
             "completion": completion,
             "reward": float(scores.score[i]),
             "rewards": scores.of_row(i),
-            "tokens": rows.response_lengths[i],
-            "truncated": rows.truncated[i],
+            "tokens": int(rows.response_lengths[i]),
+            "truncated": bool(rows.truncated[i]),
         }
         for i, (prompt, completion) in enumerate(scores.texts[:count])
     ]

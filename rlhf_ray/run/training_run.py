@@ -125,7 +125,7 @@ class TrainingRun:
         nothing = dict.fromkeys([*_COUNTS, *(f"time/{part}" for part in _PARTS)], 0.0)
         metrics = {**nothing, **metrics, **self.timer.take()}
         seconds = max(metrics["time/step"], 1e-9)
-        metrics["perf/tokens_per_s"] = sum(rows.lengths) / seconds
+        metrics["perf/tokens_per_s"] = int(rows.lengths.sum()) / seconds
         metrics["perf/samples_per_s"] = len(rows) / seconds
         mfu = self.workload.mfu(rows, step - 1, seconds)
         if mfu is not None:

@@ -49,5 +49,5 @@ def test_rows_of_several_batches_come_in_their_order(here):
     one, other = here.place(batch(4, 4, 6)), here.place(batch(9, 9))
     chosen = gather_remote([(one, [2, 0]), (other, [1])]).replace(score=torch.tensor([5.0, 6.0, 7.0]))
     found = here.fetch(chosen)
-    assert found.prompt_id.tolist() == [6, 4, 9] and found.rows.response_lengths == (3, 1, 2)
+    assert found.prompt_id.tolist() == [6, 4, 9] and found.rows.response_lengths.tolist() == [3, 1, 2]
     assert found.score.tolist() == [5, 6, 7] and found.logp_gen.sum(1).tolist() == [-3, 0, -1]

@@ -58,13 +58,14 @@ def test_rows_tell_a_driver_all_it_needs(batch):
         prompt_lengths=(2, 1), prompt_digests=batch.rows.prompt_digests,
     )  # fmt: skip
     first, second = mixed.rows.prompt_digests
-    assert first != second and batch.select([1, 0]).rows.prompt_digests == (second, first), "of the prompt's tokens"
+    swapped = batch.select([1, 0]).rows.prompt_digests.tolist()
+    assert first != second and swapped == [second, first], "of the prompt's tokens"
     assert len(mixed.rows) == 2
 
 
 def test_an_empty_completion_has_no_version():
     empty = build_batch([Request(0, 0, (5,), 0)], [[]], [[]], truncated=[False], weight_version=7)
-    assert empty.rows.weight_version == (-1,) and empty.rows.response_lengths == (0,)
+    assert empty.rows.weight_version.tolist() == [-1] and empty.rows.response_lengths.tolist() == [0]
 
 
 def test_select_takes_rows_in_order_and_trims(batch):

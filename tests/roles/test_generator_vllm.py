@@ -179,7 +179,7 @@ def test_members_of_different_temperatures_and_given_answers(case):
     sampling = Sampling(12, temperature=1.0, stop_token_ids=(STOP,))
     batch = case.generator.generate(asked, sampling)
     assert batch.sample_id.tolist() == list(range(12))
-    assert batch.rows.weight_version == (*[case.version] * 3, -1, *[case.version] * 8)
+    assert batch.rows.weight_version.tolist() == [*[case.version] * 3, -1, *[case.version] * 8]
     assert batch.tokens[3][batch.response_mask[3]].tolist() == [2, 3, STOP]
     for temperature in (0.5, 2.0, 1.0):
         rows = [i for i in range(12) if own[i] == temperature and i != 3]

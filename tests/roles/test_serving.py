@@ -49,7 +49,7 @@ def test_sampled_and_given_answers_are_rows_in_the_order_of_their_requests():
     assert batch.sample_id.tolist() == [0, 1, 2, 3] and batch.prompt_id.tolist() == [0, 0, 1, 1]
     assert batch.tokens.tolist() == [[5, 6, 20, 9, 9], [5, 6, 10, 11, 1], [7, 22, 9, 9, 9], [7, 12, 13, 14, 15]]
     assert batch.truncated.tolist() == [True, False, True, True], "an answer is cut at max_new_tokens"
-    assert batch.rows.weight_version == (3, -1, 3, -1), "no weights wrote a given answer"
+    assert batch.rows.weight_version.tolist() == [3, -1, 3, -1], "no weights wrote a given answer"
     assert batch.logp_gen[0].tolist() == [0, 0, -0.5, 0, 0] and not batch.logp_gen[1].any()
     assert [columns["row"] for columns in batch.columns] == [0, 0, 1, 1]
 

@@ -198,7 +198,7 @@ def test_nothing_is_generated_before_the_first_sync(overlapped, generator):
     assert generator.asked == []
     push(ahead, generator, 5)
     scored = ahead.next(5)
-    assert scored.batch.rows.weight_version == (5,) * 6 and scored.metrics["staleness/max"] == 0
+    assert scored.batch.rows.weight_version.tolist() == [5] * 6 and scored.metrics["staleness/max"] == 0
     assert scored.batch.prompt_id.tolist()[0] == 15
 
 
