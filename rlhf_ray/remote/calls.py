@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
-from rlhf_ray.remote.failures import LostError
+from rlhf_ray.remote.failures import CutError, LostError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -100,19 +100,31 @@ class Call:
     Attributes:
         kept: references to large results, which stay references. They are final when the call has returned.
         ref: of the small one, which says that it has.
+        process: to whom it was sent.
     """
 
     def __init__(self, worker: Worker, name: str, send: Callable[[ActorHandle], Any], deadline: Deadline) -> None:
         self.worker = worker
         self.name = name
         self.deadline = deadline
-        refs = send(worker.actor)
+        self._send = send
+        self.start()
+
+    def start(self) -> None:
+        """Send it, also once more, to the process that sits there now."""
+        self.process = self.worker.process
+        refs = self._send(self.process.actor)
         *self.kept, self.ref = refs if isinstance(refs, list | tuple) else [refs]
+        self.parked = self.cut_off = False
         self.renew()
 
     def renew(self) -> None:
         """Its time begins now: what its worker did before it has ended."""
         self.until = time.monotonic() + self.deadline.seconds
+
+    def park(self, *, cut_off: bool) -> None:
+        """It was lost, and will be sent again when somebody can do it. `cut_off`: the same process may do it, too."""
+        self.parked, self.cut_off = True, cut_off
 
     def __str__(self) -> str:
         return f"{self.name} of {self.worker}"
@@ -122,13 +134,19 @@ def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) ->
     """The first call that ends, well or not.
 
     Args:
-        check: raises if the run is lost for another reason; called now and then with the calls under way.
+        check: raises if the run is lost for another reason, and sends parked calls again; called now and then with the
+            calls under way.
     Raises:
         DeadlineError: a call did not return in time.
     """
-    by_ref = {call.ref: call for call in calls}
     while True:
-        first = min(calls, key=lambda call: call.until)
+        if any(call.parked for call in calls):
+            check(calls)
+        by_ref = {call.ref: call for call in calls if not call.parked}
+        if not by_ref:
+            time.sleep(POLL_S)
+            continue
+        first = min(by_ref.values(), key=lambda call: call.until)
         left = first.until - time.monotonic()
         done, _ = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, min(POLL_S, left)))
         if done:
@@ -150,28 +168,29 @@ def value_of(call: Call) -> Any:
         if isinstance(cause, RlhfRayError):
             raise cause from None
         raise WorkerError(f"{call} failed: {error}") from None
-    except (RayActorError, ActorUnavailableError) as error:
+    except ActorUnavailableError as error:
+        raise CutError(
+            f"{call} was cut off: {one_line(error)}; look at the network, then resume with --resume auto"
+        ) from None
+    except RayActorError as error:
         raise death(call.worker, error, f"during {call.name}") from None
     except RayError as error:  # its result or an argument was lost with the node that held it
         raise LostError(f"{call}: the result is lost ({one_line(error)}); resume with --resume auto") from None
 
 
-def results(
+def first_result(
     calls: Sequence[Call],
-    check: Callable[[Sequence[Call]], None] = lambda calls: None,
-    done: Callable[[Call], None] = lambda call: None,
-) -> list[Any]:
-    """The results of all calls, in order. The first failure raises, whatever the others do.
-
-    `done` hears of each call that has returned, at once.
-    """
-    waiting, values = list(calls), {}
-    while waiting:
-        call = next_done(waiting, check)
-        values[call] = value_of(call)
-        waiting.remove(call)
-        done(call)
-    return [values[call] for call in calls]
+    check: Callable[[Sequence[Call]], None],
+    again: Callable[[Call, LostError], bool] = lambda call, error: False,
+) -> tuple[Call, Any]:
+    """The first call that returns, and its result. The first failure raises, unless `again` has parked that call."""
+    while True:
+        call = next_done(calls, check)
+        try:
+            return call, value_of(call)
+        except LostError as error:
+            if not again(call, error):
+                raise
 
 
 def death(worker: Worker, error: BaseException, when: str) -> LostError:
@@ -181,12 +200,12 @@ def death(worker: Worker, error: BaseException, when: str) -> LostError:
             "rlhf-ray with the same extras"
         )
     return LostError(
-        f"{worker} died {when}: {_reason(error)}; look for a signal or the out-of-memory killer on that node, "
+        f"{worker} died {when}: {reason_of(error)}; look for a signal or the out-of-memory killer on that node, "
         "then resume with --resume auto"
     )
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What Ray knows of a death, without its ids and its list of common causes."""
     text = one_line(error, limit=10_000)
     found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)

@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from rlhf_ray.errors import RlhfRayError, WorkerError
-from rlhf_ray.remote.calls import FETCH_S, Call, Deadline, Process, Worker, death, next_done, results, silence, value_of
+from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
+from rlhf_ray.remote.failures import CutError, LostError
+from rlhf_ray.remote.health import Limits
 from rlhf_ray.remote.host import Host, Place
+from rlhf_ray.remote.processes import Processes, Recipe, Step, kill
+from rlhf_ray.remote.supervisor import Loss, Supervisor, Tell, untold
 
-if TYPE_CHECKING:
-    from ray import ObjectRef
-
-PULSE_S = 5.0
-# A live process answers even while it computes; one that says nothing for so long is stopped or stuck for good.
-SILENCE_S = 35.0
+LOOK_S = 0.5
 # How long the cause of an error may take to show: a rank hears "connection closed" before Ray reports the death.
 CAUSE_S = 5.0
 FAREWELL = Deadline(10.0, "no setting")
 
 
-@dataclass(frozen=True)
-class Lost:
-    """A worker that has died or hangs, and the error to raise, given what the run was doing."""
-
-    worker: Worker
-    error: Callable[[str], RlhfRayError]
-
-
 class Crew:
     """Waits for calls, and meanwhile watches every worker, not only the one that was called.
 
-    A worker that dies ends every wait within seconds, named, and one whose process has stopped within PULSE_S +
-    SILENCE_S: also when the call under way is another worker's, which would wait for the lost one in a collective.
+    A worker that dies ends every wait within seconds, named, and one whose process has stopped after a while of silence
+    (`limits`): also when the call under way is another worker's, which would wait for the lost one in a collective. The
+    seats that `built` calls replaceable are taken by another process instead, and calls that were lost go out again.
     Deaths are seen from `locate` on; silence counts from `built` on, for an import may block a process for minutes.
     A call that is stuck in a process that still answers is left to its own deadline.
+
+    Args:
+        tell: hears of every fault and what was done about it, in a thread of its own.
     """
 
-    def __init__(self) -> None:
-        self.workers: list[Worker] = []
-        self._lost: Lost | None = None
+    def __init__(self, limits: Limits, tell: Tell = untold) -> None:
+        self.limits = limits
+        self.tell = tell
+        self.processes = Processes(limits.pulse_s)
+        self.supervisor: Supervisor | None = None
+        self._broken: Exception | None = None
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._built_at = math.inf
+
+    @property
+    def workers(self) -> list[Worker]:
+        return list(self.processes.workers.values())
 
     def hire(self, host: type[Host], name: str, options: dict[str, Any], folder: str) -> Worker:
         """Start an actor; returns before it runs."""
-        remote = ray.remote(concurrency_groups={"watch": 1, "slices": 1})(host)
-        # No restarts by Ray: a blank actor would answer with base weights, and a repeated update would count twice.
-        actor = remote.options(max_restarts=0, max_task_retries=0, **options).remote(name, folder)
-        worker = Worker(name, actor)
-        self.workers.append(worker)
-        return worker
+        return self.processes.hire(name, Recipe(host, options, folder))
 
     def locate(self, deadline: Deadline) -> dict[str, Place]:
         """Wait until every actor runs; afterwards each is known by node and pid, and watched. The key is the worker's
@@ -69,13 +61,19 @@ class Crew:
         places = dict(zip((worker.name for worker in self.workers), self.results(calls), strict=True))
         for worker in self.workers:
             worker.process = Process(worker.actor, places[worker.name].node, places[worker.name].pid)
+        self.supervisor = Supervisor(self.processes, self.processes.workers, self.limits, time.monotonic, self.tell)
         self._watcher = threading.Thread(target=self._watch, name="crew-watch", daemon=True)
         self._watcher.start()
         return places
 
-    def built(self) -> None:
-        """Everything is loaded: from now on, who says nothing for long is lost."""
-        self._built_at = time.monotonic()
+    def built(self, loads: Mapping[str, Sequence[Step]] = {}) -> None:
+        """Everything is loaded: from now on, who says nothing for long is lost.
+
+        `loads`: seats that another process may take, by name, and what it must do first. All their calls may be
+        repeated.
+        """
+        self.processes.loads = dict(loads)
+        self.supervisor.built(loads)
 
     def named(self, prefix: str) -> list[Worker]:
         """Workers of a role, in the order of hiring."""
@@ -85,10 +83,12 @@ class Crew:
 
     def results(self, calls: Sequence[Call], done: Callable[[Call], None] = lambda call: None) -> list[Any]:
         """The results of all calls, in order; `done` hears of each at once. The first failure raises."""
-        try:
-            return results(calls, self.check, done)
-        except WorkerError as error:
-            raise self._cause_of(error, calls) from None
+        waiting, values = list(calls), {}
+        while waiting:
+            call, values[call] = self.next_done(waiting)
+            waiting.remove(call)
+            done(call)
+        return [values[call] for call in calls]
 
     def result(self, call: Call) -> Any:
         return self.results([call])[0]
@@ -96,25 +96,40 @@ class Crew:
     def next_done(self, calls: Sequence[Call]) -> tuple[Call, Any]:
         """The first call that ends, and its result."""
         try:
-            call = next_done(calls, self.check)
-            return call, value_of(call)
+            return first_result(calls, self.check, self._again)
         except WorkerError as error:
             raise self._cause_of(error, calls) from None
 
     def check(self, calls: Sequence[Call] = ()) -> None:
-        """Raises if a worker has died or fallen silent."""
-        if self._lost is None:
+        """Raises if a worker is lost for good; calls that were lost with another go out again, once they can."""
+        if self._broken is not None:
+            raise WorkerError(f"the watch over the workers has failed: {self._broken!r}") from self._broken
+        if self._loss is None:
+            for call in calls:
+                if call.parked and self.supervisor.ready(call):
+                    call.start()
             return
-        own = next((call for call in calls if call.worker.name == self._lost.worker.name), None)
+        own = next((call for call in calls if call.worker.name == self._loss.name), None)
         when = f"during {own.name}" if own else f"while the run waited for {calls[0]}" if calls else "between calls"
-        raise self._lost.error(when)
+        raise self._loss.error(when)
+
+    @property
+    def _loss(self) -> Loss | None:
+        return self.supervisor.lost if self.supervisor else None
+
+    def _again(self, call: Call, error: LostError) -> bool:
+        if self.supervisor is None or call.worker.name not in self.supervisor.replaceable:
+            return False
+        call.park(cut_off=isinstance(error, CutError))
+        self.supervisor.report(call, error)
+        return True
 
     def _cause_of(self, error: WorkerError, calls: Sequence[Call]) -> RlhfRayError:
         """The death behind an error, if there is one: the error may be only what others noticed of it."""
         deadline = time.monotonic() + CAUSE_S
-        while self._watcher is not None and self._lost is None and time.monotonic() < deadline:
+        while self._watcher is not None and self._loss is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        if self._lost is None or str(self._lost.worker) in str(error):
+        if self._loss is None or self._loss.who in str(error):
             return error
         try:
             self.check(calls)
@@ -122,34 +137,12 @@ class Crew:
             return cause
         return error
 
-    # ------------------------------------------------------------ watching
-
     def _watch(self) -> None:
-        pulses: dict[ObjectRef, tuple[Worker, float]] = {}
-
-        def feel(worker: Worker) -> None:
-            pulses[worker.actor.pulse.remote(PULSE_S)] = (worker, time.monotonic())
-
-        for worker in self.workers:
-            feel(worker)
-        while not self._closing.is_set():
-            done, _ = ray.wait(list(pulses), num_returns=1, timeout=1.0)
-            for ref in done:
-                worker, _ = pulses.pop(ref)
-                try:
-                    ray.get(ref, timeout=FETCH_S)
-                except RayError as error:
-                    return self._lose(worker, partial(death, worker, error))
-                feel(worker)
-            now = time.monotonic()
-            for worker, since in pulses.values():
-                silent = now - max(since, self._built_at)
-                if silent > PULSE_S + SILENCE_S:
-                    return self._lose(worker, partial(silence, worker, silent))
-
-    def _lose(self, worker: Worker, error: Callable[[str], RlhfRayError]) -> None:
-        if not self._closing.is_set():
-            self._lost = Lost(worker, error)
+        try:
+            while not self._closing.is_set():
+                self.supervisor.step(LOOK_S)
+        except Exception as error:  # whatever it is: nobody would notice a death any more
+            self._broken = error
 
     # ------------------------------------------------------------ ending
 
@@ -161,12 +154,11 @@ class Crew:
             ray.wait([call.ref for call in calls], num_returns=len(calls), timeout=FAREWELL.seconds)
         if self._watcher is not None:
             self._watcher.join()
-        self.kill(self.workers)
+        self.processes.end_all()
 
     def kill(self, workers: Sequence[Worker]) -> None:
         for worker in workers:
-            with contextlib.suppress(Exception):
-                ray.kill(worker.actor, no_restart=True)
+            kill(worker.actor)
 
 
 class Group:

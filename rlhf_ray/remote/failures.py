@@ -34,6 +34,10 @@ class LostError(WorkerError):
     """Not the work failed but the process, the machine or the network under it: elsewhere the same call may succeed."""
 
 
+class CutError(LostError):
+    """A worker cannot be reached; it may be again."""
+
+
 # Names of classes, so that nothing is imported to compare with; whatever inherits from one counts as well.
 INFRASTRUCTURE = frozenset({
     "MemoryError", "ConnectionError", "TimeoutError",

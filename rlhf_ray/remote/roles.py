@@ -21,12 +21,15 @@ from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environm
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.given import require_portable
 from rlhf_ray.remote.handles import RemoteGenerators
+from rlhf_ray.remote.health import Limits
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, RoleHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Placement, choose_transport, options_of, placed, plan_seats
+from rlhf_ray.remote.processes import Step
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.store import RemoteStore
+from rlhf_ray.remote.supervisor import Tell, untold
 from rlhf_ray.roles.advantages import AdvantageEstimator
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.makers import Makers
@@ -41,17 +44,20 @@ HOSTS: dict[str, type[RoleHost]] = {
     "reference": ReferenceHost,
     "reward": RewardHost,
 }
+# They give the same answer to the same call, whoever is asked: a lost one is replaced, and the call goes out again.
+STATELESS = ("reference", "reward")
 # The learner's own calls end by the sync's deadline; it needs a little longer to say which one did not.
 REPORT_S = 30.0
 
 
 @contextmanager
 def open_remote_roles(
-    config: RunConfig, assets: Assets, sft: SFTRows | None = None, note: Note = silent
+    config: RunConfig, assets: Assets, sft: SFTRows | None = None, note: Note = silent, tell: Tell = untold
 ) -> Iterator[Roles]:
     """Start the workers this config asks for, and yield their handles; everything started here ends here.
 
-    `note` hears what is being started, and who is waited for.
+    `note` hears what is being started, and who is waited for; `tell`, in another thread, of workers that are lost and
+    what is done about it.
 
     Raises:
         PlacementError: no cluster, or one that is too small.
@@ -66,7 +72,7 @@ def open_remote_roles(
     with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
         plan, config.ray.start_deadline_s, config.ray.colocate, note
     ) as group:
-        crew, farewell = Crew(), []
+        crew, farewell = Crew(Limits.of(config.ray), tell), []
         try:
             environment = worker_environment(config.ray.cpus_per_worker, device)
             for seat in plan.seats:
@@ -74,9 +80,9 @@ def open_remote_roles(
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
             makers = Makers.of(config, everywhere(assets), transport)
             engines = {role: getattr(config, role).engine for role in ("generator", "learner", "critic")}
-            _build(crew, plan, makers, engines, config.ray, sft, note)
+            lent = _build(crew, plan, makers, engines, config.ray, sft, note)
             _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
-            crew.built()
+            crew.built(_loads(crew, makers, lent))
             yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
@@ -94,8 +100,11 @@ def everywhere(assets: Assets) -> Assets:
 def _build(
     crew: Crew, plan: Placement, makers: Makers, engines: Mapping[str, str], workers: RayConfig, sft: SFTRows | None,
     note: Note,
-) -> None:  # fmt: skip
-    """Load every model, all at the same time; on shared GPUs the generators first. `engines`: role -> its engine."""
+) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    """Load every model, all at the same time; on shared GPUs the generators first. `engines`: role -> its engine.
+
+    Returns the GPUs of workers that have none of their own.
+    """
     until = time.monotonic() + workers.start_deadline_s
 
     def left() -> Deadline:
@@ -106,7 +115,7 @@ def _build(
 
     note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
-    _lend_gpus(crew, plan, places, left())
+    lent = _lend_gpus(crew, plan, places, left())
     loading = Loading(note, crew.workers, engines)
     calls = start("generator", makers.generator)
     if plan.shared:
@@ -123,6 +132,19 @@ def _build(
             calls.append(worker.start(HOSTS[role].build, make, *more, rank, deadline=left()))
     calls += [*start("reference", makers.reference), *start("reward", makers.reward)]
     crew.results(calls, loading.done)
+    return lent
+
+
+def _loads(crew: Crew, makers: Makers, lent: Mapping[str, tuple[str, ...]]) -> dict[str, list[Step]]:
+    """What a process must do that takes the seat of a lost one, for the roles that hold nothing but what they load."""
+    return {
+        worker.name: [
+            *([(Host.use_gpus, (lent[worker.name],))] if worker.name in lent else []),
+            (HOSTS[role].build, (getattr(makers, role),)),
+        ]
+        for role in STATELESS
+        for worker in crew.named(role)
+    }
 
 
 def _connect(crew: Crew, tensor_parallel: int, sync: SyncConfig, workers: RayConfig) -> None:
@@ -133,14 +155,20 @@ def _connect(crew: Crew, tensor_parallel: int, sync: SyncConfig, workers: RayCon
     crew.results([worker.ask(Learner.connect, client, deadline=start) for worker in crew.named("learner")])
 
 
-def _lend_gpus(crew: Crew, plan: Placement, places: Mapping[str, Place], deadline: Deadline) -> None:
-    by_name = {worker.name: worker for worker in crew.workers}
-    calls = []
-    for seat in plan.seats:
-        if seat.borrows:
-            gpus = tuple(gpu for owner in seat.borrows for gpu in places[owner].gpus)
-            calls.append(by_name[seat.name].start(Host.use_gpus, gpus, deadline=deadline))
-    crew.results(calls)
+def _lend_gpus(
+    crew: Crew, plan: Placement, places: Mapping[str, Place], deadline: Deadline
+) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    lent = {
+        seat.name: tuple(gpu for owner in seat.borrows for gpu in places[owner].gpus)
+        for seat in plan.seats
+        if seat.borrows
+    }
+    crew.results([
+        worker.start(Host.use_gpus, lent[worker.name], deadline=deadline)
+        for worker in crew.workers
+        if worker.name in lent
+    ])
+    return lent
 
 
 def _devices(crew: Crew, plan: Placement, device: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rlhf_ray.config.supervised import SupervisedConfig
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.health import Limits
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import RankHost
 from rlhf_ray.remote.loading import Loading, Note, silent
@@ -51,7 +52,7 @@ def open_remote_trainer(
     with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
         plan, config.ray.start_deadline_s, colocated=False, note=note
     ) as group:
-        crew, farewell = Crew(), []
+        crew, farewell = Crew(Limits.of(config.ray), lambda kind, worker, text: note(text)), []
         try:
             environment = worker_environment(config.ray.cpus_per_worker, device)
             for seat in plan.seats:

@@ -75,6 +75,7 @@ class TrainingRun:
             write_atomically(directory.data_file, to_json(data, indent=1) + "\n")
         step = self.resume_point.step if self.resume_point else None
         self.workload = Workload()
+        self._restarted: list[str] = []  # since the last step
         self._spent_before = spent_before(directory) if directory.resumed else Spent()
         self.started = clock()
         if directory.resumed:
@@ -123,7 +124,9 @@ class TrainingRun:
         `sources`: the name of each row's source, where there are several.
         """
         nothing = dict.fromkeys([*_COUNTS, *(f"time/{part}" for part in _PARTS)], 0.0)
-        metrics = {**nothing, **metrics, **self.timer.take()}
+        restarted = len(self._restarted)
+        del self._restarted[:restarted]
+        metrics = {**nothing, "fault/restarts": float(restarted), **metrics, **self.timer.take()}
         seconds = max(metrics["time/step"], 1e-9)
         metrics["perf/tokens_per_s"] = int(rows.lengths.sum()) / seconds
         metrics["perf/samples_per_s"] = len(rows) / seconds
@@ -146,6 +149,14 @@ class TrainingRun:
     def alarm(self, kind: str, reason: str, step: int) -> None:
         """Something people should look at. The run goes on."""
         self.observers.alarm(Alarm(kind, reason, step))
+
+    def fault(self, kind: str, worker: str, text: str) -> None:
+        """What became of a worker, and what was done about it. May be called from another thread, so that observers of
+        a user's own, which are told between two steps, find it in the metrics only."""
+        self.directory.event(kind, worker=worker, reason=text)
+        self.screen.note(text)
+        if kind == "worker_restarted":
+            self._restarted.append(worker)
 
     def remember(
         self, name: str, compute: Callable[[], Mapping[str, Any]],

@@ -76,7 +76,7 @@ def run_rl(
         assets = Assets(policy, tokenizer_path, hardware, config.model.trust_remote_code)
         named = stop_token_ids(policy, tokenizer, trust_remote_code=config.model.trust_remote_code)
         stop = with_turn_ends(named, tokenizer)
-        with open_roles(config, assets, sft.rows if sft else None, run.note) as roles:
+        with open_roles(config, assets, sft.rows if sft else None, run.note, run.fault) as roles:
             run.workload = workload_of(config, assets, roles)
             evaluator = Evaluator(
                 roles.generator, roles.reward, held_out, sampling_of(config.rollout, stop, config.eval.temperature),

@@ -18,13 +18,15 @@ from rlhf_ray.roles.sft_term import SFTRows
 
 @contextmanager
 def open_roles(
-    config: RunConfig, assets: Assets, sft: SFTRows | None, note: Callable[[str], None]
-) -> Iterator[Roles]:
-    """The roles as this config places them; closed at the end, also after an error. `note` hears what it waits for."""
+    config: RunConfig, assets: Assets, sft: SFTRows | None, note: Callable[[str], None],
+    fault: Callable[[str, str, str], None] | None = None,
+) -> Iterator[Roles]:  # fmt: skip
+    """The roles as this config places them; closed at the end, also after an error. `note` hears what it waits for,
+    `fault` (kind, worker, text), in another thread, of workers that are lost and replaced; without it `note` does."""
     if config.executor == "ray":
         from rlhf_ray.remote.roles import open_remote_roles
 
-        with open_remote_roles(config, assets, sft, note) as roles:
+        with open_remote_roles(config, assets, sft, note, fault or (lambda kind, worker, text: note(text))) as roles:
             yield roles
         return
     transport = "in_process" if config.sync.transport == "auto" else config.sync.transport

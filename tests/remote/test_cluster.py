@@ -25,6 +25,7 @@ from rlhf_ray.remote import roles as remote_roles
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew
+from rlhf_ray.remote.health import Limits
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.placement import Placement, Seat, options_of, placed, plan_seats
 from rlhf_ray.remote.roles import _lend_gpus, open_remote_roles
@@ -275,7 +276,7 @@ def test_colocated_workers_see_the_gpu_of_the_rank_they_share_with(two_gpu_machi
         *VLLM, "ray.colocate=true", "learner.engine=deepspeed", "learner.world_size=2", "generator.count=2"
     )
     plan = plan_seats(config, "cuda", "cuda_ipc")
-    team = Crew()
+    team = Crew(Limits.of(config.ray))
     with placed(plan, 30, colocated=True) as group:
         try:
             for seat in plan.seats:

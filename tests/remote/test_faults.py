@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ import pytest
 
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.remote.calls import Call
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.start.rl import run_rl
 
@@ -65,9 +67,8 @@ def disturbed(folder: Path, host: str, sign: signal.Signals) -> Iterator[dict[st
 @pytest.mark.parametrize(("host", "sign", "name", "overrides"), [
     ("LearnerHost", signal.SIGKILL, r"learner rank [01] \(node", SHARDED),
     ("GeneratorHost", signal.SIGKILL, r"generator [01] \(node", ("generator.count=2",)),
-    ("ReferenceHost", signal.SIGKILL, r"reference \(node", ("algorithm.kl_coef=0.01",)),
     ("LearnerHost", signal.SIGSTOP, r"learner rank [01] \(node .* hangs", SHARDED),
-], ids=["learner rank", "generator", "reference", "stopped learner rank"])  # fmt: skip
+], ids=["learner rank", "generator", "stopped learner rank"])  # fmt: skip
 def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, overrides):
     config = tiny_config("executor=ray", "steps=100000", *overrides)
     with disturbed(tmp_path / "run", host, sign) as report, pytest.raises(RlhfRayError, match=name) as caught:
@@ -75,6 +76,46 @@ def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, ove
     assert f"pid {report['pid']})" in str(caught.value)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and f"pid {report['pid']}" in summary["error"]
+    require_no_actors()
+
+
+# (worker, method) -> in which of its calls its process is killed, while it is under way
+STRIKES = {("reward", "score"): 2, ("reference", "logprobs"): 2, ("reference", "cut"): 3}
+
+
+@pytest.fixture
+def strikes(monkeypatch) -> list[str]:
+    """Kills as STRIKES has it; filled with who was struck."""
+    struck, seen, start = [], Counter(), Call.start
+
+    def strike(call: Call) -> None:
+        start(call)
+        key = call.worker.name, call.name
+        seen[key] += 1
+        if seen[key] == STRIKES.get(key):
+            struck.append(" ".join(key))
+            os.kill(call.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Call, "start", strike)
+    return struck
+
+
+def test_a_lost_reward_and_reference_change_no_bit_of_the_result(tiny_config, tmp_path, strikes, capsys):
+    """Killed while they judge and compute, and while what one of them has computed is still to be sent on."""
+    options = ("algorithm.kl_coef=0.01", "steps=4", "eval.size=2")
+    run_rl(tiny_config(*options), tmp_path / "calm")
+    run_rl(tiny_config("executor=ray", *options), tmp_path / "run")
+    assert sorted(strikes) == sorted(map(" ".join, STRIKES))
+    said = capsys.readouterr().out
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("calm", "run")]
+    assert weights[0] == weights[1], "bit for bit"
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    lost = [event for event in events if event["event"] == "worker_lost"]
+    assert Counter(event["worker"] for event in lost) == {"reward": 1, "reference": 2}
+    assert all(f"{event['worker']} (node " in event["reason"] and event["reason"] in said for event in lost)
+    assert [event["worker"] for event in events if event["event"] == "worker_restarted"].count("reference") == 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and sum(row["fault/restarts"] for row in rows) == 3
     require_no_actors()
 
 

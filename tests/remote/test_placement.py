@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 
@@ -9,7 +11,6 @@ from rlhf_ray.config.load import load_config, on_device
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import PlacementError
 from rlhf_ray.remote.calls import Worker
-from rlhf_ray.remote.crew import Crew
 from rlhf_ray.remote.placement import Placement, Seat, check_fit, choose_transport, plan_seats
 from rlhf_ray.remote.roles import _devices
 
@@ -155,10 +156,9 @@ def test_a_worker_without_cpu_share_still_has_a_bundle(tiny_config):
 
 def test_what_a_run_occupies(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 2.0})
-    assert _devices(Crew(), THREE_GPUS, "cuda") == {"devices": 3.0, "device_name": "H100"}
+    on = {"learner rank 0": "node-a", "reward": "node-b", "generator 0": "node-a"}
+    crew = SimpleNamespace(workers=[Worker(name, None, node) for name, node in on.items()])
+    assert _devices(crew, THREE_GPUS, "cuda") == {"devices": 3.0, "device_name": "H100"}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"accelerator_type:H100": 1.0, "accelerator_type:L4": 1.0})
-    assert _devices(Crew(), THREE_GPUS, "cuda")["device_name"] is None, "two kinds have no common peak"
-    crew = Crew()
-    crew.workers = [Worker("learner rank 0", None, "node-a"), Worker("reward", None, "node-b"),
-                    Worker("generator 0", None, "node-a")]  # fmt: skip
+    assert _devices(crew, THREE_GPUS, "cuda")["device_name"] is None, "two kinds have no common peak"
     assert _devices(crew, THREE_GPUS, "cpu") == {"devices": 2.0, "device_name": "cpu"}, "machines"

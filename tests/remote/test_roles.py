@@ -51,7 +51,7 @@ def modules_of_actors(monkeypatch) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     built = Crew.built
 
-    def look(crew: Crew) -> None:
+    def look(crew: Crew, *given) -> None:
         def imported(host) -> set[str]:
             import sys
 
@@ -59,7 +59,7 @@ def modules_of_actors(monkeypatch) -> dict[str, set[str]]:
 
         for worker in crew.workers:
             found[worker.name] = ray.get(worker.actor.__ray_call__.remote(imported))
-        built(crew)
+        built(crew, *given)
 
     monkeypatch.setattr(Crew, "built", look)
     return found

@@ -7,24 +7,29 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import ray
 
 from rlhf_ray import errors
+from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
 from rlhf_ray.remote import calls, crew
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.failures import ForeignError, LostError, reported
+from rlhf_ray.remote.health import Limits
 from rlhf_ray.remote.host import Host
+from rlhf_ray.remote.supervisor import Tell, untold
 
 pytestmark = pytest.mark.engine
 
 # Workers cannot import a test module.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
+LIMITS = Limits.of(RayConfig())
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
 
 
@@ -53,6 +58,18 @@ class Toy(Host):
         return [value] * 3, None
 
     @reported
+    def learn(self, what):
+        self.knows = what
+
+    @reported
+    def pid_and_more(self, seconds, fails_in=None):
+        """(pid, what it has learned), after a while; in that process it ends in `fails_in[1]`."""
+        time.sleep(seconds)
+        if fails_in and fails_in[0] in (os.getpid(), "any"):
+            raise fails_in[1]
+        return os.getpid(), self.knows
+
+    @reported
     def fail_after_a_peers_death(self, pid):
         """What a rank of a collective does: it waits for its peer, and hears only that the connection closed."""
         while os.path.exists(f"/proc/{pid}"):
@@ -62,17 +79,18 @@ class Toy(Host):
 
 @pytest.fixture
 def hire(own_ray, tmp_path):
-    """`hire(2)`: a watched crew of two toys; `loaded=False`: one that still imports its libraries."""
+    """`hire(2)`: a watched crew of two toys; `loaded=False`: one that still imports its libraries; `loads={...}`: seats
+    that another process may take."""
     crews = []
 
-    def make(count: int, loaded: bool = True) -> Crew:
-        made = Crew()
+    def make(count: int, loaded: bool = True, limits: Limits = LIMITS, tell: Tell = untold, **built) -> Crew:
+        made = Crew(limits, tell)
         crews.append(made)
         for rank in range(count):
             made.hire(Toy, f"learner rank {rank}", {"num_cpus": 0.1}, str(tmp_path))
         made.locate(Deadline(60, "ray.start_deadline_s"))
         if loaded:
-            made.built()
+            made.built(**built)
         return made
 
     yield make
@@ -148,19 +166,15 @@ def test_a_death_between_calls_is_noticed_at_the_next(hire):
         team.result(call(team, 0, Toy.wait, 30))
 
 
-def test_a_stopped_worker_is_noticed_by_its_silence(hire, monkeypatch):
-    monkeypatch.setattr(crew, "PULSE_S", 1.0)
-    monkeypatch.setattr(crew, "SILENCE_S", 4.0)
-    team = hire(2)
+def test_a_stopped_worker_is_noticed_by_its_silence(hire):
+    team = hire(2, limits=replace(LIMITS, pulse_s=1, suspect_s=1, silence_s=4))
     os.kill(team.workers[1].pid, signal.SIGSTOP)
     with pytest.raises(DeadlineError, match=r"learner rank 1 .* hangs: it gave no sign of life for \d+ s"):
         team.result(call(team, 1, Toy.echo, 1, seconds=2000))
 
 
-def test_while_models_load_a_death_is_noticed_and_silence_is_not(hire, monkeypatch):
-    monkeypatch.setattr(crew, "PULSE_S", 0.5)
-    monkeypatch.setattr(crew, "SILENCE_S", 1.0)
-    team = hire(2, loaded=False)
+def test_while_models_load_a_death_is_noticed_and_silence_is_not(hire):
+    team = hire(2, loaded=False, limits=replace(LIMITS, pulse_s=0.5, suspect_s=0.5, silence_s=1))
     os.kill(team.workers[1].pid, signal.SIGSTOP)
     assert team.result(call(team, 0, Toy.wait, 4)) == 4
     os.kill(team.workers[1].pid, signal.SIGKILL)
@@ -169,13 +183,11 @@ def test_while_models_load_a_death_is_noticed_and_silence_is_not(hire, monkeypat
 
 
 def test_real_limits_end_a_hung_run_within_a_minute():
-    assert crew.PULSE_S + crew.SILENCE_S + crew.CAUSE_S + calls.POLL_S < 55
+    assert LIMITS.pulse_s + LIMITS.silence_s + crew.CAUSE_S + crew.LOOK_S + calls.POLL_S < 55
 
 
-def test_a_worker_that_computes_is_not_taken_for_a_hung_one(hire, monkeypatch):
-    monkeypatch.setattr(crew, "PULSE_S", 0.5)
-    monkeypatch.setattr(crew, "SILENCE_S", 2.0)
-    team = hire(1)
+def test_a_worker_that_computes_is_not_taken_for_a_hung_one(hire):
+    team = hire(1, limits=replace(LIMITS, pulse_s=0.5, suspect_s=1, silence_s=2))
     assert team.result(call(team, 0, Toy.wait, 6)) == 6
 
 
@@ -214,3 +226,61 @@ def test_dismissed_workers_are_gone_even_a_stopped_one(hire):
     # Ray asks first, and kills a process that does not answer after 5 s. The test's time limit ends it.
     while any(map(os.path.exists, (f"/proc/{pid}" for pid in pids))):
         time.sleep(0.1)
+
+
+ANEW = {"learner rank 0": [(Toy.learn, ("all",))]}
+
+
+def kinds(told: list[tuple[str, str, str]]) -> list[str]:
+    return [kind for kind, *_ in told]
+
+
+def test_the_seat_of_a_killed_worker_is_taken_by_another_and_its_call_goes_out_again(hire):
+    told = []
+    team = hire(2, tell=lambda *said: told.append(said), loads=ANEW)
+    first = team.workers[0].pid
+    dies_in(0.5, team, 0)
+    # The other one's wait is not ended by it.
+    (pid, knows), other = team.results([call(team, 0, Toy.pid_and_more, 2), call(team, 1, Toy.wait, 3)])
+    assert knows == "all" and other == 3 and pid == team.workers[0].pid != first
+    assert kinds(told) == ["worker_lost", "worker_restarted"]
+    assert {name for _, name, _ in told} == {"learner rank 0"}
+    assert f"pid {first}) died: Worker unexpectedly exits" in told[0][2] and f"pid {pid}) has taken" in told[1][2]
+    os.kill(team.workers[1].pid, signal.SIGKILL)
+    with pytest.raises(LostError, match="learner rank 1 .* died"):
+        team.result(call(team, 0, Toy.wait, 60, seconds=100))
+
+
+def test_a_process_that_broke_is_replaced_though_it_lives(hire):
+    told = []
+    team = hire(1, tell=lambda *said: told.append(said), loads=ANEW)
+    first = team.workers[0].pid
+    pid, _ = team.result(call(team, 0, Toy.pid_and_more, 0, (first, MemoryError("no room"))))
+    assert pid != first and kinds(told) == ["worker_lost", "worker_restarted"]
+    assert told[0][2].startswith("learner rank 0: pid_and_more failed: MemoryError: no room; its process")
+    with pytest.raises(ForeignError, match="bad row"):
+        team.result(call(team, 0, Toy.pid_and_more, 0, ("any", ValueError("bad row"))))
+    assert len(told) == 2, "work that fails everywhere is not repeated"
+
+
+def test_a_worker_that_stops_for_a_while_is_waited_for_and_one_that_stays_stopped_is_replaced(hire):
+    told = []
+    limits = replace(LIMITS, pulse_s=0.5, suspect_s=1.5, silence_s=8)
+    team = hire(1, limits=limits, tell=lambda *said: told.append(said), loads=ANEW)
+    team.result(call(team, 0, Toy.learn, "all"))
+    first = team.workers[0].pid
+    os.kill(first, signal.SIGSTOP)
+    threading.Timer(4, partial(os.kill, first, signal.SIGCONT)).start()
+    assert team.result(call(team, 0, Toy.pid_and_more, 1)) == (first, "all")
+    while len(told) < 2:  # the test's time limit ends it
+        time.sleep(0.1)
+    assert kinds(told) == ["worker_silent", "worker_answers"]
+    os.kill(first, signal.SIGSTOP)
+    pid, _ = team.result(call(team, 0, Toy.pid_and_more, 0))
+    assert pid != first and kinds(told)[2:] == ["worker_silent", "worker_lost", "worker_restarted"]
+
+
+def test_a_seat_that_kills_everybody_ends_the_run(hire):
+    team = hire(1, limits=replace(LIMITS, restarts=1), loads=ANEW)
+    with pytest.raises(LostError, match="no room.* it had been started again once within an hour, and ray.restarts=1"):
+        team.result(call(team, 0, Toy.pid_and_more, 0, ("any", MemoryError("no room"))))

@@ -1,0 +1,198 @@
+"""Watches the processes of a run and gives a lost one's seat to another, as far as its role allows it.
+
+Decisions only: `World` does what they say, with Ray (`remote/processes.py`) or in a test that simulates it. One thread
+calls `step` over and over; others read `lost` and `ready`, and send in what they saw.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+from rlhf_ray.clock import Clock
+from rlhf_ray.errors import DeadlineError, RlhfRayError
+from rlhf_ray.remote.calls import Call, Worker, death, reason_of, silence
+from rlhf_ray.remote.failures import CutError
+from rlhf_ray.remote.health import Health, Limits, State
+
+# (kind of event, worker, a sentence for people)
+Tell = Callable[[str, str, str], None]
+
+
+def untold(kind: str, worker: str, text: str) -> None:
+    """The `tell` of those who do not want to know."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What has come of the process in a seat."""
+
+    name: str
+    kind: Literal["alive", "out of reach", "died", "loaded"]
+    error: BaseException | None = None
+
+
+class World(Protocol):
+    """The processes in the seats."""
+
+    def feel(self, name: str) -> None:
+        """Ask for a sign of life."""
+
+    def wait(self, seconds: float) -> list[Sign]:
+        """Signs of the processes that sit there now; [] if there are none within `seconds`. Who was out of reach is
+        asked again by itself."""
+
+    def restart(self, name: str) -> None:
+        """Begin to load another process for the seat: it will be `loaded`, or `died`."""
+
+    def end(self, name: str) -> None:
+        """End the seat's process, also one that is still loading; no more signs come of it."""
+
+    def who(self, name: str) -> Worker:
+        """The seat with the process that is or was last there, for messages; it does not change any more."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A seat that stays empty, who was the last to sit there, and the error to raise, given what the run was doing."""
+
+    name: str
+    who: str
+    error: Callable[[str], RlhfRayError]
+
+
+class Supervisor:
+    """
+    Args:
+        tell: hears of every fault and what was done about it, in the thread that calls `step`.
+    """
+
+    def __init__(
+        self, world: World, names: Iterable[str], limits: Limits, clock: Clock, tell: Tell = untold
+    ) -> None:  # fmt: skip
+        self.world = world
+        self.limits = limits
+        self.tell = tell
+        self.seats = {name: Health(limits, clock) for name in names}
+        self.replaceable: frozenset[str] = frozenset()
+        self.lost: Loss | None = None
+        self._said: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for name in self.seats:
+            world.feel(name)
+
+    # ------------------------------------------------------------ for other threads
+
+    def built(self, replaceable: Iterable[str]) -> None:
+        """Everything is loaded: from now on silence counts, and another process may take a seat that is replaceable."""
+        self.replaceable = frozenset(replaceable)
+        self._said.put(self._all_loaded)
+
+    def report(self, call: Call, error: RlhfRayError) -> None:
+        """A call of a replaceable seat was lost."""
+        self._said.put(partial(self._failed, call, error))
+
+    def ready(self, call: Call) -> bool:
+        """Whether a call that was lost may go out again: to another process, or to one that was out of reach."""
+        moved = call.process is not call.worker.process
+        return self.seats[call.worker.name].state is State.HEALTHY and (moved or call.cut_off)
+
+    # ------------------------------------------------------------ one look
+
+    def step(self, seconds: float) -> None:
+        """Wait for signs at most so long, and act on what there is."""
+        for sign in self.world.wait(seconds):
+            self._hear(sign)
+        while not self._said.empty():
+            self._said.get()()
+        for name in self.seats:
+            self._look(name)
+
+    def _hear(self, sign: Sign) -> None:
+        name, health = sign.name, self.seats[sign.name]
+        if health.state is State.DEAD:
+            return  # one that was given up says something after all
+        if sign.kind == "died":
+            who, error = self.world.who(name), sign.error or RuntimeError("no reason is known")
+            return self._lose(name, f"{who} died: {reason_of(error)}", partial(death, who, error))
+        if sign.kind == "loaded":
+            health.loaded()
+            self.tell("worker_restarted", name, f"{self.world.who(name)} has taken the place of the one that was lost")
+        elif sign.kind == "alive":
+            suspected, silent = health.state is State.SUSPECT, health.silent
+            health.heard()
+            if suspected:
+                self.tell("worker_answers", name, f"{self.world.who(name)} answers again, after {silent:.0f} s")
+        else:
+            return self._doubt(name)
+        self.world.feel(name)
+
+    def _look(self, name: str) -> None:
+        health = self.seats[name]
+        before, silent = health.state, health.silent
+        state = health.look()
+        if state is State.SUSPECT and before is State.HEALTHY:
+            self._tell_silence(name)
+        elif state is State.DEAD and before is State.RESTARTING:
+            text = f"{name} did not load within {self.limits.start_s:.0f} s (ray.start_deadline_s)"
+            self._vacate(name, text, lambda when: DeadlineError(f"{text}; then resume with --resume auto"))
+        elif state is State.DEAD and before is not State.DEAD:
+            who = self.world.who(name)
+            self._vacate(name, f"{who} gave no sign of life for {silent:.0f} s", partial(silence, who, silent))
+        elif name in self.replaceable and health.due:
+            health.restart()
+            self.world.restart(name)
+
+    def _doubt(self, name: str) -> None:
+        if self.seats[name].state is State.HEALTHY:
+            self.seats[name].doubt()
+            self._tell_silence(name)
+
+    def _tell_silence(self, name: str) -> None:
+        most = self.limits.pulse_s + self.limits.silence_s
+        text = f"{self.world.who(name)} gives no sign of life; it is waited for, up to {most:.0f} s (ray.silence_s)"
+        self.tell("worker_silent", name, text)
+
+    def _failed(self, call: Call, error: RlhfRayError) -> None:
+        name = call.worker.name
+        if call.process is not call.worker.process:
+            return  # of one that has been replaced meanwhile
+        if isinstance(error, CutError):
+            self._doubt(name)
+        elif self.seats[name].state in (State.HEALTHY, State.SUSPECT):
+            self._lose(name, str(error).partition("\n")[0], lambda when: error)
+
+    def _all_loaded(self) -> None:
+        for health in self.seats.values():
+            if health.state is State.RESTARTING:
+                health.loaded()
+
+    # ------------------------------------------------------------ a loss
+
+    def _lose(self, name: str, what: str, error: Callable[[str], RlhfRayError]) -> None:
+        self.seats[name].lose()
+        self._vacate(name, what, error)
+
+    def _vacate(self, name: str, what: str, error: Callable[[str], RlhfRayError]) -> None:
+        health = self.seats[name]
+        if name not in self.replaceable:
+            self._give_up(name, error)
+            return
+        self.world.end(name)
+        self.tell("worker_lost", name, what)
+        if health.spent:
+            self._give_up(name, partial(self._spent, error, health.restarts))
+
+    def _give_up(self, name: str, error: Callable[[str], RlhfRayError]) -> None:
+        self.lost = self.lost or Loss(name, str(self.world.who(name)), error)
+
+    def _spent(self, error: Callable[[str], RlhfRayError], restarts: int, when: str) -> RlhfRayError:
+        last = error(when)
+        if not restarts:
+            return last
+        times = "once" if restarts == 1 else f"{restarts} times"
+        return type(last)(
+            f"{last}; it had been started again {times} within an hour, and ray.restarts={self.limits.restarts}"
+        )
