@@ -81,7 +81,7 @@ class Loss:
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Means over the tokens of a step, from sums as `stats` has them."""
-        count = totals["count"]
+        count = max(1.0, totals["count"])  # every answer of a step may be empty
         metrics = {"ratio/mean": totals["ratio_sum"] / count, "ratio/max": totals["ratio_max"]}
         if "clipped_sum" in totals:
             metrics["clipfrac"] = totals["clipped_sum"] / count

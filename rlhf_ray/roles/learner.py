@@ -119,7 +119,7 @@ class Learner(TrainingRole):
         if self.config.stop_kl is None:
             return False
         totals = stats.over_ranks(self.engine)
-        return totals["approx_kl_sum"] / totals["count"] > self.config.stop_kl
+        return totals["approx_kl_sum"] / max(1.0, totals["count"]) > self.config.stop_kl
 
     def _loss(
         self, micro: MicroBatch, share: Share, *, kl_coef: float, entropy_coef: float, first_epoch: bool
@@ -190,7 +190,7 @@ class Learner(TrainingRole):
 
     def metrics(self, totals: dict[str, float], step: Step) -> dict[str, float]:
         """By their final names; losses are averaged over the optimiser steps."""
-        count, updates = totals["count"], len(step.grad_norms)
+        count, updates = max(1.0, totals["count"]), len(step.grad_norms)
         finite = [norm for norm in step.grad_norms if math.isfinite(norm)]
         metrics = {name: value / updates for name, value in totals.items() if name.startswith("loss/")}
         mismatch = {name.partition("/")[2]: value for name, value in totals.items() if name.startswith("mismatch/")}

@@ -198,6 +198,17 @@ def test_waves_of_empty_answers_count_for_nothing(tiny, learner_of, batch_of):
     assert metrics[0] == pytest.approx(metrics[2], abs=1e-6) and metrics[1] == pytest.approx(metrics[2], abs=1e-6)
 
 
+@pytest.mark.parametrize("waves", [(), [[0, 1], [2]]], ids=["at once", "waves"])
+def test_a_step_of_empty_answers_moves_nothing(tiny, learner_of, critic_of, batch_of, waves):
+    rows = batch_of([((2, 3), ()), ((2, 3), ()), ((4,), ())])
+    zero = torch.zeros(rows.tokens.shape)
+    rows = rows.replace(advantages=torch.ones(3), values=zero, returns=zero, logp_ref=zero)
+    learner, critic = learner_of(tiny(), {"kl_coef": 0.1}), critic_of()
+    metrics = one_step(critic, rows, 0, waves=waves) | one_step(learner, rows, 0, 0.1, waves=waves)
+    assert metrics["grad_norm"] == metrics["loss/policy"] == metrics["critic/grad_norm"] == metrics["ratio/max"] == 0
+    assert distance(learner.engine, engine(tiny())) == 0
+
+
 def test_waves_of_a_critic_are_one_step(critic_of, batch):
     one, other = critic_of(), critic_of(tokens_per_microbatch=9)
     for step in range(3):
