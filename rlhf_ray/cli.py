@@ -1,4 +1,4 @@
-"""The command line: its commands are in commands/, one file each.
+"""The command line: its commands are in commands/, a file or a folder each.
 
 Heavy packages are imported inside the commands, so that `rlhf-ray --help` answers at once.
 """
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.commands.classifier import classifier
-from rlhf_ray.commands.doctor import doctor
+from rlhf_ray.commands.doctor.command import doctor
 from rlhf_ray.commands.dpo import dpo
 from rlhf_ray.commands.eval import evaluate
 from rlhf_ray.commands.generate.command import generate

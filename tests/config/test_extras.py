@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.commands import doctor
+from rlhf_ray.commands.doctor.checks import EXTRAS
 from rlhf_ray.config import extras
 from rlhf_ray.config.evaluation import EvalRunConfig
 from rlhf_ray.config.extras import needs_of, require
@@ -88,5 +88,5 @@ def test_the_refusal_names_every_package_and_what_to_install(nothing_installed):
 
 
 def test_the_extras_are_those_of_pyproject():
-    for extra, (_, packages) in doctor.EXTRAS.items():
+    for extra, (_, packages) in EXTRAS.items():
         assert {re.split(r"[<>=]", requirement)[0] for requirement in requirements_of(extra)} == set(packages), extra

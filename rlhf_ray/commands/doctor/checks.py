@@ -16,9 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
+from typing import Literal
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.sandbox import sandbox_tier
@@ -57,11 +55,6 @@ class Probe:
     ok: bool
     text: str
     late: bool = False  # neither good nor bad: it did not end in time
-
-
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Check this machine: versions, devices, Ray, vLLM, DeepSpeed, memory, disk. Each failing line names its remedy."""
-    raise typer.Exit(run_doctor(as_json=as_json))
 
 
 def diagnose(folder: str | Path = ".") -> list[Check]:
