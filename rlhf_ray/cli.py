@@ -28,9 +28,10 @@ from rlhf_ray.commands.rm import rm
 from rlhf_ray.commands.serve_reward import serve_reward
 from rlhf_ray.commands.sft import sft
 from rlhf_ray.commands.validate_data import validate_data
-from rlhf_ray.errors import RlhfRayError, Terminated
+from rlhf_ray.errors import AGAIN, CONFIG, DATA, DIVERGED, INTERRUPTED, UNEXPECTED, RlhfRayError, exit_status
 from rlhf_ray.models.library_logs import quiet
 from rlhf_ray.models.threads import wait_briefly
+from rlhf_ray.run.stopping import terminated
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -38,6 +39,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    epilog=(
+        f"Exit status: 0 done; {CONFIG} the settings are wrong; {DATA} data, a model, a reward or a checkpoint cannot "
+        f"be used; {DIVERGED} the training has diverged; {AGAIN} a worker, the cluster or the disk failed: the same "
+        f"with --resume auto may work; {INTERRUPTED} interrupted; {UNEXPECTED} anything else."
+    ),
 )
 
 for command in (
@@ -62,11 +68,6 @@ def _options(
     """Align language models with reinforcement learning, on one machine or on a Ray cluster."""
 
 
-def _terminated(number: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a second one must not interrupt the run's last words
-    raise Terminated
-
-
 def _plain_warnings() -> None:
     """Warnings without the place in the source that they come from; those that libraries mean for programmers: none."""
     warnings.formatwarning = lambda message, *_: f"rlhf-ray: warning: {message}\n"
@@ -80,12 +81,12 @@ def main() -> None:
     wait_briefly()
     quiet()
     _plain_warnings()
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     try:
         app()
     except RlhfRayError as error:
         print(f"rlhf-ray: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ who do not know these names. Every message says what is wrong, why, and what to 
 
 from __future__ import annotations
 
+# What a command's exit status says. A supervisor may start a command again after AGAIN, and after no other.
+UNEXPECTED, CONFIG, DATA, DIVERGED, AGAIN, INTERRUPTED = 1, 2, 3, 4, 75, 130
+
 
 class RlhfRayError(Exception):
     """Base of everything this package raises on purpose."""
@@ -71,7 +74,11 @@ class DivergenceError(RlhfRayError, ArithmeticError):
 
 
 class StageError(RlhfRayError, RuntimeError):
-    """A stage of a pipeline failed; the message names it and its exit status."""
+    """A stage of a pipeline failed; the message names it, `status` is its exit status."""
+
+    def __init__(self, message: str, status: int = UNEXPECTED) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Terminated(KeyboardInterrupt):
@@ -80,3 +87,30 @@ class Terminated(KeyboardInterrupt):
 
 class StorageError(RlhfRayError, OSError):
     """The disk does not take our bytes: full, over quota, read-only or forbidden."""
+
+
+# By the class of the error that ends a command, or the nearest one above it.
+EXIT_STATUS: dict[type[BaseException], int] = {
+    ConfigError: CONFIG,
+    DataError: DATA,
+    ModelError: DATA,
+    RewardError: DATA,
+    CheckpointError: DATA,
+    StepError: UNEXPECTED,
+    DivergenceError: DIVERGED,
+    PlacementError: AGAIN,
+    WorkerError: AGAIN,
+    DeadlineError: AGAIN,
+    EngineError: AGAIN,
+    RequestError: AGAIN,
+    SyncError: AGAIN,
+    StorageError: AGAIN,
+    KeyboardInterrupt: INTERRUPTED,
+}
+
+
+def exit_status(error: BaseException) -> int:
+    """What a command that `error` has ended tells whoever started it. A failed stage's is the pipeline's, too."""
+    if isinstance(error, StageError):
+        return error.status
+    return next((EXIT_STATUS[kind] for kind in type(error).__mro__ if kind in EXIT_STATUS), UNEXPECTED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import yaml
@@ -71,8 +73,23 @@ def test_a_classifier_reads_text_and_label(rlhf_ray, file, tmp_path):
 )
 def test_bad_input_is_status_2_and_one_paragraph(rlhf_ray, file, tmp_path, overrides, expected):
     status, out, err = rlhf_ray("sft", file, *overrides, "--run-dir", tmp_path / "run")
-    assert status == 2 and err.startswith("rlhf-ray: ") and expected in err
+    assert status == (3 if "gone" in expected else 2) and err.startswith("rlhf-ray: ") and expected in err
     assert "Traceback" not in err + out and not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_lets_the_step_end(rlhf_ray, file, tmp_path, monkeypatch):
+    from rlhf_ray.roles.supervised import SupervisedTrainer
+
+    real = SupervisedTrainer.step
+
+    def step(self, rows, lr):
+        if self.engine.steps == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, rows, lr)
+
+    monkeypatch.setattr(SupervisedTrainer, "step", step)
+    status, out, _ = rlhf_ray("sft", file, "--run-dir", tmp_path / "run")
+    assert status == 130 and "interrupted after step 1 of 2; the same command with --resume auto goes on" in out
 
 
 def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, file, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_ray.config.shipped import PREFIX, shipped_config
+from rlhf_ray.errors import INTERRUPTED
 from rlhf_ray.models.library_logs import quiet_libraries
 
 
@@ -65,4 +66,4 @@ def interruptible(how_to_go_on: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(f"rlhf-ray: interrupted{how_to_go_on}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None

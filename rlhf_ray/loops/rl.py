@@ -36,7 +36,7 @@ def train(
     push_weights(start, roles, rollouts, canary, run)
     before = run.remember("before", lambda: evaluator.evaluate(start))
     run.begin()
-    for step in range(start, config.steps):
+    for step in run.steps(start):
         with run.timer("step"):
             scored = rollouts.next(step)
             kl_coef = linear(kl.coef, config.algorithm.kl_coef_end, step, config.steps)
@@ -64,8 +64,7 @@ def train(
                     metrics |= numbers_of(evaluator.evaluate(step + 1), "eval/")
         run.log(step + 1, metrics, scored.batch.rows, scored.scores, scored.sources)
         # After the log, in the next step's time: a kill between the two repeats a row; the other way round it is lost.
-        due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
-        if due or step + 1 == config.steps:
+        if run.is_checkpoint_due(step + 1):
             save(step + 1, kl, roles, rollouts, run)
     return {"before": before, "after": evaluator.evaluate(max(start, config.steps))}
 

@@ -137,7 +137,7 @@ def train(
     before = run.remember("before", lambda: evaluator.evaluate(trainer))
     run.begin()
     every = config.eval.every or batches.per_epoch
-    for step in range(start, config.steps):
+    for step in run.steps(start):
         if seen.gives_up(config.eval):
             break
         best_before = seen.best_step
@@ -157,7 +157,7 @@ def train(
                 samples = evaluator.samples(trainer)
         run.log_step(step + 1, metrics, samples)
         improved = config.eval.keep_best and seen.best_step != best_before
-        if improved or last or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+        if improved or run.is_checkpoint_due(step + 1):
             save(step + 1, seen, trainer, run)
     kept = run.steps_done
     if config.eval.keep_best and seen.best_step not in (None, kept):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rlhf_ray.run.loggers import Metrics, Recorder, rollout_rows
 from rlhf_ray.run.observer import Alarm, Observer, Observers, StepRecord
 from rlhf_ray.run.progress import Screen
 from rlhf_ray.run.resume import BEGINNING, changes_to_say, refuse_other_beginnings
+from rlhf_ray.run.stopping import Stop
 from rlhf_ray.run.storage import opened, read_object, sealed, to_json, write_atomically
 from rlhf_ray.run.timer import Timer
 
@@ -56,6 +57,7 @@ class TrainingRun:
         self.directory = directory
         self.clock = clock
         self.timer = Timer(clock)
+        self.stop = Stop()
         settings = config.checkpoint
         self.checkpoints = Checkpoints(
             directory.checkpoints, settings.keep, on_event=lambda kind, fields: directory.event(kind, **fields),
@@ -115,6 +117,22 @@ class TrainingRun:
     def begin(self) -> None:
         """The steps begin: the time left is reckoned from here."""
         self.screen.begin(self.config.name, self.config.steps, self.steps_done)
+
+    def steps(self, start: int) -> Iterator[int]:
+        """The numbers of the steps from `start` on, until the last one, or until somebody has asked the run to stop.
+
+        Raises KeyboardInterrupt in that case, once the step that was going on has ended.
+        """
+        self.stop.listen()
+        for step in range(start, self.config.steps):
+            yield step
+            self.stop.go()
+        self.stop.forget()
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """After `step` steps: by `checkpoint.every`, at the end, and before a stop."""
+        every = self.config.checkpoint.every
+        return step == self.config.steps or self.stop.requested or bool(every and step % every == 0)
 
     def log(
         self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores, sources: Sequence[str] = ()
@@ -220,6 +238,7 @@ class TrainingRun:
 
     def fail(self, error: BaseException) -> None:
         """`finish` for a run that `error` (or Ctrl-C, or SIGTERM) has ended; never hides that behind one of its own."""
+        self.stop.forget()
         if isinstance(error, KeyboardInterrupt):
             self.screen.close()
             self.note(self._after_interruption())

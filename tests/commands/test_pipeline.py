@@ -148,7 +148,7 @@ def test_a_package_that_the_last_stage_needs_is_missed_before_the_first(shell, f
 @pytest.mark.slow
 def test_a_command_in_a_process_of_its_own(tmp_path, capfd):
     assert stages.run_command(["--help"]) == 0
-    assert stages.run_command(["validate-data", str(tmp_path / "none.jsonl")]) == 2
+    assert stages.run_command(["validate-data", str(tmp_path / "none.jsonl")]) == 3
     printed = capfd.readouterr()
     assert "quickstart" in printed.out and "none.jsonl" in printed.err
 
@@ -160,10 +160,10 @@ from pathlib import Path
 from rlhf_ray import cli
 from rlhf_ray.commands.pipeline import stages
 
-signal.signal(signal.SIGTERM, cli._terminated)
+signal.signal(signal.SIGTERM, cli.terminated)
 
 def slow_to_stop(arguments):
-    signal.signal(signal.SIGTERM, cli._terminated)
+    signal.signal(signal.SIGTERM, cli.terminated)
     Path("started").touch()
     try:
         time.sleep(60)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 import threading
 import time
 from fnmatch import fnmatchcase
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray.errors import ConfigError, DivergenceError, RewardError
+from rlhf_ray.errors import ConfigError, DivergenceError, RewardError, Terminated
 from rlhf_ray.roles import factory
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.generator_hf import HFGenerator
@@ -190,6 +192,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_config, tmp_path, stop_at, read_
     assert resumed["steps"] == 4
     events = [json.loads(line) for line in (parts / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "resumed"] == [2]
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_step_with_a_checkpoint(tiny_config, tmp_path, read_rows, monkeypatch):
+    """SIGTERM in the midst of step 2, and no checkpoint due before the end."""
+    config = tiny_config("steps=3", "checkpoint.every=0", "eval.size=2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_rl(config, whole)
+    learn = Learner.learn
+
+    def asked_to_stop(self, *args):
+        if self.engine.steps == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(self, *args)
+
+    monkeypatch.setattr(Learner, "learn", asked_to_stop)
+    with pytest.raises(Terminated):
+        run_rl(config, parts)
+    monkeypatch.setattr(Learner, "learn", learn)
+    summary = json.loads((parts / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("interrupted", 2)
+    assert (parts / "checkpoints" / "latest").read_text() == "step_2\n"
+    run_rl(config, parts, resume=True)
+    assert same(weights(whole), weights(parts)) and read_rows(parts) == read_rows(whole)
 
 
 def test_the_last_weights_of_a_stopped_run_depend_on_the_resume(tiny_config, tmp_path, read_rows):

@@ -28,14 +28,12 @@ from pydantic import BaseModel
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import dump_config, parse_config, read_yaml
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
-from rlhf_ray.errors import ConfigError, StageError, Terminated
+from rlhf_ray.errors import AGAIN, INTERRUPTED, ConfigError, StageError, Terminated
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.resume import begun
 from rlhf_ray.run.storage import read_object, write_atomically
 from rlhf_ray.start.preflight import preflight
 
-# What a shell says of a process that Ctrl-C has ended.
-_INTERRUPTED = 130
 # A stage that is told to stop may want to finish a step and write a checkpoint.
 _SECONDS_TO_STOP = 60
 
@@ -121,11 +119,12 @@ def _run_stage(stage: Stage, directory: RunDirectory, title: str) -> None:
     seconds = round(time.monotonic() - started, 1)
     if status:
         directory.event("stage_failed", stage=stage.name, exit_status=status, seconds=seconds)
-        if status in (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+        if status in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
             raise KeyboardInterrupt
         raise StageError(
             f"{title} failed ({_describe(status)}); its own message stands above. "
-            f"Mend the cause, then go on there: the same command with --run-dir {directory.path} --resume auto"
+            f"Mend the cause, then go on there: the same command with --run-dir {directory.path} --resume auto",
+            status if status > 0 else AGAIN,
         )
     directory.event("stage_finished", stage=stage.name, seconds=seconds)
 
