@@ -111,7 +111,7 @@ class Division:
             lines = np.fromiter(map(len, planned), np.int64)
         first = np.cumsum(lines) - lines
         # A rank's lines come longest first, which is the order of its passes.
-        shares = [np.asarray(share, np.int64) for share in split_ranks(range(len(lines)), sizes, self.ranks)]
+        shares = [np.asarray(share, np.int64) for share in split_ranks(np.arange(len(lines)), sizes, self.ranks)]
         parts = [_pass_sizes(sizes[share], self.max_tokens) for share in shares]
         most = max(map(len, parts))
         return [

@@ -11,8 +11,8 @@ came with the data were not sampled: `given` counts them apart, as they are lear
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 # learned: reached the learner. stale: too old for it. filtered: judged, and not chosen. failed: not judged in full.
 Outcome = Literal["learned", "stale", "filtered", "failed"]
@@ -22,20 +22,18 @@ OUTCOMES: tuple[Outcome, ...] = ("learned", "stale", "filtered", "failed")
 TERMS = (*OUTCOMES, "baseline", "lost", "open")
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):  # and not a dataclass: a step makes several for each of its groups
     samples: int = 0
     tokens: int = 0
 
-    def __add__(self, other: Count) -> Count:
+    def __add__(self, other: Count) -> Count:  # type: ignore[override]
         return Count(self.samples + other.samples, self.tokens + other.tokens)
 
     def __sub__(self, other: Count) -> Count:
         return Count(self.samples - other.samples, self.tokens - other.tokens)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A group that was dispatched and that nobody has decided on. Tokens are 0 until it is finished."""
 
     step: int  # that it was dispatched for
@@ -91,12 +89,11 @@ class Ledger:
         entry = self.open[position]
         if entry.finished:
             raise ValueError(f"the group of prompt {position} is finished already")
-        more = [Count(tokens=tokens) for tokens in (sampled, greedy, given)]
-        self.open[position] = replace(
-            entry, sampled=entry.sampled + more[0], greedy=entry.greedy + more[1], given=entry.given + more[2],
-            finished=True,
+        self.open[position] = Entry(
+            entry.step, entry.version, Count(entry.sampled.samples, sampled), Count(entry.greedy.samples, greedy),
+            Count(entry.given.samples, given), finished=True,
         )  # fmt: skip
-        self.sampled += more[0] + more[1]
+        self.sampled += Count(0, sampled + greedy)
 
     def settle(self, position: int, outcome: Outcome) -> None:
         """What became of a finished group."""
