@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from rlhf_ray.errors import DivergenceError, ModelError
+
+_SKIPPED = "skipped_steps.json"
 
 
 def check_train_dtype(dtype: torch.dtype) -> None:
@@ -90,6 +94,17 @@ class SkippedSteps:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_a_row = 0
+
+    def save(self, folder: Path, rank: int) -> None:
+        """All ranks have counted the same."""
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _SKIPPED).write_text(json.dumps({"in_a_row": self.in_a_row}), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """A restarted run must not count anew, or it would never end. Older checkpoints kept no count."""
+        file = folder / _SKIPPED
+        self.in_a_row = json.loads(file.read_text(encoding="utf-8"))["in_a_row"] if file.is_file() else 0
 
     def count(self, grad_norm: float) -> None:
         """Raises DivergenceError on reaching the limit; on every rank, for all of them have the same norm."""

@@ -216,11 +216,13 @@ class SupervisedTrainer:
 
     def save(self, folder: Path) -> Written | None:
         """Everything a bit-equal continuation needs. Collective."""
+        self._skipped.save(folder, self.engine.rank)
         return self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
         """Undo `save`. Raises CheckpointError. Collective."""
         self.engine.load(folder)
+        self._skipped.load(folder)
 
     def export_model(self, folder: Path) -> None:
         """A plain Hugging Face folder with the tokenizer, which says what ends a turn. Collective."""

@@ -301,12 +301,14 @@ class TrainingRole:
     def save(self, folder: Path) -> Written | None:
         """All that a bit-equal continuation needs; what all ranks wrote. Collective. Raises StepError inside a step."""
         self.require_no_step("save")
+        self._skipped.save(folder, self.engine.rank)
         return self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
         """Undo `save`. Collective. Raises CheckpointError, and StepError inside a step."""
         self.require_no_step("load")
         self.engine.load(folder)
+        self._skipped.load(folder)
 
 
 def dummy_of(batch: Batch) -> MicroBatch:

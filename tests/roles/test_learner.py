@@ -435,14 +435,21 @@ def test_when_every_step_is_skipped_nothing_changes(tiny, learner_of, ragged, wi
     assert distance(before, weights(learner)) == 0.0
 
 
-def test_a_training_that_has_diverged_ends(tiny, learner_of, ragged, with_advantages):
+def test_a_training_that_has_diverged_ends(tiny, learner_of, ragged, with_advantages, tmp_path):
     batch = with_advantages(ragged)
     broken = batch.replace(advantages=batch.advantages * math.nan)
     learner = learner_of(tiny(), max_skipped_steps=3)
     for advantages in (broken, broken, batch, broken, broken):  # a good step between them: counted anew
         one_step(learner, advantages, 0, 0.0)
-    with pytest.raises(DivergenceError, match=r"last 3 optimiser steps had no finite gradient .*max_skipped_steps=3"):
-        one_step(learner, broken, 0, 0.0)
+    learner.save(tmp_path)
+    restarted = learner_of(tiny(), max_skipped_steps=3)
+    restarted.load(tmp_path)  # or a run that is started again and again would never end
+    for one in (learner, restarted):
+        with pytest.raises(DivergenceError, match=r"last 3 optimiser steps had no finite gradient .*_steps=3"):
+            one_step(one, broken, 0, 0.0)
+    (tmp_path / "skipped_steps.json").unlink()  # of an older version
+    restarted.load(tmp_path)
+    one_step(restarted, broken, 0, 0.0)
 
 
 # ---- the learning rate ----------------------------------------------------------------------------------------

@@ -117,6 +117,14 @@ def test_an_alarm_is_a_line_and_an_event(recorder, capsys):
     )  # fmt: skip
 
 
+def test_skipped_steps_are_an_alarm(recorder, capsys):
+    run = recorder()
+    run.log(1, {"skipped_steps": 0.0, "critic/skipped_steps": 0.0}, ROWS, SCORES)
+    run.log(2, {"skipped_steps": 1.0, "critic/skipped_steps": 2.0}, ROWS, SCORES)
+    assert "ALARM step 2: skipped: 3 optimiser steps had no finite gradient" in capsys.readouterr().out
+    assert [(e["kind"], e["step"]) for e in run.directory.read_events() if e["event"] == "alarm"] == [("skipped", 2)]
+
+
 def test_what_is_remembered_is_measured_once(recorder):
     assert recorder().remember("before", lambda: {"accuracy": 0.5}) == {"accuracy": 0.5}
     resumed = recorder(resume=True)
