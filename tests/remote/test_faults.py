@@ -145,9 +145,11 @@ def test_a_taken_port_is_named(tiny_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("send", "sign"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)],
                          ids=["ctrl-c", "sigterm"])  # fmt: skip
 def test_an_interrupted_run_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch, send, sign):
-    """A terminal sends Ctrl-C to every process, a scheduler may tell the driver alone."""
+    """A terminal sends Ctrl-C to every process, a scheduler may tell the driver alone. A step is large enough for its
+    rewards to be computed in a thread, while others are being written."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    (tmp_path / "run.yaml").write_text(dump_config(tiny_config("executor=ray", "steps=100000")))
+    config = tiny_config("executor=ray", "steps=100000", "rollout.prompts_per_step=32")
+    (tmp_path / "run.yaml").write_text(dump_config(config))
     command = [sys.executable, "-m", "rlhf_ray.cli", "rl", tmp_path / "run.yaml", "--run-dir", tmp_path / "run"]
     run = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
