@@ -40,6 +40,13 @@ class ResumeMode(str, Enum):
 Resume = Annotated[
     ResumeMode, typer.Option("--resume", help="auto: go on from the newest checkpoint; never: start anew")
 ]
+Restart = Annotated[
+    int,
+    typer.Option(
+        "--restart", min=0, help="start again, with --resume auto, after a fault that is not the run's own (status "
+        "75, or a kill): so often in a row without a new checkpoint"
+    ),
+]  # fmt: skip
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="open all that the run would read, print the resolved config and its needs")
 ]

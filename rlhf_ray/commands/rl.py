@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import typer
+
 from rlhf_ray.commands.options import (
     ConfigFile,
     DryRun,
     Overrides,
+    Restart,
     Resume,
     ResumeMode,
     RunDir,
@@ -19,13 +22,15 @@ from rlhf_ray.models.library_logs import quiet_libraries
 
 def rl(
     config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = ResumeMode.never,
-    dry_run: DryRun = False,
+    restart: Restart = 0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Reinforcement learning: PPO, GRPO and their relatives."""
-    run(config, overrides or [], run_dir, resume, dry_run)
+    run(config, overrides or [], run_dir, resume, dry_run, restart)
 
 
-def run(config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool) -> None:
+def run(
+    config: Path, overrides: list[str], run_dir: Path | None, resume: ResumeMode, dry_run: bool, restart: int = 0
+) -> None:
     from rlhf_ray.config.load import load_config
 
     settings = load_config(config, overrides)
@@ -34,6 +39,12 @@ def run(config: Path, overrides: list[str], run_dir: Path | None, resume: Resume
 
         print_dry_run(settings, describe_plan)
         return
+    if restart:
+        from rlhf_ray.commands.restart import restarting
+
+        with interruptible():
+            again = resume is ResumeMode.auto
+            raise typer.Exit(restarting("rl", settings.name, config, overrides, run_dir, again, restart))
     quiet_libraries(settings.device)
     from rlhf_ray.commands.summary import print_summary
     from rlhf_ray.start.rl import run_rl

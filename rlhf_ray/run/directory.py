@@ -70,11 +70,7 @@ class RunDirectory:
     def open(cls, name: str, run_dir: str | Path | None = None, *, resume: bool = False,
              root: str | Path = "runs") -> RunDirectory:  # fmt: skip
         """`run_dir` where given; else, to resume, the newest run of that name; else `root/<name>-<time>`."""
-        if run_dir is None and resume:
-            run_dir = newest_run(name, root)
-        if run_dir is not None:
-            return cls(run_dir, resume=resume)
-        return cls(_unused(Path(root) / f"{_safe(name)}-{datetime.now():%Y%m%d-%H%M%S}"))
+        return cls(folder_for(name, run_dir, resume=resume, root=root), resume=resume)
 
     @property
     def config_file(self) -> Path:
@@ -151,8 +147,7 @@ class RunDirectory:
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """A fault, alarm, restart, resume: anything that is not a number of a step."""
-        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        append_line(self.events_file, {"time": now, "event": kind, **fields})
+        append_event(self.events_file, kind, **fields)
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         append_line(self.metrics_file, {"step": step, **metrics})
@@ -192,6 +187,21 @@ class RunDirectory:
                 path.unlink()
         self.summary_file.unlink(missing_ok=True)  # it told of an end that is no longer the end
         self.event("resumed", step=step, metric_rows_dropped=gone, **noted)
+
+
+def append_event(file: Path, kind: str, /, **fields: Any) -> None:
+    """A line of events.jsonl; also of a run that another process has written."""
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    append_line(file, {"time": now, "event": kind, **fields})
+
+
+def folder_for(name: str, run_dir: str | Path | None, *, resume: bool, root: str | Path = "runs") -> Path:
+    """`run_dir` where given; else, to resume, the newest run of that name; else a new `root/<name>-<time>`."""
+    if run_dir is None and resume:
+        run_dir = newest_run(name, root)
+    if run_dir is not None:
+        return Path(run_dir)
+    return _unused(Path(root) / f"{_safe(name)}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 _locks: dict[Path, IO[str]] = {}
