@@ -101,12 +101,14 @@ class Call:
         kept: references to large results, which stay references. They are final when the call has returned.
         ref: of the small one, which says that it has.
         process: to whom it was sent.
+        late: it did not return in time.
     """
 
     def __init__(self, worker: Worker, name: str, send: Callable[[ActorHandle], Any], deadline: Deadline) -> None:
         self.worker = worker
         self.name = name
         self.deadline = deadline
+        self.tries = 0
         self._send = send
         self.start()
 
@@ -115,7 +117,8 @@ class Call:
         self.process = self.worker.process
         refs = self._send(self.process.actor)
         *self.kept, self.ref = refs if isinstance(refs, list | tuple) else [refs]
-        self.parked = self.cut_off = False
+        self.parked = self.cut_off = self.late = False
+        self.tries += 1
         self.renew()
 
     def renew(self) -> None:
@@ -131,13 +134,11 @@ class Call:
 
 
 def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) -> Call:
-    """The first call that ends, well or not.
+    """The first call that ends, well or not, or is late.
 
     Args:
         check: raises if the run is lost for another reason, and sends parked calls again; called now and then with the
             calls under way.
-    Raises:
-        DeadlineError: a call did not return in time.
     """
     while True:
         if any(call.parked for call in calls):
@@ -153,14 +154,18 @@ def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) ->
             return by_ref[done[0]]
         check(calls)
         if left <= 0:
-            raise DeadlineError(
-                f"{first} did not return within {first.deadline.seconds:.0f} s: it hangs, or the work is too "
-                f"much; look at that process, raise {first.deadline.setting}, or resume with --resume auto"
-            )
+            first.late = True
+            return first
 
 
 def value_of(call: Call) -> Any:
-    """The result of a call that has ended. Raises what it raised, or LostError if its worker or its result is lost."""
+    """The result of a call that has ended. Raises what it raised, LostError if its worker or its result is lost, or
+    DeadlineError if it did not return in time."""
+    if call.late:
+        raise DeadlineError(
+            f"{call} did not return within {call.deadline.seconds:.0f} s: it hangs, or the work is too much; look at "
+            f"that process, raise {call.deadline.setting}, or resume with --resume auto"
+        )
     try:
         return ray.get(call.ref, timeout=FETCH_S)
     except RayTaskError as error:
@@ -181,14 +186,14 @@ def value_of(call: Call) -> Any:
 def first_result(
     calls: Sequence[Call],
     check: Callable[[Sequence[Call]], None],
-    again: Callable[[Call, LostError], bool] = lambda call, error: False,
+    again: Callable[[Call, LostError | DeadlineError], bool] = lambda call, error: False,
 ) -> tuple[Call, Any]:
     """The first call that returns, and its result. The first failure raises, unless `again` has parked that call."""
     while True:
         call = next_done(calls, check)
         try:
             return call, value_of(call)
-        except LostError as error:
+        except (LostError, DeadlineError) as error:
             if not again(call, error):
                 raise
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.errors import RlhfRayError, WorkerError
+from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
 from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
 from rlhf_ray.remote.failures import CutError, LostError
 from rlhf_ray.remote.health import Limits
@@ -31,7 +31,8 @@ class Crew:
     (`limits`): also when the call under way is another worker's, which would wait for the lost one in a collective. The
     seats that `built` calls replaceable are taken by another process instead, and calls that were lost go out again.
     Deaths are seen from `locate` on; silence counts from `built` on, for an import may block a process for minutes.
-    A call that is stuck in a process that still answers is left to its own deadline.
+    A call that is stuck in a process that still answers is left to its own deadline; in a replaceable seat another
+    process may try it once more.
 
     Args:
         tell: hears of every fault and what was done about it, in a thread of its own.
@@ -117,9 +118,11 @@ class Crew:
     def _loss(self) -> Loss | None:
         return self.supervisor.lost if self.supervisor else None
 
-    def _again(self, call: Call, error: LostError) -> bool:
+    def _again(self, call: Call, error: LostError | DeadlineError) -> bool:
         if self.supervisor is None or call.worker.name not in self.supervisor.replaceable:
             return False
+        if isinstance(error, DeadlineError) and call.tries > 1:
+            return False  # not that process was stuck: the work is too much
         call.park(cut_off=isinstance(error, CutError))
         self.supervisor.report(call, error)
         return True

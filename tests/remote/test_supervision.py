@@ -70,6 +70,12 @@ class Toy(Host):
         return os.getpid(), self.knows
 
     @reported
+    def hang_in(self, pid):
+        while os.getpid() == pid:
+            time.sleep(0.1)
+        return os.getpid(), self.knows
+
+    @reported
     def fail_after_a_peers_death(self, pid):
         """What a rank of a collective does: it waits for its peer, and hears only that the connection closed."""
         while os.path.exists(f"/proc/{pid}"):
@@ -278,6 +284,18 @@ def test_a_worker_that_stops_for_a_while_is_waited_for_and_one_that_stays_stoppe
     os.kill(first, signal.SIGSTOP)
     pid, _ = team.result(call(team, 0, Toy.pid_and_more, 0))
     assert pid != first and kinds(told)[2:] == ["worker_silent", "worker_lost", "worker_restarted"]
+
+
+def test_a_call_that_is_late_gets_one_more_try_in_another_process(hire):
+    told = []
+    team = hire(1, tell=lambda *said: told.append(said), loads=ANEW)
+    first = team.workers[0].pid
+    pid, _ = team.result(call(team, 0, Toy.hang_in, first, seconds=8))
+    assert pid != first and kinds(told) == ["worker_lost", "worker_restarted"]
+    assert "hang_in of learner rank 0" in told[0][2] and "did not return within 8 s" in told[0][2]
+    with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 2 s"):
+        team.result(call(team, 0, Toy.wait, 60, seconds=2))
+    assert kinds(told)[2:] == ["worker_lost", "worker_restarted"]
 
 
 def test_a_seat_that_kills_everybody_ends_the_run(hire):
