@@ -102,6 +102,7 @@ class Call:
         ref: of the small one, which says that it has.
         process: to whom it was sent.
         late: it did not return in time.
+        told_slow: somebody has been told that half of the time is gone.
     """
 
     def __init__(self, worker: Worker, name: str, send: Callable[[ActorHandle], Any], deadline: Deadline) -> None:
@@ -117,7 +118,7 @@ class Call:
         self.process = self.worker.process
         refs = self._send(self.process.actor)
         *self.kept, self.ref = refs if isinstance(refs, list | tuple) else [refs]
-        self.parked = self.cut_off = self.late = False
+        self.parked = self.cut_off = self.late = self.told_slow = False
         self.tries += 1
         self.renew()
 

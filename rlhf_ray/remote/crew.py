@@ -35,7 +35,7 @@ class Crew:
     process may try it once more.
 
     Args:
-        tell: hears of every fault and what was done about it, in a thread of its own.
+        tell: hears of every fault and what was done about it, in a thread of its own, and of slow calls.
     """
 
     def __init__(self, limits: Limits, tell: Tell = untold) -> None:
@@ -109,6 +109,7 @@ class Crew:
             for call in calls:
                 if call.parked and self.supervisor.ready(call):
                     call.start()
+                self._tell_if_slow(call)
             return
         own = next((call for call in calls if call.worker.name == self._loss.name), None)
         when = f"during {own.name}" if own else f"while the run waited for {calls[0]}" if calls else "between calls"
@@ -126,6 +127,14 @@ class Crew:
         call.park(cut_off=isinstance(error, CutError))
         self.supervisor.report(call, error)
         return True
+
+    def _tell_if_slow(self, call: Call) -> None:
+        """Once, when half of its time is gone: a run that stands still says what it waits for."""
+        under_way = call.deadline.seconds - (call.until - time.monotonic())
+        if not (call.parked or call.told_slow) and under_way > call.deadline.seconds / 2:
+            call.told_slow = True
+            text = f"{call} has been under way for {under_way:.0f} s; its limit is {call.deadline.seconds:.0f} s"
+            self.tell("call_slow", call.worker.name, f"{text} ({call.deadline.setting})")
 
     def _cause_of(self, error: WorkerError, calls: Sequence[Call]) -> RlhfRayError:
         """The death behind an error, if there is one: the error may be only what others noticed of it."""

@@ -198,9 +198,13 @@ def test_a_worker_that_computes_is_not_taken_for_a_hung_one(hire):
 
 
 def test_deadline_of_a_call(hire):
-    team = hire(1)
-    with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 1 s: .* raise ray.call_deadline_s"):
-        team.result(call(team, 0, Toy.wait, 30, seconds=1))
+    told = []
+    team = hire(1, tell=lambda *said: told.append(said))
+    with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 3 s: .* raise ray.call_deadline_s"):
+        team.result(call(team, 0, Toy.wait, 30, seconds=3))
+    [(kind, name, text)] = told
+    assert (kind, name) == ("call_slow", "learner rank 0") and text.endswith("its limit is 3 s (ray.call_deadline_s)")
+    assert text.startswith(f"wait of {team.workers[0]} has been under way for")
 
 
 def test_a_group_that_loses_a_rank_is_killed_whole(hire):
@@ -291,11 +295,11 @@ def test_a_call_that_is_late_gets_one_more_try_in_another_process(hire):
     team = hire(1, tell=lambda *said: told.append(said), loads=ANEW)
     first = team.workers[0].pid
     pid, _ = team.result(call(team, 0, Toy.hang_in, first, seconds=8))
-    assert pid != first and kinds(told) == ["worker_lost", "worker_restarted"]
-    assert "hang_in of learner rank 0" in told[0][2] and "did not return within 8 s" in told[0][2]
+    assert pid != first and kinds(told) == ["call_slow", "worker_lost", "worker_restarted"]
+    assert "hang_in of learner rank 0" in told[1][2] and "did not return within 8 s" in told[1][2]
     with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 2 s"):
         team.result(call(team, 0, Toy.wait, 60, seconds=2))
-    assert kinds(told)[2:] == ["worker_lost", "worker_restarted"]
+    assert [kind for kind in kinds(told)[3:] if kind != "call_slow"] == ["worker_lost", "worker_restarted"]
 
 
 def test_a_seat_that_kills_everybody_ends_the_run(hire):
