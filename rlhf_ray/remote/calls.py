@@ -110,6 +110,7 @@ class Call:
         self.name = name
         self.deadline = deadline
         self.tries = 0
+        self.needs_no_weights = name == "cut"  # of a generator: a process that has loaded can do it
         self._send = send
         self.start()
 

@@ -13,7 +13,7 @@ import ray
 from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
 from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
 from rlhf_ray.remote.failures import CutError, LostError
-from rlhf_ray.remote.health import Limits
+from rlhf_ray.remote.health import Limits, State
 from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.processes import Processes, Recipe, Step, kill
 from rlhf_ray.remote.supervisor import Loss, Supervisor, Tell, untold
@@ -22,6 +22,14 @@ LOOK_S = 0.5
 # How long the cause of an error may take to show: a rank hears "connection closed" before Ray reports the death.
 CAUSE_S = 5.0
 FAREWELL = Deadline(10.0, "no setting")
+
+
+class GoneError(LostError):
+    """A call was lost with a process whose place another will take; that one needs weights before it can do it."""
+
+    def __init__(self, message: str, call: Call) -> None:
+        super().__init__(message)
+        self.call = call
 
 
 class Crew:
@@ -67,18 +75,28 @@ class Crew:
         self._watcher.start()
         return places
 
-    def built(self, loads: Mapping[str, Sequence[Step]] = {}) -> None:
+    def built(self, loads: Mapping[str, Sequence[Step]] = {}, receivers: Sequence[str] = ()) -> None:
         """Everything is loaded: from now on, who says nothing for long is lost.
 
         `loads`: seats that another process may take, by name, and what it must do first. All their calls may be
-        repeated.
+        repeated, but for those of `receivers`, which need weights first: they raise GoneError.
         """
         self.processes.loads = dict(loads)
-        self.supervisor.built(loads)
+        self.supervisor.built(loads, receivers)
 
     def named(self, prefix: str) -> list[Worker]:
         """Workers of a role, in the order of hiring."""
         return [worker for worker in self.workers if worker.name.split()[0] == prefix]
+
+    def state(self, worker: Worker) -> State:
+        return self.supervisor.seats[worker.name].state
+
+    def synced(self, worker: Worker) -> None:
+        """A stale process has been sent the weights; returns when it is known."""
+        self.supervisor.synced(worker.name)
+        while self.state(worker) is State.STALE:
+            self.check()
+            time.sleep(0.05)
 
     # ------------------------------------------------------------ waiting
 
@@ -98,6 +116,8 @@ class Crew:
         """The first call that ends, and its result."""
         try:
             return first_result(calls, self.check, self._again)
+        except GoneError:
+            raise
         except WorkerError as error:
             raise self._cause_of(error, calls) from None
 
@@ -126,6 +146,8 @@ class Crew:
             return False  # not that process was stuck: the work is too much
         call.park(cut_off=isinstance(error, CutError))
         self.supervisor.report(call, error)
+        if call.worker.name in self.supervisor.receivers and not call.needs_no_weights:
+            raise GoneError(f"{error}", call)
         return True
 
     def _tell_if_slow(self, call: Call) -> None:

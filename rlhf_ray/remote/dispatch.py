@@ -59,6 +59,10 @@ class Dispatch:
         self._load[worker] -= sum(self.work[group] for group in groups)
         self._held[worker] -= sum(self.rows[group] for group in groups)
 
+    def joined(self, worker: int) -> None:
+        """It is there again, and has nothing open."""
+        self.open[worker] = []
+
     def lost(self, worker: int) -> list[int]:
         """The worker is gone. The groups that it had open go out again, before all others; they are returned."""
         again = sorted(self.open.pop(worker))

@@ -6,23 +6,25 @@ The other roles are proxies alone (`remote/proxy.py`).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.remote.batch import Part, RemoteBatch
-from rlhf_ray.remote.calls import Call, Deadline, Worker
+from rlhf_ray.remote.calls import POLL_S, Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
-from rlhf_ray.remote.crew import Crew, Group
+from rlhf_ray.remote.crew import Crew, GoneError, Group
 from rlhf_ray.remote.dispatch import Dispatch, handover
+from rlhf_ray.remote.health import State
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.hosts import GeneratorHost, Written
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.roles.batch import Rows
-from rlhf_ray.roles.protocols import Generator, Request, Sampling
+from rlhf_ray.roles.protocols import Generator, Learner, Request, Sampling
 from rlhf_ray.roles.requests import Requests
 
 if TYPE_CHECKING:
@@ -37,22 +39,26 @@ class RemoteGenerators(GeneratorsClient):
     Args:
         rows: answers that each writes side by side.
         neighbours: who holds memory on the generators' GPUs (ray.colocate).
+        learner: who sends its weights to a process that takes the place of a lost one; None: no other takes it.
     """
 
     def __init__(
         self, crew: Crew, generators: Sequence[Worker], rows: int, *,
-        workers_each: int, sync_deadline: Deadline, deadline: Deadline, neighbours: Sequence[Worker] = (),
+        workers_each: int, sync_deadline: Deadline, deadline: Deadline, learner: Learner | None = None,
+        neighbours: Sequence[Worker] = (),
     ) -> None:  # fmt: skip
         super().__init__(generators, workers_each=workers_each, deadline=sync_deadline)
         self.group = Group(crew, generators, deadline)
         self.replicas = tuple(proxy(Generator, Group(crew, [worker], deadline)) for worker in generators)
         self.rows = rows
         self.neighbours = list(neighbours)
+        self.learner = learner
         self._turn = Lock()
+        self._version = 0  # that they held when they last began to write
 
     @property
     def version(self) -> int:
-        return min(replica.version for replica in self.replicas)
+        return min(self._all_of(Generator.version.fget))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> RemoteBatch:
         """What the prompts say beside their tokens stays here, for those who judge the answers."""
@@ -65,6 +71,8 @@ class RemoteGenerators(GeneratorsClient):
         are whose."""
         asked = _Asked(Requests.of(requests), parcels)
         with self._turn:
+            if self.learner is not None:
+                self._version = self.version
             try:
                 self._write(asked, sampling, written)
             except BaseException:
@@ -84,6 +92,7 @@ class RemoteGenerators(GeneratorsClient):
         room = self.rows + 2 * least * max(rows, default=0) if len(workers) > 1 else float("inf")
         dispatch = Dispatch(work, rows, len(workers), room)
         calls: dict[int, list[Call]] = {worker: [] for worker in workers}  # under way, in order
+        gone: dict[int, Call] = {}  # of each, the last that was lost
 
         def start(worker: int, groups: Sequence[int]) -> None:
             seat, requests = self.generators[worker], asked.of_groups(groups)
@@ -91,16 +100,31 @@ class RemoteGenerators(GeneratorsClient):
             calls[worker].append(call)
 
         while True:
+            for worker in workers:
+                if self._is_back(worker, dispatch, gone.get(worker)):
+                    calls[worker].clear()  # of the process that was lost
             for worker, groups in dispatch.assign().items():
                 start(worker, groups)
             for worker in workers:
-                if dispatch.open[worker] and len(calls[worker]) < 2:
+                if dispatch.open.get(worker) and len(calls[worker]) < 2:
                     start(worker, ())
             for parcel in asked.whole_parcels():
                 written(parcel, asked.batch(asked.parcels[parcel]))
             if dispatch.done:
                 return  # a call that is still there finds nothing to do
-            call, ended = self.group.crew.next_done([call for under_way in calls.values() for call in under_way])
+            under_way = [call for of_worker in calls.values() for call in of_worker]
+            if not under_way:  # all are lost
+                self.group.crew.check()
+                time.sleep(POLL_S)
+                continue
+            try:
+                call, ended = self.group.crew.next_done(under_way)
+            except GoneError as error:
+                worker = next(worker for worker in workers if error.call in calls[worker])
+                gone[worker] = error.call
+                dispatch.lost(worker)
+                calls[worker].clear()
+                continue
             worker = next(worker for worker in workers if call in calls[worker])
             calls[worker].remove(call)
             for next_call in calls[worker]:
@@ -108,17 +132,56 @@ class RemoteGenerators(GeneratorsClient):
             if ended is not None:
                 dispatch.ended(worker, asked.add(self.generators[worker], call.kept[0], ended))
 
+    def _is_back(self, number: int, dispatch: Dispatch, gone: Call | None) -> bool:
+        """Whether one that was lost can write again. Another process must hold the weights first; the same one, which
+        was only out of reach, forgets what it had open, for that has gone to others."""
+        worker, crew = self.generators[number], self.group.crew
+        if crew.state(worker) is State.STALE and not dispatch.open.get(number):
+            self._sync(worker)
+        elif number not in dispatch.open and crew.supervisor.ready(gone):
+            worker.start(GeneratorHost.drop, deadline=self.group.deadline)
+        else:
+            return False
+        dispatch.joined(number)
+        return True
+
+    def _sync(self, worker: Worker) -> None:
+        """Send the weights that the others hold to one alone; the next push goes to all again."""
+        alone, everybody = (
+            GeneratorsClient(generators, workers_each=self.workers_each, deadline=self.deadline)
+            for generators in ([worker], self.generators)
+        )
+        self.learner.connect(alone)
+        self.learner.push_weights(self._version)
+        self.learner.connect(everybody)
+        self.group.crew.synced(worker)
+
+    def _all_of(self, method: Callable[..., Any]) -> list[Any]:
+        """A call of every generator that may be repeated, once each seat is taken."""
+        crew = self.group.crew
+        while True:
+            for worker in self.generators:
+                while (state := crew.state(worker)) is not State.HEALTHY:
+                    crew.check()
+                    if state is State.STALE:
+                        self._sync(worker)
+                    time.sleep(POLL_S)
+            try:
+                return crew.results([worker.ask(method, deadline=self.group.deadline) for worker in self.generators])
+            except GoneError:
+                continue  # as often as the budget allows
+
     def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.replicas[0].logprobs(tokens)
 
     def sleep(self) -> None:
-        self.group.call(Generator.sleep)
+        self._all_of(Generator.sleep)
 
     def wake(self) -> None:
         # What another process has only cached is not free for this one.
         deadline = self.group.deadline
         self.group.crew.results([w.start(Host.release_memory, deadline=deadline) for w in self.neighbours])
-        self.group.call(Generator.wake)
+        self._all_of(Generator.wake)
 
     def close(self) -> None:
         """Generators end with the run (`open_remote_roles`)."""

@@ -1,9 +1,10 @@
 """The state of a seat: what signs of life and the time make of it, and when another process may take it.
 
-    HEALTHY <-> SUSPECT -> DEAD -> RESTARTING -> HEALTHY
+    HEALTHY <-> SUSPECT -> DEAD -> RESTARTING -> HEALTHY, or by way of STALE
 
-A process may die in any state; no edge leads from DEAD to HEALTHY, for what died comes back only as another process
-that has loaded everything. Nothing here waits, and the time is given: tests run it on a simulated clock.
+Only HEALTHY ones get work. A process may die in any state; no edge leads from DEAD to HEALTHY, for what died comes back
+only as another process that has loaded everything. Nothing here waits, and the time is given: tests run it on a
+simulated clock.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ class State(Enum):
     SUSPECT = "suspect"  # silent for a while, as after a loss of the network: it is waited for
     DEAD = "dead"  # its process is lost
     RESTARTING = "restarting"  # a process is loading, at the start of the run or in the place of a dead one
+    STALE = "stale"  # a generator that has loaded, and not yet been sent the weights that the others hold
 
 
 EDGES = frozenset({
+    (State.RESTARTING, State.STALE), (State.STALE, State.HEALTHY), (State.STALE, State.SUSPECT),
+    (State.STALE, State.DEAD), (State.SUSPECT, State.STALE),
     (State.RESTARTING, State.HEALTHY), (State.RESTARTING, State.DEAD), (State.HEALTHY, State.SUSPECT),
     (State.HEALTHY, State.DEAD), (State.SUSPECT, State.HEALTHY), (State.SUSPECT, State.DEAD),
     (State.DEAD, State.RESTARTING),
@@ -62,6 +66,7 @@ class Health:
         self._state = State.RESTARTING
         self._heard = clock()
         self._load_until = math.inf  # the first start has a deadline of its own
+        self._before = State.HEALTHY  # it was suspected
         self._died = 0.0
         self._restarts: list[float] = []  # when, those within the window
 
@@ -84,17 +89,18 @@ class Health:
         """A sign of life of the seat's process."""
         self._heard = self.clock()
         if self._state is State.SUSPECT:
-            self._to(State.HEALTHY)
+            self._to(self._before)
 
     def doubt(self) -> None:
         """It could not be reached."""
-        if self._state is State.HEALTHY:
+        if self._state in (State.HEALTHY, State.STALE):
+            self._before = self._state
             self._to(State.SUSPECT)
 
     def look(self) -> State:
         """What has become of it in the meantime."""
-        if self._state is State.HEALTHY and self.silent > self.limits.pulse_s + self.limits.suspect_s:
-            self._to(State.SUSPECT)
+        if self.silent > self.limits.pulse_s + self.limits.suspect_s:
+            self.doubt()
         if self._state is State.SUSPECT and self.silent > self.limits.pulse_s + self.limits.silence_s:
             self.lose()
         if self._state is State.RESTARTING and self.clock() > self._load_until:
@@ -124,10 +130,14 @@ class Health:
         self._restarts.append(self.clock())
         self._load_until = self.clock() + self.limits.start_s
 
-    def loaded(self) -> None:
-        """The process can do the seat's work."""
-        self._to(State.HEALTHY)
+    def loaded(self, *, stale: bool = False) -> None:
+        """The process can do the seat's work; `stale`: once it has been sent weights."""
+        self._to(State.STALE if stale else State.HEALTHY)
         self._heard = self.clock()
+
+    def synced(self) -> None:
+        """It has been sent the weights that the others hold."""
+        self._to(State.HEALTHY)
 
     def _to(self, state: State) -> None:
         if (self._state, state) not in EDGES:

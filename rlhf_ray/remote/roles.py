@@ -82,7 +82,13 @@ def open_remote_roles(
             engines = {role: getattr(config, role).engine for role in ("generator", "learner", "critic")}
             lent = _build(crew, plan, makers, engines, config.ray, sft, note)
             _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
-            crew.built(_loads(crew, makers, lent))
+            # Where weights go by way of the host's memory, a learner that waits can send them to one alone. One that
+            # is ahead of its generators no longer has what they hold.
+            sends = transport == "shared_memory" and not plan.shared and not config.rollout.max_staleness
+            receivers = [worker.name for worker in crew.named("generator") if sends]
+            crew.built(_loads(crew, makers, lent) | {
+                name: [(GeneratorHost.build, (makers.generator,))] for name in receivers
+            }, receivers)  # fmt: skip
             yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
@@ -180,17 +186,17 @@ def _devices(crew: Crew, plan: Placement, device: str) -> dict[str, Any]:
 
 def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
-    generators = RemoteGenerators(
-        crew, crew.named("generator"), config.generator.rows, workers_each=config.generator.tensor_parallel,
-        sync_deadline=Deadline(config.sync.deadline_s, "sync.deadline_s"), deadline=deadline,
-        neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
-    )  # fmt: skip
 
     def group(role: str) -> Group:
         return Group(crew, crew.named(role), deadline)
 
     pushing = Deadline(config.sync.deadline_s + REPORT_S, "sync.deadline_s")
     learner = proxy(Learner, group("learner"), divides=True, deadlines={"push_weights": pushing})
+    generators = RemoteGenerators(
+        crew, crew.named("generator"), config.generator.rows, workers_each=config.generator.tensor_parallel,
+        sync_deadline=Deadline(config.sync.deadline_s, "sync.deadline_s"), deadline=deadline, learner=learner,
+        neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
+    )  # fmt: skip
     critic = proxy(Critic, group("critic"), divides=True) if config.uses_critic else None
     reference = proxy(Reference, group("reference")) if config.holds_reference else AdapterFreeReference(learner)
     return Roles(

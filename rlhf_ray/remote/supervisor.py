@@ -78,6 +78,7 @@ class Supervisor:
         self.tell = tell
         self.seats = {name: Health(limits, clock) for name in names}
         self.replaceable: frozenset[str] = frozenset()
+        self.receivers: frozenset[str] = frozenset()
         self.lost: Loss | None = None
         self._said: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         for name in self.seats:
@@ -85,9 +86,10 @@ class Supervisor:
 
     # ------------------------------------------------------------ for other threads
 
-    def built(self, replaceable: Iterable[str]) -> None:
-        """Everything is loaded: from now on silence counts, and another process may take a seat that is replaceable."""
-        self.replaceable = frozenset(replaceable)
+    def built(self, replaceable: Iterable[str], receivers: Iterable[str] = ()) -> None:
+        """Everything is loaded: from now on silence counts, and another process may take a seat that is replaceable.
+        `receivers`: those of them whose process is stale until it has been sent weights."""
+        self.replaceable, self.receivers = frozenset(replaceable), frozenset(receivers)
         self._said.put(self._all_loaded)
 
     def report(self, call: Call, error: RlhfRayError) -> None:
@@ -97,7 +99,12 @@ class Supervisor:
     def ready(self, call: Call) -> bool:
         """Whether a call that was lost may go out again: to another process, or to one that was out of reach."""
         moved = call.process is not call.worker.process
-        return self.seats[call.worker.name].state is State.HEALTHY and (moved or call.cut_off)
+        able = (State.HEALTHY, State.STALE) if call.needs_no_weights else (State.HEALTHY,)
+        return self.seats[call.worker.name].state in able and (moved or call.cut_off)
+
+    def synced(self, name: str) -> None:
+        """A stale process has been sent the weights that the others hold."""
+        self._said.put(partial(self._synced, name, self.world.who(name)))
 
     # ------------------------------------------------------------ one look
 
@@ -118,8 +125,9 @@ class Supervisor:
             who, error = self.world.who(name), sign.error or RuntimeError("no reason is known")
             return self._lose(name, f"{who} died: {reason_of(error)}", partial(death, who, error))
         if sign.kind == "loaded":
-            health.loaded()
-            self.tell("worker_restarted", name, f"{self.world.who(name)} has taken the place of the one that was lost")
+            health.loaded(stale=name in self.receivers)
+            if name not in self.receivers:
+                self._tell_restarted(name)
         elif sign.kind == "alive":
             suspected, silent = health.state is State.SUSPECT, health.silent
             health.heard()
@@ -133,7 +141,7 @@ class Supervisor:
         health = self.seats[name]
         before, silent = health.state, health.silent
         state = health.look()
-        if state is State.SUSPECT and before is State.HEALTHY:
+        if state is State.SUSPECT and before is not State.SUSPECT:
             self._tell_silence(name)
         elif state is State.DEAD and before is State.RESTARTING:
             text = f"{name} did not load within {self.limits.start_s:.0f} s (ray.start_deadline_s)"
@@ -145,8 +153,16 @@ class Supervisor:
             health.restart()
             self.world.restart(name)
 
+    def _synced(self, name: str, who: Worker) -> None:
+        if self.seats[name].state is State.STALE and str(who) == str(self.world.who(name)):
+            self.seats[name].synced()
+            self._tell_restarted(name)
+
+    def _tell_restarted(self, name: str) -> None:
+        self.tell("worker_restarted", name, f"{self.world.who(name)} has taken the place of the one that was lost")
+
     def _doubt(self, name: str) -> None:
-        if self.seats[name].state is State.HEALTHY:
+        if self.seats[name].state in (State.HEALTHY, State.STALE):
             self.seats[name].doubt()
             self._tell_silence(name)
 
@@ -161,7 +177,7 @@ class Supervisor:
             return  # of one that has been replaced meanwhile
         if isinstance(error, CutError):
             self._doubt(name)
-        elif self.seats[name].state in (State.HEALTHY, State.SUSPECT):
+        elif self.seats[name].state in (State.HEALTHY, State.SUSPECT, State.STALE):
             self._lose(name, str(error).partition("\n")[0], lambda when: error)
 
     def _all_loaded(self) -> None:

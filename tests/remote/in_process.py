@@ -13,6 +13,7 @@ import torch
 
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.remote.calls import Call, Worker
+from rlhf_ray.remote.health import State
 from rlhf_ray.remote.hosts import GeneratorHost, RoleHost
 from rlhf_ray.roles.serving import WholeGroups
 
@@ -51,6 +52,9 @@ class InProcess:
         if isinstance(host, GeneratorHost):
             host.groups = WholeGroups(role)
         return Worker(name, Actor(self, host))
+
+    def state(self, worker: Worker) -> State:
+        return State.HEALTHY
 
     def results(self, calls: Sequence[Call], done: Callable[[Call], None] = lambda call: None) -> list[Any]:
         return [self.taken(DRIVER, call.ref) for call in calls]

@@ -66,9 +66,8 @@ def disturbed(folder: Path, host: str, sign: signal.Signals) -> Iterator[dict[st
 
 @pytest.mark.parametrize(("host", "sign", "name", "overrides"), [
     ("LearnerHost", signal.SIGKILL, r"learner rank [01] \(node", SHARDED),
-    ("GeneratorHost", signal.SIGKILL, r"generator [01] \(node", ("generator.count=2",)),
     ("LearnerHost", signal.SIGSTOP, r"learner rank [01] \(node .* hangs", SHARDED),
-], ids=["learner rank", "generator", "stopped learner rank"])  # fmt: skip
+], ids=["learner rank", "stopped learner rank"])  # fmt: skip
 def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, overrides):
     config = tiny_config("executor=ray", "steps=100000", *overrides)
     with disturbed(tmp_path / "run", host, sign) as report, pytest.raises(RlhfRayError, match=name) as caught:
@@ -79,43 +78,52 @@ def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, ove
     require_no_actors()
 
 
-# (worker, method) -> in which of its calls its process is killed, while it is under way
-STRIKES = {("reward", "score"): 2, ("reference", "logprobs"): 2, ("reference", "cut"): 3}
+# (worker, method) -> in which of its calls, while it is under way, whose process is killed
+STRIKES = {
+    ("reward", "score"): (2, "reward"),
+    ("reference", "logprobs"): (2, "reference"),
+    ("reference", "cut"): (3, "reference"),
+    ("generator 1", "write"): (4, "generator 1"),
+    ("learner rank 0", "learn"): (3, "generator 0"),
+}
 
 
 @pytest.fixture
 def strikes(monkeypatch) -> list[str]:
     """Kills as STRIKES has it; filled with who was struck."""
-    struck, seen, start = [], Counter(), Call.start
+    struck, seen, workers, start = [], Counter(), {}, Call.start
 
     def strike(call: Call) -> None:
         start(call)
         key = call.worker.name, call.name
         seen[key] += 1
-        if seen[key] == STRIKES.get(key):
+        workers.setdefault(call.worker.name, call.worker)
+        nth, victim = STRIKES.get(key, (0, ""))
+        if seen[key] == nth:
             struck.append(" ".join(key))
-            os.kill(call.process.pid, signal.SIGKILL)
+            os.kill(workers[victim].pid, signal.SIGKILL)
 
     monkeypatch.setattr(Call, "start", strike)
     return struck
 
 
-def test_a_lost_reward_and_reference_change_no_bit_of_the_result(tiny_config, tmp_path, strikes, capsys):
-    """Killed while they judge and compute, and while what one of them has computed is still to be sent on."""
+def test_lost_generators_rewards_and_references_change_no_bit_of_the_result(tiny_config, tmp_path, strikes, capsys):
+    """Killed while they write, judge and compute, while they have nothing to do, and while what one of them has
+    computed is still to be sent on."""
     options = ("algorithm.kl_coef=0.01", "steps=4", "eval.size=2")
     run_rl(tiny_config(*options), tmp_path / "calm")
-    run_rl(tiny_config("executor=ray", *options), tmp_path / "run")
+    run_rl(tiny_config("executor=ray", "generator.count=2", *options), tmp_path / "run")
     assert sorted(strikes) == sorted(map(" ".join, STRIKES))
     said = capsys.readouterr().out
     weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("calm", "run")]
     assert weights[0] == weights[1], "bit for bit"
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     lost = [event for event in events if event["event"] == "worker_lost"]
-    assert Counter(event["worker"] for event in lost) == {"reward": 1, "reference": 2}
+    assert Counter(event["worker"] for event in lost) == Counter(victim for _, victim in STRIKES.values())
     assert all(f"{event['worker']} (node " in event["reason"] and event["reason"] in said for event in lost)
     assert [event["worker"] for event in events if event["event"] == "worker_restarted"].count("reference") == 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and sum(row["fault/restarts"] for row in rows) == 3
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and sum(row["fault/restarts"] for row in rows) == len(STRIKES)
     require_no_actors()
 
 

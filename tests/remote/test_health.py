@@ -93,6 +93,23 @@ def test_restarts_wait_longer_each_time_until_the_budget_of_the_hour_is_spent(ti
     assert health.due and health.restarts == 0
 
 
+def test_a_generator_gets_no_work_before_it_has_been_sent_weights(time):
+    health = loaded(time)
+    health.lose()
+    health.restart()
+    health.loaded(stale=True)
+    health.doubt()
+    assert health.state is State.SUSPECT
+    health.heard()
+    assert health.state is State.STALE, "a sign of life is no weight"
+    health.synced()
+    assert health.state is State.HEALTHY
+    time.now = 20
+    health.look()
+    health.heard()
+    assert health.state is State.HEALTHY
+
+
 def test_no_edge_leads_from_dead_to_healthy(time):
     health = loaded(time)
     health.lose()
@@ -146,6 +163,7 @@ class Asked:
     until: float
     parked: bool = False
     cut_off: bool = False
+    needs_no_weights: bool = False
 
 
 @dataclass
@@ -228,8 +246,13 @@ class Run:
             worker, call = self.world.workers[name], self.calls.get(name)
             if not left:
                 continue
+            state = self.supervisor.seats[name].state
+            if call is None and state is not State.HEALTHY:
+                if state is State.STALE:
+                    self.supervisor.synced(name)
+                continue
             if call is None or (call.parked and self.supervisor.ready(call)):
-                assert call is None or self.supervisor.seats[name].state is State.HEALTHY, "only such a one gets work"
+                assert state is State.HEALTHY, "only such a one gets work"
                 self.calls[name] = Asked(worker, worker.process, now + self.world.rng.uniform(0.1, 20))
             elif call.parked or call.process.pid in self.world.hangs - self.world.dead:
                 continue
@@ -246,6 +269,8 @@ class Run:
             return
         call.parked, call.cut_off = True, isinstance(error, CutError)
         self.supervisor.report(call, error)
+        if call.worker.name in self.supervisor.receivers:
+            self.calls[call.worker.name] = None  # its work goes to whoever is there
 
 
 def strike(world: Simulated) -> str:
@@ -265,10 +290,10 @@ def test_no_schedule_of_losses_leaves_a_run_waiting_for_ever(part):
     for seed in range(part, SCHEDULES, 10):
         rng = random.Random(f"{seed}")
         time = Time()
-        world = Simulated(time, rng, ["reward", "reference", "learner rank 0"], rng.choice([0, 0, 0.5]))
+        world = Simulated(time, rng, ["reward", "generator 0", "learner rank 0"], rng.choice([0, 0, 0.5]))
         told = []
         supervisor = Supervisor(world, world.names, LIMITS, time, lambda *said, told=told: told.append(said[:2]))
-        supervisor.built(["reward", "reference"] if rng.random() < 0.5 else world.names)
+        supervisor.built(["reward", "generator 0"] if rng.random() < 0.5 else world.names, ["generator 0"])
         run, strikes = Run(world, supervisor, rng.randrange(1, 12)), rng.randrange(6)
         while any(run.left.values()) and supervisor.lost is None:
             supervisor.step(0.5)

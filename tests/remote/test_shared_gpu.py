@@ -12,6 +12,7 @@ import torch
 
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.remote.health import State
 from rlhf_ray.remote.host import Place
 from rlhf_ray.remote.loading import silent
 from rlhf_ray.remote.placement import Placement, plan_seats
@@ -47,6 +48,9 @@ class FakeCrew:
 
     def locate(self, deadline: Any) -> dict[str, Place]:
         return {worker.name: Place("here", 1, 2, ("0",)) for worker in self.workers}
+
+    def state(self, worker: Recorded) -> State:
+        return State.HEALTHY
 
     def results(self, calls: list[str], done: Callable[[Any], None] = lambda call: None) -> list[None]:
         if calls:
