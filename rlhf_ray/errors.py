@@ -65,6 +65,10 @@ class WorkerError(RlhfRayError, RuntimeError):
     """A remote worker died or its call failed; the message names the worker."""
 
 
+class ForeignError(WorkerError):
+    """A worker's call raised something that is none of these errors, and would anywhere; the message quotes it."""
+
+
 class DeadlineError(RlhfRayError, TimeoutError):
     """A remote call did not return in time; the message names the worker and the call."""
 
@@ -100,6 +104,7 @@ EXIT_STATUS: dict[type[BaseException], int] = {
     DivergenceError: DIVERGED,
     PlacementError: AGAIN,
     WorkerError: AGAIN,
+    ForeignError: UNEXPECTED,
     DeadlineError: AGAIN,
     EngineError: AGAIN,
     RequestError: AGAIN,

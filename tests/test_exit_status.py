@@ -13,7 +13,8 @@ def test_every_error_is_in_the_table_by_itself():
 
 @pytest.mark.parametrize(("error", "status"), [
     (errors.ConfigError("x"), 2), (errors.DataError("x"), 3), (errors.RewardError("x"), 3),
-    (errors.DivergenceError("x"), 4), (errors.WorkerError("x"), 75), (errors.StorageError("x"), 75),
+    (errors.DivergenceError("x"), 4), (errors.WorkerError("x"), 75), (errors.ForeignError("a bug"), 1),
+    (errors.StorageError("x"), 75),
     (errors.Terminated(), 130), (KeyboardInterrupt(), 130), (RuntimeError("a bug"), 1), (StageError("x", 4), 4),
     (type("Own", (errors.RewardError,), {})("x"), 3),
 ])  # fmt: skip

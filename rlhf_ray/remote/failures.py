@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rlhf_ray.errors import RlhfRayError, WorkerError
+from rlhf_ray.errors import ForeignError, RlhfRayError, WorkerError
 
 LOOK_THERE = (
     "its process, machine or network failed, not the work: look there (memory, devices, the kernel's log), then resume "
@@ -24,10 +24,6 @@ LOOK_THERE = (
 )
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class ForeignError(WorkerError):
-    """A worker's call raised something that is none of this package's errors."""
 
 
 class LostError(WorkerError):

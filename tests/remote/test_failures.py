@@ -15,9 +15,9 @@ from ray import exceptions as of_ray
 from torch import distributed
 
 from rlhf_ray import errors
-from rlhf_ray.errors import DataError, RlhfRayError, WorkerError
+from rlhf_ray.errors import DataError, ForeignError, RlhfRayError, WorkerError
 from rlhf_ray.remote.calls import Worker, death
-from rlhf_ray.remote.failures import ForeignError, LostError, is_infrastructure, portable, reported
+from rlhf_ray.remote.failures import LostError, is_infrastructure, portable, reported
 
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
 

@@ -15,11 +15,11 @@ import ray
 
 from rlhf_ray import errors
 from rlhf_ray.config.sections import RayConfig
-from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
+from rlhf_ray.errors import DeadlineError, ForeignError, RlhfRayError, WorkerError
 from rlhf_ray.remote import calls, crew
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.crew import Crew, Group
-from rlhf_ray.remote.failures import ForeignError, LostError, reported
+from rlhf_ray.remote.failures import LostError, reported
 from rlhf_ray.remote.health import Limits
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.supervisor import Tell, untold
