@@ -61,7 +61,7 @@ class Dispatch:
 
     def joined(self, worker: int) -> None:
         """It is there again, and has nothing open."""
-        self.open[worker] = []
+        self.open[worker], self._load[worker], self._held[worker] = [], 0, 0
 
     def lost(self, worker: int) -> list[int]:
         """The worker is gone. The groups that it had open go out again, before all others; they are returned."""

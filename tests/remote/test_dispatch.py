@@ -57,6 +57,23 @@ def test_what_a_lost_worker_had_open_goes_out_first():
     assert dispatch.lost(1) == [5] and not dispatch.done and dispatch.assign() == {}, "nobody is left"
 
 
+def test_one_that_is_back_gets_work_again():
+    """With the load of nothing, whatever it had when it was lost."""
+    dispatch = Dispatch([9, 1, 1, 1, 1], [1] * 5, workers=2, room=2)
+    assert dispatch.assign() == {0: [0, 3], 1: [1, 2]}
+    assert dispatch.lost(0) == [0, 3] and dispatch.assign() == {}, "the other one has enough"
+    dispatch.joined(0)
+    assert dispatch.assign() == {0: [0, 3]}
+    dispatch.ended(0, [0, 3])
+    dispatch.ended(1, [1])
+    assert dispatch.assign() == {0: [4]}, "the other has one open"
+
+    alone = Dispatch([1, 1], [1, 1], workers=1, room=float("inf"))
+    assert alone.assign() == {0: [0, 1]} and alone.lost(0) == [0, 1] and alone.assign() == {}
+    alone.joined(0)
+    assert alone.assign() == {0: [0, 1]}
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 50)), min_size=1, max_size=40),
     st.integers(1, 4),
