@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 # About so many times in a step a generator hands over what has ended: each time costs the driver a millisecond.
-HANDOVERS = 16
+HANDOVERS = 8
 
 
 class Dispatch:

@@ -195,12 +195,13 @@ def _minibatches(prompt_ids: np.ndarray, count: int, seed: int) -> list[np.ndarr
 def split_ranks(rows: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
     """Rows of each rank, balanced by tokens: the longest remaining row goes to the lightest rank."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [(0, rank) for rank in range(world_size)]  # a heap; of equal loads the first rank's comes first
+    # A heap of load * world_size + rank: of equal loads the first rank's comes first.
+    loads = list(range(world_size))
     order = _longest_first(rows, lengths)
-    for row, length in zip(order.tolist(), np.asarray(lengths)[order].tolist(), strict=True):
-        load, lightest = loads[0]
-        shares[lightest].append(row)
-        heapq.heapreplace(loads, (load + length, lightest))
+    for row, more in zip(order.tolist(), (np.asarray(lengths)[order] * world_size).tolist(), strict=True):
+        lightest = loads[0]
+        shares[lightest % world_size].append(row)
+        heapq.heapreplace(loads, lightest + more)
     return shares
 
 

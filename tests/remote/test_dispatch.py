@@ -114,7 +114,7 @@ def test_nobody_is_idle_while_groups_wait(groups, workers, room, dice):
 
 
 def test_small_steps_are_handed_over_group_by_group():
-    assert [handover(groups, workers) for groups, workers in ((1, 1), (16, 2), (64, 2), (2048, 2))] == [1, 1, 2, 64]
+    assert [handover(groups, workers) for groups, workers in ((1, 1), (16, 2), (64, 2), (2048, 2))] == [1, 1, 4, 128]
 
 
 def test_vllm_writes_as_many_side_by_side_as_the_dispatch_believes():
