@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 
 import pytest
@@ -84,7 +83,7 @@ def test_ctrl_c_lets_the_step_end(rlhf_ray, file, tmp_path, monkeypatch):
 
     def step(self, rows, lr):
         if self.engine.steps == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(self, rows, lr)
 
     monkeypatch.setattr(SupervisedTrainer, "step", step)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import threading
@@ -203,7 +202,7 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_with_a_checkpoint(tiny_config
 
     def asked_to_stop(self, *args):
         if self.engine.steps == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return learn(self, *args)
 
     monkeypatch.setattr(Learner, "learn", asked_to_stop)

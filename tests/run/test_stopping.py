@@ -1,6 +1,5 @@
 """The first signal is remembered until the step has ended, the second is not."""
 
-import os
 import signal
 import threading
 
@@ -23,7 +22,7 @@ def stop():
 def test_the_step_ends_first(stop, capfd, number, kind):
     stop.listen()
     stop.go()
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     assert stop.requested and "stopping after this step, with a checkpoint" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt) as raised:
         stop.go()
@@ -34,9 +33,9 @@ def test_the_step_ends_first(stop, capfd, number, kind):
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_one_ends_it_at_once(stop, second):
     stop.listen()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), second)
+        signal.raise_signal(second)
         pytest.fail("the step went on")
 
 
@@ -45,7 +44,7 @@ def test_afterwards_signals_do_what_they_did(stop):
     stop.forget()
     stop.forget()
     with pytest.raises(Terminated):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     assert not stop.requested
 
 
@@ -53,7 +52,7 @@ def test_a_handler_of_somebody_elses_stays(stop):
     heard = []
     signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     stop.listen()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert heard == [signal.SIGTERM] and not stop.requested
     stop.forget()
 
