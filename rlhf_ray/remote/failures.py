@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rlhf_ray.errors import ForeignError, RlhfRayError, WorkerError
+from rlhf_ray.errors import EngineError, ForeignError, RlhfRayError, WorkerError
 
 LOOK_THERE = (
     "its process, machine or network failed, not the work: look there (memory, devices, the kernel's log), then resume "
@@ -101,13 +101,17 @@ def reporting(where: str) -> Iterator[None]:
 
 
 def portable(error: Exception, where: str) -> RlhfRayError:
-    """`error` itself if it is this package's and survives pickling, else a LostError or ForeignError that quotes it."""
-    own = isinstance(error, RlhfRayError)
+    """`error` itself if it is this package's and survives pickling, else a LostError or ForeignError that quotes it.
+
+    A dead engine is as lost as its process: another one can take its place.
+    """
+    dead = isinstance(error, EngineError)
+    own = isinstance(error, RlhfRayError) and not dead
     if own and _survives(error):
         return error
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     kind, advice = ForeignError, ""
-    if not own and is_infrastructure(error):
+    if dead or not own and is_infrastructure(error):
         kind, advice = LostError, f"; {LOOK_THERE}"
     return kind(
         f"{where} failed: {type(error).__name__}: {error}{advice}\n--- traceback of the worker ---\n{text.rstrip()}"

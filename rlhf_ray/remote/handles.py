@@ -54,7 +54,6 @@ class RemoteGenerators(GeneratorsClient):
         self.neighbours = list(neighbours)
         self.learner = learner
         self._turn = Lock()
-        self._version = 0  # that they held when they last began to write
 
     @property
     def version(self) -> int:
@@ -71,8 +70,7 @@ class RemoteGenerators(GeneratorsClient):
         are whose."""
         asked = _Asked(Requests.of(requests), parcels)
         with self._turn:
-            if self.learner is not None:
-                self._version = self.version
+            self._wait_for_all()
             try:
                 self._write(asked, sampling, written)
             except BaseException:
@@ -152,24 +150,28 @@ class RemoteGenerators(GeneratorsClient):
             for generators in ([worker], self.generators)
         )
         self.learner.connect(alone)
-        self.learner.push_weights(self._version)
+        self.learner.push_weights(self.learner.version)
         self.learner.connect(everybody)
         self.group.crew.synced(worker)
 
     def _all_of(self, method: Callable[..., Any]) -> list[Any]:
         """A call of every generator that may be repeated, once each seat is taken."""
-        crew = self.group.crew
         while True:
-            for worker in self.generators:
-                while (state := crew.state(worker)) is not State.HEALTHY:
-                    crew.check()
-                    if state is State.STALE:
-                        self._sync(worker)
-                    time.sleep(POLL_S)
+            self._wait_for_all()
+            calls = [worker.ask(method, deadline=self.group.deadline) for worker in self.generators]
             try:
-                return crew.results([worker.ask(method, deadline=self.group.deadline) for worker in self.generators])
+                return self.group.crew.results(calls)
             except GoneError:
                 continue  # as often as the budget allows
+
+    def _wait_for_all(self) -> None:
+        """Until each seat is taken by a process that can write."""
+        for worker in self.generators:
+            while (state := self.group.crew.state(worker)) is not State.HEALTHY:
+                self.group.crew.check()
+                if state is State.STALE:
+                    self._sync(worker)
+                time.sleep(POLL_S)
 
     def logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.replicas[0].logprobs(tokens)

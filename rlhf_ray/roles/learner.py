@@ -72,6 +72,7 @@ class Learner(TrainingRole):
         self.sender = sender
         self.sft = sft
         self.generators: WeightReceiver | None = None
+        self.version = 0  # of the weights that were sent last
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] response log-probabilities under the current weights, at the sampling temperature."""
@@ -225,6 +226,7 @@ class Learner(TrainingRole):
         """
         self.require_no_step("push_weights")
         stats = self.sender.send(self.engine.export, self.generators, version)
+        self.version = version
         return {"sync/gb_per_s": stats.gigabytes_per_second}
 
     @torch.no_grad()

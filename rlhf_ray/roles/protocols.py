@@ -283,6 +283,10 @@ class Critic(Ranks, Protocol):
 
 
 class Learner(Ranks, Protocol):
+    @property
+    def version(self) -> int:
+        """The weight version that it sent last; 0 before the first."""
+
     def connect(self, generators: WeightReceiver) -> None:
         """Say where `push_weights` sends to: one generator, or a client that fans out to several."""
 

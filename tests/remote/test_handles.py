@@ -15,6 +15,7 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.batch import RemoteBatch
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.handles import RemoteGenerators
+from rlhf_ray.remote.health import State
 from rlhf_ray.remote.hosts import GeneratorHost
 from rlhf_ray.remote.packed import Packed, unpack
 from rlhf_ray.roles.generator_hf import HFGenerator
@@ -197,6 +198,49 @@ def test_two_callers_do_not_get_each_others_answers(world):
         thread.join(20)
     assert answers(world, found["one"]) == list(range(18))
     assert answers(world, found["other"]) == [100, 101, 102, 103]
+
+
+class Versioned(Engine):
+    version = 0
+
+
+class Pusher:
+    """A learner's side of the weight sync: the engines hear of the version alone."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.sent: list[tuple[int, list[str]]] = []
+
+    def connect(self, generators) -> None:
+        self.generators = generators.generators
+
+    def push_weights(self, version: int) -> None:
+        self.version = version
+        self.sent.append((version, [worker.name for worker in self.generators]))
+        for worker in self.generators:
+            worker.actor.host.role.version = version
+
+
+def test_a_successor_gets_the_weights_that_were_pushed_last(world, monkeypatch):
+    """Lost between a step's weight sync and its first request."""
+    stale = []
+    monkeypatch.setattr(world, "state", lambda worker: State.STALE if worker.name in stale else State.HEALTHY)
+    monkeypatch.setattr(world, "synced", lambda worker: stale.remove(worker.name), raising=False)
+    monkeypatch.setattr(world, "check", lambda calls=(): None, raising=False)
+    engines, learner = [Versioned(), Versioned()], Pusher()
+    generators = opened(world, engines)
+    generators.learner = learner
+    learner.connect(generators)
+    learner.push_weights(1)
+    generators.generate(requests_of(2), SAMPLING)
+    learner.push_weights(2)
+    engines[1].version = 0
+    stale.append("generator 1")
+    generators.generate(requests_of(2), SAMPLING)
+    assert [engine.version for engine in engines] == [2, 2] and generators.version == 2
+    both = ["generator 0", "generator 1"]
+    assert learner.sent == [(1, both), (2, both), (2, ["generator 1"])]
+    assert [worker.name for worker in learner.generators] == both, "the next push goes to all again"
 
 
 def test_requests_that_cannot_be_told_apart_are_refused(world):

@@ -534,7 +534,9 @@ def test_lora_trains_adapters_and_pushes_the_merged_weights(tiny, learner_of, ra
     batch = with_advantages(ragged)
     assert one_step(learner, batch, 0, 0.0)["approx_kl"] == 0.0
     one_step(learner, batch, 1, 0.0)
+    assert learner.version == 0
     learner.push_weights(1)
+    assert learner.version == generator.version == 1
     fixed = [[2, 3, 4, 5], [6, 7]]
     for mine, others in zip(learner.canary_logprobs(fixed), generator.logprobs(fixed), strict=True):
         assert mine == pytest.approx(others, abs=1e-5)
