@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from rlhf_ray.loops.evaluate import Evaluator, numbers_of
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Roles
 from rlhf_ray.rollout.source import Rollouts
+from rlhf_ray.run.background import Background
 from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.sync.canary import Canary
 
@@ -85,7 +85,7 @@ def add_columns(batch: Batch, roles: Roles, old_logprobs: bool, run: TrainingRun
 
     if not (roles.parallel and len(calls) > 1):
         return batch.replace(**{column: timed(*call) for column, call in calls.items()})
-    with ThreadPoolExecutor(len(calls)) as threads:
+    with Background(len(calls), "columns") as threads:
         waiting = {column: threads.submit(timed, *call) for column, call in calls.items()}
         return batch.replace(**{column: future.result() for column, future in waiting.items()})
 

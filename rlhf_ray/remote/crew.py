@@ -122,10 +122,13 @@ class Crew:
             raise self._cause_of(error, calls) from None
 
     def check(self, calls: Sequence[Call] = ()) -> None:
-        """Raises if a worker is lost for good; calls that were lost with another go out again, once they can."""
+        """Raises if a worker is lost for good, or all have been dismissed; calls that were lost with another go out
+        again, once they can."""
         if self._broken is not None:
             raise WorkerError(f"the watch over the workers has failed: {self._broken!r}") from self._broken
         if self._loss is None:
+            if self._closing.is_set():  # nobody watches any more, and no seat is taken by another process
+                raise WorkerError("the run is over, and its workers have been ended")
             for call in calls:
                 if call.parked and self.supervisor.ready(call):
                     call.start()
@@ -134,6 +137,10 @@ class Crew:
         own = next((call for call in calls if call.worker.name == self._loss.name), None)
         when = f"during {own.name}" if own else f"while the run waited for {calls[0]}" if calls else "between calls"
         raise self._loss.error(when)
+
+    @property
+    def _watches(self) -> bool:
+        return self._watcher is not None and not self._closing.is_set()
 
     @property
     def _loss(self) -> Loss | None:
@@ -161,7 +168,7 @@ class Crew:
     def _cause_of(self, error: WorkerError, calls: Sequence[Call]) -> RlhfRayError:
         """The death behind an error, if there is one: the error may be only what others noticed of it."""
         deadline = time.monotonic() + CAUSE_S
-        while self._watcher is not None and self._loss is None and time.monotonic() < deadline:
+        while self._watches and self._loss is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if self._loss is None or self._loss.who in str(error):
             return error

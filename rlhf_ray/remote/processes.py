@@ -117,6 +117,7 @@ class Processes:
         try:
             value = ray.get(ref, timeout=FETCH_S)
         except RayError as error:
+            kill(loading.process.actor)  # it lives, if only the step failed, and keeps its CPUs and GPUs
             yield Sign(loading.name, "died", error)
             return
         method, _ = loading.steps.popleft()

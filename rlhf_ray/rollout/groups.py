@@ -8,7 +8,7 @@ groups at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf_ray.algo.policy_losses import combine_stats
 from rlhf_ray.roles.batch import Batch, Rows, gather
 from rlhf_ray.roles.protocols import Gather, Reward, Scores
 from rlhf_ray.roles.requests import Requests
+from rlhf_ray.run.background import Background
 from rlhf_ray.run.timer import Timer
 
 # A smaller parcel would cost more calls than it saves time: reward servers and networks take 64 rows at once.
@@ -144,7 +145,7 @@ class Judging:
 
     def __init__(self, reward: Reward, parcels: Sequence[range], texts: int, timer: Timer) -> None:
         self.reward, self.parcels, self.texts, self.timer = reward, parcels, texts, timer
-        self._threads = ThreadPoolExecutor(1, "rewards")
+        self._thread = Background(1, "rewards")
         self._found: list[Future[Scores] | None] = [None] * len(parcels)
 
     def __enter__(self) -> Judging:
@@ -152,14 +153,14 @@ class Judging:
 
     def __exit__(self, *error: Any) -> None:
         # After a failure nobody waits for a judge that hangs: it ends with the run.
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     def written(self, parcel: int, batch: Batch) -> None:
         """All of this parcel has been written. Raises what judging an earlier one has raised by now."""
         for found in self._found:
             if found is not None and found.done():
                 found.result()
-        self._found[parcel] = self._threads.submit(self._judge, self.parcels[parcel], batch)
+        self._found[parcel] = self._thread.submit(self._judge, self.parcels[parcel], batch)
 
     def _judge(self, rows: range, batch: Batch) -> Scores:
         with self.timer("reward"):

@@ -306,3 +306,46 @@ def test_a_seat_that_kills_everybody_ends_the_run(hire):
     team = hire(1, limits=replace(LIMITS, restarts=1), loads=ANEW)
     with pytest.raises(LostError, match="no room.* it had been started again once within an hour, and ray.restarts=1"):
         team.result(call(team, 0, Toy.pid_and_more, 0, ("any", MemoryError("no room"))))
+
+
+def gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["under way", "lost, and not yet sent again"])
+def test_after_the_dismissal_no_thread_waits_for_a_call_any_more(hire, lost):
+    """Nobody would give the seat to another process, so the call would never go out again."""
+    told = []
+    team = hire(1, tell=lambda *said: told.append(said), loads={"learner rank 0": [(Toy.wait, (1000,))]})
+    under_way, errors = call(team, 0, Toy.wait, 1000, seconds=2000), []
+
+    def wait() -> None:
+        try:
+            team.result(under_way)
+        except WorkerError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    if lost:
+        os.kill(team.workers[0].pid, signal.SIGKILL)
+        while not (under_way.parked and told):  # the test's time limit ends it
+            time.sleep(0.05)
+    team.dismiss()
+    thread.join(60)
+    assert [str(error) for error in errors] == ["the run is over, and its workers have been ended"]
+
+
+def test_a_successor_that_cannot_load_is_ended(hire):
+    """It would keep its memory and its GPUs until the run ends."""
+    team = hire(1, limits=replace(LIMITS, restarts=1), loads={"learner rank 0": [(Toy.fail, (ValueError("no file"),))]})
+    first = team.workers[0].pid
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(LostError, match=r"died .*no file"):
+        team.result(call(team, 0, Toy.wait, 1000, seconds=2000))
+    successor = team.processes.who("learner rank 0").pid
+    assert successor not in (0, first)
+    until = time.monotonic() + 60
+    while not gone(successor) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert gone(successor)
