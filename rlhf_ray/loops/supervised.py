@@ -157,7 +157,7 @@ def train(
                 samples = evaluator.samples(trainer)
         run.log_step(step + 1, metrics, samples)
         improved = config.eval.keep_best and seen.best_step != best_before
-        if improved or run.is_checkpoint_due(step + 1):
+        if run.is_checkpoint_due(step + 1) or improved:
             save(step + 1, seen, trainer, run)
     kept = run.steps_done
     if config.eval.keep_best and seen.best_step not in (None, kept):

@@ -32,6 +32,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
+        self._heeded = False
         self._sign = 0
         self._before: dict[int, Any] = {}
 
@@ -47,9 +48,15 @@ class Stop:
         while self._before:
             signal.signal(*self._before.popitem())
 
+    def heed(self) -> bool:
+        """Whether somebody has asked by now. Who calls this does what has been promised before the run ends."""
+        self._heeded = self.requested
+        return self._heeded
+
     def go(self) -> None:
-        """Ends the run, where that was asked for. Raises KeyboardInterrupt, after a SIGTERM Terminated."""
-        if self.requested:
+        """Ends the run, where that was asked for and `heed` has said so; else a signal that came between the two would
+        end it without its checkpoint. Raises KeyboardInterrupt, after a SIGTERM Terminated."""
+        if self._heeded:
             self._end()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -126,15 +126,20 @@ class TrainingRun:
         Raises KeyboardInterrupt in that case, once the step that was going on has ended.
         """
         self.stop.listen()
-        for step in range(start, self.config.steps):
-            yield step
+        try:
+            for step in range(start, self.config.steps):
+                yield step
+                self.stop.go()
+            self.stop.heed()  # also what came while the last checkpoint, which is always made, was being written
             self.stop.go()
-        self.stop.forget()
+        finally:  # also where the loop leaves early
+            self.stop.forget()
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """After `step` steps: by `checkpoint.every`, at the end, and before a stop."""
+        """After `step` steps: by `checkpoint.every`, at the end, and before a stop. To be asked after each step, for
+        the run stops only where this has said so."""
         every = self.config.checkpoint.every
-        return step == self.config.steps or self.stop.requested or bool(every and step % every == 0)
+        return self.stop.heed() or step == self.config.steps or bool(every and step % every == 0)
 
     def log(
         self, step: int, metrics: Mapping[str, float], rows: Rows, scores: Scores, sources: Sequence[str] = ()

@@ -21,9 +21,10 @@ def stop():
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_the_step_ends_first(stop, capfd, number, kind):
     stop.listen()
+    assert not stop.heed()
     stop.go()
     signal.raise_signal(number)
-    assert stop.requested and "stopping after this step, with a checkpoint" in capfd.readouterr().err
+    assert stop.heed() and "stopping after this step, with a checkpoint" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt) as raised:
         stop.go()
     assert raised.type is kind

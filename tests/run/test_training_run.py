@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from datetime import datetime, timedelta
 
 import pytest
@@ -352,3 +353,37 @@ def test_a_resumed_run_keeps_the_moment_of_its_start(tmp_path):
     started = datetime.fromisoformat(first.read_events()[0]["time"])
     assert frozen_clock(settings(), again).clock == started
     assert datetime.now() - frozen_clock(settings(), RunDirectory(tmp_path / "new")).clock < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(("when", "saved"), [
+    ("in the step", [2, 3]), ("after the question", [2, 4]), ("while the regular one is written", [2, 3]),
+    ("while the last one is written", [2, 4, 5]),
+])  # fmt: skip
+def test_a_stop_never_comes_without_its_checkpoint(recorder, capfd, when, saved):
+    """Whenever the signal comes: steps 2 and 4 of 5 have one anyhow. The run ends after the last that is `saved`."""
+    run, made = recorder(steps=5, checkpoint={"every": 2}), []
+    before = signal.getsignal(signal.SIGINT)
+
+    def here(moment: str, at: int) -> None:
+        if (moment, at) == {"in the step": ("step", 3), "after the question": ("asked", 3),
+                            "while the regular one is written": ("save", 2),
+                            "while the last one is written": ("save", 5)}[when]:  # fmt: skip
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.steps(0):
+            here("step", step + 1)
+            due = run.is_checkpoint_due(step + 1)
+            here("asked", step + 1)
+            if due:
+                here("save", step + 1)
+                made.append(step + 1)
+    assert made == saved and signal.getsignal(signal.SIGINT) is before
+
+
+def test_after_a_loop_that_leaves_early_signals_do_what_they_did(recorder):
+    before = signal.getsignal(signal.SIGINT)
+    for _ in recorder(steps=5).steps(0):
+        assert signal.getsignal(signal.SIGINT) is not before
+        break
+    assert signal.getsignal(signal.SIGINT) is before
