@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import pytest
 
 from rlhf_ray.config.load import apply_override, parse_config
 from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.remote.calls import Call
 
 
 @pytest.fixture(scope="module")
@@ -51,5 +55,32 @@ def tiny_config() -> MakeConfig:
         for override in overrides:
             apply_override(tree, override)
         return parse_config(tree, RunConfig, source="the test")
+
+    return make
+
+
+# (worker, method) -> in which of its calls, while it is under way, whose process is killed
+Strikes = Mapping[tuple[str, str], tuple[int, str]]
+
+
+@pytest.fixture
+def strikes(monkeypatch) -> Callable[[Strikes], list[str]]:
+    """`strikes({("learner rank 0", "learn"): (3, "generator 0")})`: a list that fills with the calls that it struck."""
+
+    def make(wanted: Strikes) -> list[str]:
+        struck, seen, workers, start = [], Counter(), {}, Call.start
+
+        def strike(call: Call) -> None:
+            start(call)
+            key = call.worker.name, call.name
+            seen[key] += 1
+            workers.setdefault(call.worker.name, call.worker)
+            nth, victim = wanted.get(key, (0, ""))
+            if seen[key] == nth:
+                struck.append(" ".join(key))
+                os.kill(workers[victim].pid, signal.SIGKILL)
+
+        monkeypatch.setattr(Call, "start", strike)
+        return struck
 
     return make

@@ -21,7 +21,6 @@ import pytest
 
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.remote.calls import Call
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.start.rl import run_rl
 
@@ -66,7 +65,7 @@ def disturbed(folder: Path, host: str, sign: signal.Signals) -> Iterator[dict[st
 
 @pytest.mark.parametrize(("host", "sign", "name", "overrides"), [
     ("LearnerHost", signal.SIGKILL, r"learner rank [01] \(node", SHARDED),
-    ("LearnerHost", signal.SIGSTOP, r"learner rank [01] \(node .* hangs", SHARDED),
+    ("LearnerHost", signal.SIGSTOP, r"learner rank [01] \(node .* hangs", (*SHARDED, "ray.silence_s=15")),
 ], ids=["learner rank", "stopped learner rank"])  # fmt: skip
 def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, overrides):
     config = tiny_config("executor=ray", "steps=100000", *overrides)
@@ -78,7 +77,6 @@ def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, ove
     require_no_actors()
 
 
-# (worker, method) -> in which of its calls, while it is under way, whose process is killed
 STRIKES = {
     ("reward", "score"): (2, "reward"),
     ("reference", "logprobs"): (2, "reference"),
@@ -88,32 +86,14 @@ STRIKES = {
 }
 
 
-@pytest.fixture
-def strikes(monkeypatch) -> list[str]:
-    """Kills as STRIKES has it; filled with who was struck."""
-    struck, seen, workers, start = [], Counter(), {}, Call.start
-
-    def strike(call: Call) -> None:
-        start(call)
-        key = call.worker.name, call.name
-        seen[key] += 1
-        workers.setdefault(call.worker.name, call.worker)
-        nth, victim = STRIKES.get(key, (0, ""))
-        if seen[key] == nth:
-            struck.append(" ".join(key))
-            os.kill(workers[victim].pid, signal.SIGKILL)
-
-    monkeypatch.setattr(Call, "start", strike)
-    return struck
-
-
 def test_lost_generators_rewards_and_references_change_no_bit_of_the_result(tiny_config, tmp_path, strikes, capsys):
     """Killed while they write, judge and compute, while they have nothing to do, and while what one of them has
     computed is still to be sent on."""
     options = ("algorithm.kl_coef=0.01", "steps=4", "eval.size=2")
     run_rl(tiny_config(*options), tmp_path / "calm")
+    struck = strikes(STRIKES)
     run_rl(tiny_config("executor=ray", "generator.count=2", *options), tmp_path / "run")
-    assert sorted(strikes) == sorted(map(" ".join, STRIKES))
+    assert sorted(struck) == sorted(map(" ".join, STRIKES))
     said = capsys.readouterr().out
     weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("calm", "run")]
     assert weights[0] == weights[1], "bit for bit"

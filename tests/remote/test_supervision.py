@@ -31,6 +31,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 LIMITS = Limits.of(RayConfig())
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
+OWN.remove(errors.EngineError)  # of an engine that is dead: it travels as LostError
 
 
 class Toy(Host):
