@@ -25,7 +25,8 @@ FAREWELL = Deadline(10.0, "no setting")
 
 
 class GoneError(LostError):
-    """A call was lost with a process whose place another will take; that one needs weights before it can do it."""
+    """A call was lost with a process whose place another will take; that one needs weights before it can do it. The
+    cause says how it was lost."""
 
     def __init__(self, message: str, call: Call) -> None:
         super().__init__(message)
@@ -154,7 +155,7 @@ class Crew:
         call.park(cut_off=isinstance(error, CutError))
         self.supervisor.report(call, error)
         if call.worker.name in self.supervisor.receivers and not call.needs_no_weights:
-            raise GoneError(f"{error}", call)
+            raise GoneError(f"{error}", call) from error
         return True
 
     def _tell_if_slow(self, call: Call) -> None:

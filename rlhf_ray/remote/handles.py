@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,7 @@ class RemoteGenerators(GeneratorsClient):
         dispatch = Dispatch(work, rows, len(workers), room)
         calls: dict[int, list[Call]] = {worker: [] for worker in workers}  # under way, in order
         gone: dict[int, Call] = {}  # of each, the last that was lost
+        late: set[int] = set()  # groups of one that was
 
         def start(worker: int, groups: Sequence[int]) -> None:
             seat, requests = self.generators[worker], asked.of_groups(groups)
@@ -120,7 +121,7 @@ class RemoteGenerators(GeneratorsClient):
             except GoneError as error:
                 worker = next(worker for worker in workers if error.call in calls[worker])
                 gone[worker] = error.call
-                dispatch.lost(worker)
+                _allow_once_more(error, dispatch.lost(worker), late)
                 calls[worker].clear()
                 continue
             worker = next(worker for worker in workers if call in calls[worker])
@@ -156,13 +157,14 @@ class RemoteGenerators(GeneratorsClient):
 
     def _all_of(self, method: Callable[..., Any]) -> list[Any]:
         """A call of every generator that may be repeated, once each seat is taken."""
+        late: set[Worker] = set()
         while True:
             self._wait_for_all()
             calls = [worker.ask(method, deadline=self.group.deadline) for worker in self.generators]
             try:
                 return self.group.crew.results(calls)
-            except GoneError:
-                continue  # as often as the budget allows
+            except GoneError as error:  # as often as the budget allows
+                _allow_once_more(error, [error.call.worker], late)
 
     def _wait_for_all(self) -> None:
         """Until each seat is taken by a process that can write."""
@@ -187,6 +189,15 @@ class RemoteGenerators(GeneratorsClient):
 
     def close(self) -> None:
         """Generators end with the run (`open_remote_roles`)."""
+
+
+def _allow_once_more(error: GoneError, work: Collection[Any], late: set[Any]) -> None:
+    """Raises where some of the work was late before, in another call: not that process was stuck, the work is too much.
+    `late`: gets what is late now."""
+    if error.call.late:
+        if not late.isdisjoint(work):
+            raise error.__cause__
+        late.update(work)
 
 
 class _Asked:

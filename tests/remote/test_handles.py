@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.errors import ConfigError, DataError, RequestError, RewardError
+from rlhf_ray.errors import ConfigError, DataError, DeadlineError, RequestError, RewardError
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.batch import RemoteBatch
 from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.crew import GoneError
 from rlhf_ray.remote.handles import RemoteGenerators
 from rlhf_ray.remote.health import State
 from rlhf_ray.remote.hosts import GeneratorHost
@@ -241,6 +243,44 @@ def test_a_successor_gets_the_weights_that_were_pushed_last(world, monkeypatch):
     both = ["generator 0", "generator 1"]
     assert learner.sent == [(1, both), (2, both), (2, ["generator 1"])]
     assert [worker.name for worker in learner.generators] == both, "the next push goes to all again"
+
+
+@pytest.fixture
+def hung(world, monkeypatch):
+    """`names` of generators whose calls are late, whoever sits there; the `late` calls."""
+    told = SimpleNamespace(names=set(), late=[])
+    next_done = world.next_done
+
+    def or_late(calls):
+        for call in calls:
+            if call.worker.name in told.names:
+                call.late = True
+                told.late.append(call.name)
+                raise GoneError(f"{call} is late", call) from DeadlineError(f"{call} is late")
+        return next_done(calls)
+
+    monkeypatch.setattr(world, "next_done", or_late)
+    monkeypatch.setattr(world, "results", lambda calls: [or_late([call]) for call in calls])
+    monkeypatch.setattr(world, "supervisor", SimpleNamespace(ready=lambda call: True), raising=False)
+    return told
+
+
+def test_groups_that_were_late_are_written_once_more_and_no_more_than_that(world, hung):
+    generators = opened(world, [Engine(), Engine()])
+    hung.names.add("generator 1")
+    with pytest.raises(DeadlineError, match="write of generator 1 .* is late"):
+        generators.generate(requests_of(4), SAMPLING)
+    assert hung.late == ["write", "write"]
+    hung.names.clear()
+    assert answers(world, generators.generate(requests_of(4), SAMPLING)) == list(range(8))
+
+
+def test_a_small_call_that_was_late_is_sent_once_more_and_no_more_than_that(world, hung):
+    generators = opened(world, [Versioned(), Versioned()])
+    hung.names.add("generator 1")
+    with pytest.raises(DeadlineError, match="version of generator 1 .* is late"):
+        _ = generators.version
+    assert len(hung.late) == 2
 
 
 def test_requests_that_cannot_be_told_apart_are_refused(world):
