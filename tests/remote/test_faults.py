@@ -130,27 +130,45 @@ def test_a_taken_port_is_named(tiny_config, tmp_path, monkeypatch):
     require_no_actors()
 
 
+# Judges the first step, and after that never answers.
+HANGING_REWARD = """
+import os, time
+
+HERE = os.path.dirname(__file__)
+
+def count(completions):
+    metrics = HERE + "/run/metrics.jsonl"
+    if os.path.exists(metrics) and os.path.getsize(metrics):
+        open(HERE + "/asked", "w").close()
+        time.sleep(10_000)
+    return [float(len(text)) for text in completions]
+"""
+
+
 @pytest.mark.parametrize(("send", "sign"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)],
                          ids=["ctrl-c", "sigterm"])  # fmt: skip
 def test_an_interrupted_run_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch, send, sign):
     """A terminal sends Ctrl-C to every process, a scheduler may tell the driver alone. A step is large enough for its
-    rewards to be computed in a thread, while others are being written."""
+    rewards to be computed in a thread, while others are being written; the second signal waits for none of them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = tiny_config("executor=ray", "steps=100000", "rollout.prompts_per_step=32")
+    (tmp_path / "hangs.py").write_text(HANGING_REWARD)
+    reward = f"rewards=[{{function: {tmp_path}/hangs.py:count}}]"
+    config = tiny_config("executor=ray", "steps=100000", "rollout.prompts_per_step=32", reward)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     command = [sys.executable, "-m", "rlhf_ray.cli", "rl", tmp_path / "run.yaml", "--run-dir", tmp_path / "run"]
     run = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text()):
+        while not (tmp_path / "asked").exists():
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.2)
         started = psutil.Process(run.pid).children(recursive=True)
         assert len(started) >= 5, "a Ray of its own, and three actors"
         send(run.pid, sign)
-        assert run.wait() == 130 and run.stderr.read().endswith("rlhf-ray: interrupted\n")
+        next(line for line in run.stderr if "stopping after this step" in line)
+        send(run.pid, sign)
+        assert run.wait(120) == 130 and run.stderr.read().endswith("rlhf-ray: interrupted\n")
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     finally:
         run.kill()
