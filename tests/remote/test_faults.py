@@ -172,4 +172,4 @@ def test_an_interrupted_run_leaves_nothing_behind(tiny_config, tmp_path, monkeyp
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     finally:
         run.kill()
-    psutil.wait_procs(started)  # the test's time limit ends it
+    assert not psutil.wait_procs(started, timeout=120)[1]
