@@ -24,6 +24,7 @@ from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Roles
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.background import Background
+from rlhf_ray.run.bad_steps import BadSteps
 from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.sync.canary import Canary
 
@@ -36,6 +37,7 @@ def train(
     push_weights(start, roles, rollouts, canary, run)
     before = run.remember("before", lambda: evaluator.evaluate(start))
     run.begin()
+    bad_steps = BadSteps(run, roles.store)
     for step in run.steps(start):
         with run.timer("step"):
             scored = rollouts.next(step)
@@ -45,13 +47,14 @@ def train(
                 estimate = roles.advantages.estimate(batch, kl_coef)
                 batch = batch.replace(**estimate.columns)
             metrics = {**scored.metrics, **estimate.stats, "kl_coef": kl_coef}
+            kept_if_bad = bad_steps.watch(step + 1, batch, scored.scores, kl_coef, metrics)
             if roles.critic is not None:
-                with run.timer("critic_update"):
+                with kept_if_bad, run.timer("critic_update"):
                     roles.critic.begin(step)
                     roles.critic.learn(batch)
                     metrics |= roles.critic.finish()
             if roles.critic is None or step >= config.critic.warmup_steps:
-                with run.timer("update"):
+                with kept_if_bad, run.timer("update"):
                     roles.learner.begin(step, kl_coef)
                     roles.learner.learn(batch)
                     metrics |= roles.learner.finish()
@@ -65,7 +68,8 @@ def train(
         run.log(step + 1, metrics, scored.batch.rows, scored.scores, scored.sources)
         # After the log, in the next step's time: a kill between the two repeats a row; the other way round it is lost.
         if run.is_checkpoint_due(step + 1):
-            save(step + 1, kl, roles, rollouts, run)
+            with kept_if_bad:
+                save(step + 1, kl, roles, rollouts, run)
     return {"before": before, "after": evaluator.evaluate(max(start, config.steps))}
 
 

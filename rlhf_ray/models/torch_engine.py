@@ -93,10 +93,10 @@ class TorchEngine:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> float:
-        grads = [master.grad for master in self._masters if master.grad is not None]
+        grads = self._gradients()
         if scale != 1.0:
             torch._foreach_mul_(grads, scale)
-        norm = float(nn.utils.get_total_norm(grads)) if grads else 0.0
+        norm = self.gradient_norm()
         if math.isfinite(norm):
             clip = clip_scale(norm, self.max_grad_norm)
             if clip < 1.0:
@@ -108,6 +108,15 @@ class TorchEngine:
             self.steps += 1
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Of what has been added up so far, before clipping."""
+        grads = self._gradients()
+        return float(nn.utils.get_total_norm(grads)) if grads else 0.0
+
+    def _gradients(self) -> list[Tensor]:
+        return [master.grad for master in self._masters if master.grad is not None]
 
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

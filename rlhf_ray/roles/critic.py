@@ -34,7 +34,7 @@ class Critic(TrainingRole):
 
     def begin(self, step: int, streamed: bool = False) -> None:
         """Open a step that fits `returns`, clipping around `values`. As `Learner.begin`."""
-        self.begin_step(step, self._loss, streamed)
+        self.begin_step(step, self.loss, streamed)
 
     def metrics(self, totals: dict[str, float], step: Step) -> dict[str, float]:
         """By their final names, the loss averaged over the optimiser steps."""
@@ -47,7 +47,8 @@ class Critic(TrainingRole):
             **self.usage(totals),  # the learner's take its place, unless the policy rests
         }
 
-    def _loss(self, micro: Batch, share: Share, *, first_epoch: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, micro: Batch, share: Share, *, first_epoch: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Of a micro-batch, and what was counted."""
         device = self.engine.device
         mask_BT = micro.response_mask.to(device)
         value_BT = critic_values(self.engine, micro, device)

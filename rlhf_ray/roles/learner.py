@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,8 +102,12 @@ class Learner(TrainingRole):
             StepError: another step is open.
             ConfigError: `streamed`, and the config asks for several optimiser steps a step.
         """
+        self.begin_step(step, self.loss_of(step, kl_coef), streamed)
+
+    def loss_of(self, step: int, kl_coef: float) -> Callable[..., tuple[Tensor, Mapping[str, Tensor]]]:
+        """`loss(micro, share, first_epoch=...)` of that step: what `begin` opens it with."""
         entropy_coef = linear(self.algorithm.entropy_coef, self.algorithm.entropy_coef_end, step, self.total_steps)
-        self.begin_step(step, partial(self._loss, kl_coef=kl_coef, entropy_coef=entropy_coef), streamed)
+        return partial(self._loss, kl_coef=kl_coef, entropy_coef=entropy_coef)
 
     def more_losses(self, number: int, optimiser_step: int) -> Sequence[MicroLoss]:
         """The supervised rows of an optimiser step: by its place in the run, for a step may end early (`stop_kl`)."""

@@ -1,7 +1,8 @@
 """The run directory: one folder that holds everything a run leaves behind.
 
     config.yaml  data.json  metrics.jsonl  events.jsonl  summary.json  before.json
-    rollouts/step_N.jsonl  checkpoints/step_N/  tensorboard/  model/  adapter/  best_model/  best_adapter/  best.json
+    rollouts/step_N.jsonl  checkpoints/step_N/  bad_steps/step_N/  tensorboard/  model/  adapter/
+    best_model/  best_adapter/  best.json
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LOCK = ".lock"
 CONTENTS = (
     "config.yaml", "data.json", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "best.json",
-    "rollouts", "checkpoints", "tensorboard",
+    "rollouts", "checkpoints", "bad_steps", "tensorboard",
     *(f"{folder}{state}" for folder in ("start", "model", "adapter", "best_model", "best_adapter")
       for state in ("", ".unfinished", ".old")),
 )  # fmt: skip

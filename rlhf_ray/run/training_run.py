@@ -29,8 +29,8 @@ from rlhf_ray.run.timer import Timer
 
 # Stand in every row, also where nothing of the kind has happened.
 _COUNTS = ("dropped_stale", "fault/restarts", "fault/retries", "fault/dropped")
-# Optimiser steps of the policy and of the critic.
-_SKIPPED = ("skipped_steps", "critic/skipped_steps")
+# Optimiser steps without a finite gradient: of the policy and of the critic.
+SKIPPED = ("skipped_steps", "critic/skipped_steps")
 _PARTS = (
     "step", "generate", "reward", "ref_logp", "old_logp", "values", "update", "weight_sync", "wait", "ckpt", "eval",
 )  # fmt: skip
@@ -170,7 +170,7 @@ class TrainingRun:
         cost = {"cost/hours": spent.seconds / 3600, "cost/device_hours": spent.device_hours}
         self.steps_done, self._row = step, metrics
         self.observers.step(StepRecord(step, self.config.steps, {**metrics, **cost}, tuple(samples), tuple(failures)))
-        if skipped := sum(int(metrics.get(name, 0)) for name in _SKIPPED):
+        if skipped := sum(int(metrics.get(name, 0)) for name in SKIPPED):
             reason = f"{skipped} optimiser step{'s' * (skipped > 1)} had no finite gradient and moved no weight"
             self.alarm("skipped", f"{reason}; look at the rewards and the learning rate if it comes again", step)
 

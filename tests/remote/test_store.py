@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf_ray.remote import store
-from rlhf_ray.remote.batch import gather_remote
+from rlhf_ray.remote.batch import Part, RemoteColumn, gather_remote
 from rlhf_ray.remote.calls import Deadline, Worker
+from rlhf_ray.remote.packed import Packed, Ragged
 from rlhf_ray.roles.batch import Batch, batch_of
 from rlhf_ray.sample import Sample
 
@@ -51,3 +53,12 @@ def test_rows_of_several_batches_come_in_their_order(here):
     found = here.fetch(chosen)
     assert found.prompt_id.tolist() == [6, 4, 9] and found.rows.response_lengths.tolist() == [3, 1, 2]
     assert found.score.tolist() == [5, 6, 7] and found.logp_gen.sum(1).tolist() == [-3, 0, -1]
+
+
+def test_what_workers_have_computed_comes_along(here):
+    placed = here.place(batch(4, 6))
+    held = {"out": Ragged(np.array([0.5, -1.0, -2.0], np.float32), np.array([1, 2]))}
+    swapped = Packed(held).select(np.array([1, 0]))
+    parts = (Part(Worker("rank", None), swapped, np.array([1, 0]), np.array([0, 1])),)
+    found = here.fetch(placed.replace(logp_old=RemoteColumn(parts, "out")))
+    assert found.logp_old.tolist() == [[0, 0, 0.5, 0, 0], [0, 0, 0, -1, -2]]
