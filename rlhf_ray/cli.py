@@ -29,6 +29,7 @@ from rlhf_ray.commands.rm import rm
 from rlhf_ray.commands.serve_reward import serve_reward
 from rlhf_ray.commands.sft import sft
 from rlhf_ray.commands.validate_data import validate_data
+from rlhf_ray.config.redacted import legible, redacted
 from rlhf_ray.errors import AGAIN, CONFIG, DATA, DIVERGED, INTERRUPTED, UNEXPECTED, RlhfRayError, exit_status
 from rlhf_ray.models.library_logs import quiet
 from rlhf_ray.models.threads import wait_briefly
@@ -71,7 +72,7 @@ def _options(
 
 def _plain_warnings() -> None:
     """Warnings without the place in the source that they come from; those that libraries mean for programmers: none."""
-    warnings.formatwarning = lambda message, *_: f"rlhf-ray: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"rlhf-ray: warning: {legible(redacted(str(message)))}\n"
     if not sys.warnoptions:  # python -W
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -86,7 +87,7 @@ def main() -> None:
     try:
         app()
     except RlhfRayError as error:
-        print(f"rlhf-ray: {error}", file=sys.stderr)
+        print(f"rlhf-ray: {legible(redacted(str(error)))}", file=sys.stderr)
         sys.exit(exit_status(error))
 
 

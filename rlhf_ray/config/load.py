@@ -18,6 +18,7 @@ from rlhf_ray.config import dialect
 from rlhf_ray.config.algorithm import AlgorithmConfig, passes_of
 from rlhf_ray.config.checks import contradictions
 from rlhf_ray.config.hints import hint_for, hints_in
+from rlhf_ray.config.redacted import hidden_in, redacted, redacted_settings
 from rlhf_ray.config.schema import RolloutConfig, RunConfig
 from rlhf_ray.config.sections import Section, section_in
 from rlhf_ray.config.sources import long_form
@@ -224,7 +225,13 @@ def as_tree(value: Any) -> Any:
 
 
 def _contradictions(config: Section) -> list[str]:
-    return contradictions(config) if isinstance(config, RunConfig) else config.contradictions()
+    found = contradictions(config) if isinstance(config, RunConfig) else config.contradictions()
+    hidden = [
+        f"{name}: a secret was hidden here when this file was written; set it again, or better keep it in an "
+        "environment variable (token_env of a reward server, api_key_env of a judge)"
+        for name in hidden_in(config.model_dump(mode="json"))
+    ]
+    return found + hidden
 
 
 def _contradictions_of_the_rest(
@@ -279,7 +286,7 @@ def _remove(tree: Any, loc: Sequence[Any]) -> None:
 
 def _listing(source: str, problems: Sequence[str]) -> str:
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return f"{source}: {count}\n" + "\n".join(f"  - {_shortened(problem)}" for problem in problems)
+    return f"{source}: {count}\n" + "\n".join(f"  - {_shortened(redacted(problem))}" for problem in problems)
 
 
 def _shortened(text: str) -> str:
@@ -324,5 +331,5 @@ def _valid_keys(schema: type[BaseModel], loc: Sequence[Any]) -> list[str]:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML; reading it back gives an equal config."""
-    return dialect.write(config.model_dump(mode="json"))
+    """The resolved config as YAML; reading it back gives an equal config, or is refused where a secret is hidden."""
+    return dialect.write(redacted_settings(config.model_dump(mode="json")))

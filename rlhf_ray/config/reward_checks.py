@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from rlhf_ray.config.given import GivenFunction
 from rlhf_ray.config.limits import LARGEST_REWARD
 from rlhf_ray.config.rewards import RewardConfig
@@ -40,6 +42,11 @@ def _calling_problems(reward: RewardConfig, key: str) -> list[str]:
         problems.append(
             f"{key}.isolated and {key}.adapter are for functions, and {reward.function} is a server; remove them"
         )
+    if is_server and not _has_port(reward.function):
+        problems.append(
+            f"{key}.function: what stands for the port in this URL is no number; write a / ? # or @ in a password as "
+            "%2F %3F %23 %40, or use token_env"
+        )
     if reward.isolated and isinstance(reward.function, GivenFunction):
         problems.append(
             f"{key}.isolated: another process could not import {reward.label}, a function that was given from Python; "
@@ -48,3 +55,12 @@ def _calling_problems(reward: RewardConfig, key: str) -> list[str]:
     if reward.token_env and not is_server:
         problems.append(f"{key}.token_env is for reward servers, and {reward.function} is a function; remove it")
     return problems
+
+
+def _has_port(url: str) -> bool:
+    """Whether the URL's port can be read, or is left out."""
+    try:
+        urlsplit(url).port  # noqa: B018  raises where it is no number
+    except ValueError:
+        return False
+    return True

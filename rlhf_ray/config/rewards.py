@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from rlhf_ray.config.given import FunctionName
 from rlhf_ray.config.limits import LARGEST_REWARD
+from rlhf_ray.config.redacted import redacted
 from rlhf_ray.config.sections import Section
 
 
@@ -63,7 +65,10 @@ _SAY_RIGHT = ("exact_answer", "regex", "math", "code")
 
 def default_name(function: str) -> str:
     """What the metric of a reward is called if the config does not say."""
-    return function.partition("://")[2].partition("/")[0] if "://" in function else function.rpartition(":")[2]
+    if "://" not in function:
+        return function.rpartition(":")[2]
+    server = re.split("[/?#]", redacted(function).partition("://")[2], maxsplit=1)[0]
+    return server.rpartition("@")[2]  # a name goes into every file and logger: no user, no password
 
 
 def right_by(rewards: Sequence[RewardConfig]) -> str | None:

@@ -8,6 +8,7 @@ the arguments `{"harbour": "Bergen"}` comes back with the arguments of all other
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,5 +114,22 @@ def given_rows(rows: GivenRows, split: str) -> Iterator[Found]:
 
 
 def _indexed(name: str, dataset: Any) -> Iterator[Found]:
+    for column, feature in dict(getattr(dataset, "features", None) or {}).items():
+        # Decoding an image opens whatever path or URL its row names, /etc/passwd or a machine of the own network.
+        if (plain := _undecoded(feature)) != feature:
+            dataset = dataset.cast_column(column, plain)
     for index, fields in enumerate(dataset):
         yield f"{name}:{index}", without_padding(dict(fields))
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type, in which images, sound and films stay bytes and paths."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if getattr(feature, "decode", False) is True:
+        return replace(feature, decode=False)
+    if (inner := getattr(feature, "feature", None)) is not None:
+        return replace(feature, feature=_undecoded(inner))
+    return feature

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_ray.config.given import GivenFunction
+from rlhf_ray.config.redacted import redacted
 from rlhf_ray.config.rewards import RewardConfig, default_name
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.adapters import Adapter
@@ -70,7 +71,9 @@ def load_reward(
         try:
             return RewardFunction(name, HttpReward(function, timeout_s=timeout_s, **args), **settings)
         except TypeError as error:
-            raise ConfigError(f"reward {function}: {error}; its args are batch_size and connections") from error
+            raise ConfigError(
+                f"reward {redacted(function)}: {error}; its args are batch_size and connections"
+            ) from error
     if not isolated:
         return replace(bind(function, adapter, args), name=name, timeout_s=timeout_s, **settings)
     if is_builtin(function):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from rlhf_ray.config.judge import JudgeConfig
+from rlhf_ray.config.redacted import legible, redacted
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.failures import Failure
 from rlhf_ray.rewards.judge_questions import (
@@ -23,6 +25,8 @@ from rlhf_ray.rewards.judge_questions import (
 )
 
 Read = TypeVar("Read")
+_LARGEST_ANSWER = 2**24  # bytes of one reply; max_tokens tokens take a few thousand
+_MOST_SAID = 300
 
 
 class EndpointJudge:
@@ -60,6 +64,10 @@ class EndpointJudge:
             api_key=self.key,
             timeout=self.config.timeout_s,
             max_retries=self.config.retries,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=self.openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, event_hooks={"response": [_cap]}
+            ),
         )
         gate = asyncio.Semaphore(self.config.concurrency)
 
@@ -93,7 +101,7 @@ class EndpointJudge:
 
     async def _reply(self, client: Any, messages: list[Message]) -> str | Failure:
         """Its text. A request that the server calls bad (a prompt that is too long, say) fails alone."""
-        config, where = self.config, f"judge {self.config.model} at {self.config.endpoint}"
+        config, where = self.config, f"judge {self.config.model} at {redacted(str(self.config.endpoint))}"
         try:
             answer = await client.chat.completions.create(
                 model=config.model,
@@ -103,20 +111,34 @@ class EndpointJudge:
                 seed=config.seed,
             )
         except self.openai.BadRequestError as error:
-            return Failure(f"was refused by the judge ({_first_line(error)})", "shorten the answers, or see its log")
+            return Failure(f"was refused by the judge ({self._quoted(error)})", "shorten the answers, or see its log")
         except self.openai.APIStatusError as error:
+            if 300 <= error.status_code < 400:
+                target = legible(redacted(error.response.headers.get("Location", "another address")))
+                raise RewardError(
+                    f"{where} redirects (status {error.status_code}) to {target}; none is followed, for texts and "
+                    "key would go there; set judge.endpoint to that address if it is right"
+                ) from None
             raise RewardError(
-                f"{where} refuses with status {error.status_code}: {_first_line(error)}; check judge.model, "
+                f"{where} refuses with status {error.status_code}: {self._quoted(error)}; check judge.model, "
                 "judge.endpoint and judge.api_key_env, and the server's own log"
             ) from error
         except self.openai.OpenAIError as error:
+            if isinstance(error.__cause__, RewardError):
+                raise error.__cause__ from None
             raise RewardError(
                 f"{where} did not answer in {config.retries + 1} attempts ({type(error).__name__}: "
-                f"{_first_line(error)}); is the server up? Else raise judge.timeout_s or lower judge.concurrency"
+                f"{self._quoted(error)}); is the server up? Else raise judge.timeout_s or lower judge.concurrency"
             ) from error
         if not getattr(answer, "choices", None):
             raise RewardError(f"{where} answers without a choice; is it an OpenAI-compatible chat endpoint?")
         return answer.choices[0].message.content or ""
+
+    def _quoted(self, error: Exception) -> str:
+        """What it says, for a log: one line, without what would steer a terminal, and without our own key."""
+        said = (str(error).strip() or type(error).__name__).split("\n")[0]
+        key = "" if self.config.api_key_env is None else self.key
+        return legible(redacted(said[: 10 * _MOST_SAID], key))[:_MOST_SAID]
 
 
 def _key(config: JudgeConfig) -> str:
@@ -142,5 +164,29 @@ async def _all_or_first_error(waiting: Sequence[Awaitable[Read]]) -> list[Read]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+async def _cap(response: Any) -> None:
+    """Before its body is read: what comes from a network must not fill the memory."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise RewardError(
+            "the judge's endpoint compresses its answers, though it is asked not to; switch that off there"
+        )
+    library = importlib.import_module(type(response).__module__.partition(".")[0])  # httpx, or what openai has instead
+
+    class Capped(library.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            read = 0
+            async for piece in self.stream:
+                read += len(piece)
+                if read > _LARGEST_ANSWER:
+                    raise RewardError(
+                        f"the judge's endpoint answers with more than {_LARGEST_ANSWER} bytes; is it a chat endpoint?"
+                    )
+                yield piece
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    response.stream = Capped(response.stream)

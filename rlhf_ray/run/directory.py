@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf_ray.config.redacted import redacted, redacted_texts
 from rlhf_ray.errors import ConfigError, StorageError
 from rlhf_ray.run.storage import (
     append_line,
@@ -193,7 +194,7 @@ class RunDirectory:
 def append_event(file: Path, kind: str, /, **fields: Any) -> None:
     """A line of events.jsonl; also of a run that another process has written."""
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    append_line(file, {"time": now, "event": kind, **fields})
+    append_line(file, {"time": now, "event": kind, **redacted_texts(fields)})
 
 
 def folder_for(name: str, run_dir: str | Path | None, *, resume: bool, root: str | Path = "runs") -> Path:
@@ -244,7 +245,7 @@ def ended_by(error: BaseException) -> dict[str, str]:
     """What summary.json says of a run that `error` has ended: a person or a scheduler interrupted it, or it failed."""
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted"}
-    return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    return {"status": "failed", "error": redacted(f"{type(error).__name__}: {error}")}
 
 
 def newest_run(name: str, root: str | Path = "runs") -> Path | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.clock import Clock
+from rlhf_ray.config.redacted import legible, redacted
 from rlhf_ray.run.observer import Alarm, Observer, StepRecord
 
 _SHOWN_SAMPLES = 3
@@ -113,15 +114,15 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line for the reader: a checkpoint written, a worker restarted."""
-        self._print(text)
+        self._print(redacted(text))
 
     def alarm(self, text: str) -> None:
         """A line that must not be overlooked: bold on a terminal."""
-        self._print(f"ALARM {text}", style="bold yellow")
+        self._print(f"ALARM {redacted(text)}", style="bold yellow")
 
     def _print(self, text: str, style: str | None = None) -> None:
         # soft_wrap: a log file is not 80 columns wide
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(legible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
         (first_time, first_step), (last_time, _) = self._recent[0], self._recent[-1]
@@ -137,8 +138,8 @@ def _duration(seconds: float) -> str:
 
 
 def on_one_line(text: str) -> str:
-    """The text with its line breaks written as backslash and n."""
-    return text.replace("\n", "\\n")
+    """The text with its line breaks written as backslash and n, and nothing in it that would steer a terminal."""
+    return legible(text.replace("\n", "\\n"))
 
 
 def _shortened(text: str, limit: int) -> str:

@@ -11,6 +11,7 @@ import yaml
 from rlhf_ray.config.clock import Dated, at_moment
 from rlhf_ray.config.engines import trainer_facts
 from rlhf_ray.config.formula_names import ADVANTAGES, OWN_ADVANTAGE
+from rlhf_ray.config.redacted import redacted_settings
 from rlhf_ray.config.sections import TrainingRunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE
 from rlhf_ray.errors import ConfigError, DataError
@@ -52,7 +53,7 @@ def refuse_other_beginnings(config: TrainingRunConfig, directory: RunDirectory, 
     Raises:
         ConfigError: naming every setting that would silently not apply to what is there already.
     """
-    old, new, problems = config_before(directory), config.model_dump(mode="json"), []
+    old, new, problems = config_before(directory), redacted_settings(config.model_dump(mode="json")), []
     if changed := _changed(old, new, POLICY):
         problems.append(f"goes on with the policy that is there, and {_have(changed)} since it was made")
     if changed := _changes_of_stream(old, new):
@@ -145,7 +146,7 @@ def _said(name: str, before: str, now: str) -> str:
 
 
 def _other_length(config: TrainingRunConfig, directory: RunDirectory) -> str | None:
-    old, new = _old_config(directory), config.model_dump(mode="json")
+    old, new = _old_config(directory), redacted_settings(config.model_dump(mode="json"))
     changed = _changed(old, new, ("epochs", "steps"))
     if not changed:
         return None
@@ -218,7 +219,7 @@ def _tree(text: str | None) -> dict[str, Any]:
         tree = yaml.safe_load(text or "")
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return tree if isinstance(tree, dict) else {}
+    return redacted_settings(tree) if isinstance(tree, dict) else {}  # an older version hid nothing
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_ray.clock import Clock
 from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.redacted import redacted_settings
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import StorageError
 from rlhf_ray.models.written import Written
@@ -94,7 +95,7 @@ class TrainingRun:
         )
         loggers = ["jsonl", *config.logging.loggers]
         self.observers = Observers([
-            Metrics(directory, loggers, config=config.model_dump(mode="json"), resume_step=step),
+            Metrics(directory, loggers, config=redacted_settings(config.model_dump(mode="json")), resume_step=step),
             self.screen, Recorder(directory, config.logging.rollouts), *observers,
         ], self.steps_done)  # fmt: skip
         self.note(f"run directory: {directory.path}" + (f", from step {step}" if step else ""))

@@ -19,6 +19,7 @@ from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.feedback import PairsConfig
 from rlhf_ray.config.judge import JudgeConfig
 from rlhf_ray.config.names import is_own
+from rlhf_ray.config.redacted import redacted
 from rlhf_ray.config.rewards import RewardConfig
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RowsConfig, Section, TrainingRunConfig
@@ -69,7 +70,7 @@ def preflight(config: Section, unmade: Path | None = None) -> list[str]:
     else:
         _open_all(limited(config))
     read = [path for path in (*models_of(config), *(rows.path for rows in rows_of(config))) if path not in later]
-    opened = dict.fromkeys([*read, *(reward.function for reward in functions), *own])
+    opened = dict.fromkeys([*read, *(redacted(reward.function) for reward in functions), *own])
     lines = [f"# opened: {', '.join(opened)}"] if opened else []
     return lines + [f"# not opened: {path} ({why})" for path, why in later.items()]
 

@@ -137,6 +137,16 @@ def test_nothing_is_made_for_a_pipeline_that_cannot_run(shell, file, tmp_path):
     assert shell.ran == [] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("run", [stages.run_pipeline, lambda path, run_dir: stages.describe_pipeline(path)])
+def test_a_secret_for_which_a_file_is_no_place_is_refused(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    settings = "{model.path: m, data.path: p.jsonl, rewards: [{function: 'http://ada:pw7@host?key=k7'}]}"
+    (tmp_path / "two.yaml").write_text(f"name: two\nstages:\n  - {{name: a, run: rl, set: {settings}}}\n")
+    with pytest.raises(ConfigError, match="stage a: rewards.0.function may hold a secret.*token_env") as error:
+        run(tmp_path / "two.yaml", run_dir=tmp_path / "run")
+    assert "pw7" not in str(error.value) and "k7" not in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_a_package_that_the_last_stage_needs_is_missed_before_the_first(shell, file, tmp_path, monkeypatch):
     file.write_text(STAGES + '  - {name: d, run: eval, set: {models: {c: "${c.model}"}, data.path: prompts.jsonl}}\n')
     monkeypatch.setattr("rlhf_ray.config.extras.find_spec", lambda module: None)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import pickle
 import struct
 
 import pyarrow
@@ -385,3 +387,41 @@ def test_the_line_of_a_csv_file_that_is_not_utf8_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     with pytest.raises(DataError, match=rf"{name}:5002: not UTF-8"):
         list(read_rows(str(tmp_path / name)))
+
+
+def test_a_row_that_names_a_file_or_a_url_as_its_image_opens_neither(tmp_path):
+    """Decoding an image of a Hub dataset reads whatever its row names."""
+    datasets = pytest.importorskip("datasets")
+    secret = tmp_path / "secret.png"
+    rows = {
+        "prompt": ["a"],
+        "image": [{"bytes": None, "path": str(secret)}],
+        "images": [[{"bytes": None, "path": "http://127.0.0.1:9/x.png"}]],
+        "inner": [[{"sound": {"bytes": None, "path": str(secret)}}]],
+    }
+    folder = tmp_path / "saved"
+    media = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    columns = {"prompt": datasets.Value("string"), "image": media, "images": [media], "inner": [{"sound": media}]}
+    datasets.Dataset.from_dict(rows, datasets.Features(columns)).save_to_disk(folder)
+    told = json.loads((folder / "dataset_info.json").read_text())
+    image, inner = {"_type": "Image"}, {"feature": {"sound": {"_type": "Audio"}}, "_type": "List"}
+    told["features"] |= {"image": image, "images": {"feature": image, "_type": "List"}, "inner": inner}
+    (folder / "dataset_info.json").write_text(json.dumps(told))
+    secret.mkdir()  # to open it raises
+    (row,) = read_rows(str(folder))
+    assert row.fields["image"] == {"path": str(secret)} and row.fields["images"][0]["path"].startswith("http://")
+    assert row.fields["inner"][0]["sound"]["path"] == str(secret)
+
+
+@pytest.mark.parametrize("name", ["train.pkl", "train.pickle", "train.pt", "train.npy", "train.jsonl", "train.parquet"])
+def test_a_pickle_is_not_loaded_whatever_it_is_called(tmp_path, name):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(DataError, match=name):
+        list(read_rows(str(tmp_path / name)))
+    with pytest.raises(DataError):
+        list(read_rows(str(tmp_path)))
+    assert not (tmp_path / "exploded").exists()

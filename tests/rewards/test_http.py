@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import re
 import socket
 import threading
 import time
@@ -163,7 +166,9 @@ def test_a_server_that_is_busy_or_restarting_is_asked_again():
         ((200, {"scores": {"a": [1.0, None, 1.0]}}), "gave None for row 1"),
         ((200, {"scores": {"a": "111"}}), "returned a str"),
         ((500, {"error": "reward 'x' raised"}), "got HTTP 500 .*: reward 'x' raised; see the server's log"),
-        ((302, {}), "got HTTP 302"),
+        ((302, {}), "got HTTP 302 .*, a redirect to another address; none is followed"),
+        ((200, b"\x1b]0;a\x07"), r"got something else than scores from \S+: \\x1b\]0;a\\x07; it must be"),
+        ((500, {"error": "\x1b[2J\u202e"}), r"got HTTP 500 from \S+: \\x1b\[2J\\u202e; see"),
         ((None, 3.0), r"had no scores .*within 0.5 s \(no answer\); see whether the server runs"),
         ((503, {}), r"had no scores .*within 0.5 s \(HTTP 503\)"),
     ],
@@ -216,3 +221,88 @@ def test_a_port_that_is_taken():
         port = int(server.url.rpartition(":")[2])
         with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 is taken by another program; choose another"):
             RewardServer(RewardSet([]), port=port)
+
+
+def test_an_answer_cannot_fill_the_memory():
+    large = (200, b" " * (2**24 + 1))
+    with fake([large]) as (url, _), pytest.raises(RewardError, match="got more than 16777216 bytes"):
+        score(url)
+
+
+def test_a_redirect_is_not_followed_and_a_compressed_answer_is_not_unpacked():
+    with fake([(200, {"scores": {"f": [1.0] * 3}})]) as (elsewhere, seen):
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                encodings.append(self.headers["Accept-Encoding"])
+                self.rfile.read(int(self.headers["Content-Length"]))
+                moved = self.path == "/moved"
+                body = b"" if moved else gzip.compress(b" " * 10**8)
+                self.send_response(307 if moved else 200)
+                for name, value in {"Location": f"{elsewhere}/score?k=s7", "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Encoding", "gzip")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        encodings = []
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(RewardError, match="a redirect to") as error:
+            score(f"{url}/moved")
+        assert f"a redirect to {elsewhere}/score?k=***; none is followed" in str(error.value)
+        with pytest.raises(RewardError, match="got something else than scores"):
+            score(f"{url}/packed")
+        server.shutdown()
+        server.server_close()
+    assert seen == [] and encodings == ["identity"] * 2
+
+
+def test_secrets_in_a_url_are_sent_and_said_nowhere(monkeypatch):
+    monkeypatch.setenv("TOKEN", "tok7")
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append((self.path, self.headers["Authorization"]))
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps({"error": f"no: {self.headers['Authorization']} at http://h?token=q7"}).encode()
+            self.send_response(500)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    host = f"127.0.0.1:{server.server_address[1]}"
+    said = []
+    for url, args in [(f"http://ada:pw7@{host}", {}), (f"http://{host}?key=q7", {"token_env": "TOKEN"})]:
+        reward = load_reward(url, args=args)
+        assert reward.name == host
+        with pytest.raises(RewardError) as error:
+            RewardSet([reward]).score(*ROWS)
+        said.append(str(error.value))
+    server.shutdown()
+    server.server_close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://ada:pw7@127.0.0.1:{taken.getsockname()[1]}?key=q7"
+    with pytest.raises(RewardError, match="had no scores") as error:
+        score(nobody, timeout_s=0.1)
+    for text in [*said, str(error.value)]:
+        assert not {"pw7", "q7", "tok7"} & set(re.findall(r"\w+", text)) and "127.0.0.1" in text
+    basic = base64.b64encode(b"ada:pw7").decode()
+    assert seen == [("/score", f"Basic {basic}"), ("/score?key=q7", "Bearer tok7")]
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"nonsense": 1}])
+def test_a_wrong_setting_shows_no_secret(settings):
+    with pytest.raises(ConfigError) as error:
+        load_reward("http://ada:pw7@host", args=settings)
+    assert "pw7" not in str(error.value)

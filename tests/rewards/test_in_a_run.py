@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from rlhf_ray.config.load import parse_config
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.run import loggers
 from rlhf_ray.start.rl import run_rl
 
 pytestmark = pytest.mark.slow
@@ -140,3 +144,53 @@ def test_serve_reward_refuses(tmp_path, settings, says, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_secrets_in_a_url_reach_no_file_no_logger_and_no_screen(tmp_path, tiny_tree, monkeypatch, capfd):
+    """The server lets nobody in without them, and quotes them in its third answer, which fails."""
+    told, real = [], loggers.LOGGERS["tensorboard"]
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda run, *given: told.append(given) or real(run, *given))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            allowed = self.path == "/score?token=q7secret" and self.headers["Authorization"] == f"Basic {basic}"
+            seen.append(allowed)
+            answer = {"scores": {"f": [1.0] * len(body["completions"])}}
+            if len(seen) == 3:
+                answer["scores"]["f"][0], answer["failed"] = None, [[0, f"failed at {url}"]]
+            body = json.dumps(answer).encode()
+            self.send_response(200 if allowed else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    seen, basic = [], base64.b64encode(b"ada:pw7secret").decode()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    host = f"127.0.0.1:{server.server_address[1]}"
+    url = f"http://ada:pw7secret@{host}/score?token=q7secret"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    rewards = [{"function": url, "on_failure": "drop_group"}, {"function": "repetition_penalty"}]
+    tree = {**tiny_tree, "steps": 3, "rewards": rewards, "logging": {"loggers": ["tensorboard"]}}
+    run_rl(parse_config(tree, RunConfig, source="the test"), tmp_path / "run")
+    again = {**tree, "steps": 4, "rewards": [{"function": url}, rewards[1]]}  # what fails now ends the run
+    run_rl(parse_config(again, RunConfig, source="the test"), tmp_path / "run", resume=True)
+    server.shutdown()
+    server.server_close()
+    gone = {**again, "steps": 5, "rewards": [{"function": url, "timeout_s": 0.5}, rewards[1]]}
+    with pytest.raises(RewardError) as error:
+        run_rl(parse_config(gone, RunConfig, source="the test"), tmp_path / "run", resume=True)
+    assert all(seen) and len(seen) >= 5
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    names = {path.name.split(".")[0] for path in files}
+    assert {"config", "metrics", "events", "summary", "beginning"} <= names
+    for path in files:
+        assert b"7secret" not in path.read_bytes() and basic.encode() not in path.read_bytes(), path
+    assert f"http://***@{host}/score" in str(told) and "7secret" not in str(told)
+    assert f'"reward/{host}":' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "7secret" not in str(error.value) + "".join(capfd.readouterr())
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert f"(failed at http://***@{host}/score?token=***)" in events

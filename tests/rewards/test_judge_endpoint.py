@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import threading
 import time
@@ -172,3 +173,58 @@ def test_the_key_comes_from_the_environment(server, judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     score(judge(), "x")
     assert "another" not in server.keys[-1], "a key is sent only to whom the config names it for"
+
+
+class Answers:
+    """A server that gives one (status, headers, body), and counts how often it was asked."""
+
+    def __init__(self, status, headers, body):
+        self.asked = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                outer.asked += 1
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def said(self, judge, where="", **settings):
+        with pytest.raises(RewardError) as error:
+            score(judge(endpoint=(where or self.url), **settings), "x")
+        self.http.shutdown()
+        self.http.server_close()
+        return str(error.value)
+
+
+def test_a_redirect_of_the_endpoint_is_not_followed(server, judge):
+    moved = Answers(307, {"Location": f"{server.url}/chat/completions?k=s7"}, b"")
+    assert f"redirects (status 307) to {server.url}/chat/completions?k=***; none is followed" in moved.said(judge)
+    assert server.bodies == []
+
+
+def test_an_endpoint_cannot_fill_the_memory(judge):
+    kind = {"Content-Type": "application/json"}
+    assert "more than 16777216 bytes" in Answers(200, kind, b" " * (2**24 + 1)).said(judge)
+    packed = gzip.compress(b" " * 10**8)
+    assert "compresses its answers" in Answers(200, {**kind, "Content-Encoding": "gzip"}, packed).said(judge)
+
+
+def test_what_an_endpoint_says_is_printed_without_control_characters_and_secrets(judge, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk7")
+    body = json.dumps({"error": {"message": "\x1b[2J no sk7 here, see http://h?token=q7"}}).encode()
+    refused = Answers(403, {"Content-Type": "application/json"}, body)
+    said = refused.said(judge, refused.url.replace("http://", "http://ada:pw7@"), api_key_env="MY_KEY")
+    assert "\x1b" not in said and "sk7" not in said and "q7" not in said and "pw7" not in said
+    assert "\\x1b[2J no *** here" in said and "http://***@127.0.0.1" in said

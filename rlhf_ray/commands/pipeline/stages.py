@@ -28,6 +28,7 @@ from pydantic import BaseModel
 from rlhf_ray.config.extras import needs_of, require
 from rlhf_ray.config.load import dump_config, parse_config, read_yaml
 from rlhf_ray.config.pipeline import PipelineConfig, Stage, load_pipeline, resolve
+from rlhf_ray.config.redacted import hidden_in, redacted_settings
 from rlhf_ray.errors import AGAIN, INTERRUPTED, ConfigError, StageError, Terminated
 from rlhf_ray.run.directory import RunDirectory, ended_by
 from rlhf_ray.run.resume import begun
@@ -53,6 +54,7 @@ def run_pipeline(
     pipeline, of_stages = load_pipeline(path, overrides)
     root = Path(path).parent
     planned = resolve(pipeline, root, Path("."), of_stages)  # complains before a folder is made
+    _refuse_secrets(planned)
     require(need for stage in planned for need in needs_of(stage.config))
     directory = RunDirectory.open(pipeline.name, run_dir, resume=resume)
     pipeline = pipeline.model_copy(update={"clock": pipeline.clock or begun(directory)})  # all stages have one date
@@ -80,6 +82,7 @@ def describe_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> str:
     pipeline, of_stages = load_pipeline(path, overrides)
     unmade = Path("RUN")
     stages = resolve(pipeline, Path(path).parent, unmade, of_stages)
+    _refuse_secrets(stages)
     require(need for stage in stages for need in needs_of(stage.config))
     opened = {stage.name: preflight(stage.config, unmade) for stage in stages}
     parts = [
@@ -89,6 +92,17 @@ def describe_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> str:
         for stage in stages
     ]
     return "\n".join(parts)
+
+
+def _refuse_secrets(stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for one that stands in the settings of a stage: its file could not hold it."""
+    for stage in stages:
+        if names := hidden_in(redacted_settings(stage.config.model_dump(mode="json"))):
+            raise ConfigError(
+                f"stage {stage.name}: {', '.join(names)} may hold a secret (a password, a value in a URL's query, a "
+                "key). A stage is started with a file, and no secret is written into one; keep it in an environment "
+                "variable (token_env of a reward server, api_key_env of a judge)"
+            )
 
 
 def command_of(stage: Stage, directory: RunDirectory) -> list[str]:
