@@ -151,6 +151,7 @@ def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) ->
             continue
         first = min(by_ref.values(), key=lambda call: call.until)
         left = first.until - time.monotonic()
+        _require_ray()
         done, _ = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, min(POLL_S, left)))
         if done:
             return by_ref[done[0]]
@@ -168,6 +169,7 @@ def value_of(call: Call) -> Any:
             f"{call} did not return within {call.deadline.seconds:.0f} s: it hangs, or the work is too much; look at "
             f"that process, raise {call.deadline.setting}, or resume with --resume auto"
         )
+    _require_ray()
     try:
         return ray.get(call.ref, timeout=FETCH_S)
     except RayTaskError as error:
@@ -183,6 +185,12 @@ def value_of(call: Call) -> Any:
         raise death(call.worker, error, f"during {call.name}") from None
     except RayError as error:  # its result or an argument was lost with the node that held it
         raise LostError(f"{call}: the result is lost ({one_line(error)}); resume with --resume auto") from None
+
+
+def _require_ray() -> None:
+    """For a thread that outlives the run: Ray would start anew for whoever asks it for something."""
+    if not ray.is_initialized():
+        raise WorkerError("the run is over, and its workers have been ended")
 
 
 def first_result(

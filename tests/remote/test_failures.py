@@ -16,7 +16,8 @@ from torch import distributed
 
 from rlhf_ray import errors
 from rlhf_ray.errors import DataError, EngineError, ForeignError, RlhfRayError, WorkerError
-from rlhf_ray.remote.calls import Worker, death
+from rlhf_ray.remote import calls
+from rlhf_ray.remote.calls import Call, Deadline, Worker, death
 from rlhf_ray.remote.failures import LostError, is_infrastructure, portable, reported
 
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
@@ -173,3 +174,14 @@ def test_a_lost_process_says_where_to_look():
         "(memory, devices, the kernel's log), then resume with --resume auto"
     )
     assert rest.startswith("--- traceback of the worker ---\n") and type(sent) is LostError
+
+
+def test_nothing_is_asked_of_a_ray_that_is_over(monkeypatch):
+    """Ray would start anew, from a thread that the end of the run has left behind."""
+    call = Call(Worker("reward", None), "score", lambda actor: "ref", Deadline(60, "ray.call_deadline_s"))
+    monkeypatch.setattr(calls.ray, "is_initialized", lambda: False)
+    for name in ("get", "wait"):
+        monkeypatch.setattr(calls.ray, name, lambda *args, **kwargs: pytest.fail("Ray was asked"))
+    for ask in (lambda: calls.value_of(call), lambda: calls.next_done([call], lambda calls: None)):
+        with pytest.raises(WorkerError, match="the run is over"):
+            ask()
