@@ -15,6 +15,7 @@ MAP = ROOT / "docs" / "map.md"
 LISTED = {
     "rlhf_ray": ("*.py",), "configs": ("*.yaml", "*.py"), "examples": ("*.py",), "benchmarks": ("*.py", "*.md"),
     "docs": ("*.md", "*.py"), "docker": ("Dockerfile.*",), "requirements": ("*.txt",),
+    "cluster": ("*.py", "*.yaml", "*.sh", "*.sbatch"),
 }  # fmt: skip
 # Of rlhf_ray, from the top down; tests/test_layers.py holds the imports to it.
 ROOMS = {

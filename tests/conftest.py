@@ -202,6 +202,18 @@ def rlhf_ray(monkeypatch, capsys):
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.fixture
+def simulated_hosts(tmp_path):
+    """`simulated_hosts(2, own=[...])`: as many machines, each in namespaces of its own; gone after the test."""
+    from cluster.simulate import simulated, why_not
+
+    problem = why_not()
+    if problem:
+        pytest.skip(f"several hosts cannot be simulated: {problem}")
+    with contextlib.ExitStack() as stack:
+        yield lambda count, **options: stack.enter_context(simulated(tmp_path / "hosts", count, **options))
+
+
 @pytest.fixture(scope="session")
 def script():
     """A script that lies outside the package as a module, by its path: `script("docs/make_map.py")`."""
