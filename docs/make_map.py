@@ -32,7 +32,7 @@ ROOMS = {
     "models, sync": "loading, engines, LoRA; weights on their way from the learner to the generators",
     "data": "files and datasets become prompts, answers and pairs",
     "config": "settings, and what they refuse",
-    "algo, sample, clock": "formulas on tensors and numbers; one sequence as a policy wrote it; time as an argument",
+    "algo, sample, clock, pulse": "formulas on tensors; one sequence as a policy wrote it; time; signs of life",
     "errors": "what goes wrong, and what to do",
 }
 HEADER = """# Map

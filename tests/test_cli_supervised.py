@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import pytest
 import yaml
 
+from rlhf_ray.commands import restart
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.supervised import SCHEMAS
 
@@ -109,3 +111,48 @@ def test_an_interrupted_run_says_how_to_go_on(rlhf_ray, file, tmp_path, monkeypa
     monkeypatch.setattr(SupervisedTrainer, "step", real)
     status, out, _ = rlhf_ray(*arguments, "--resume", "auto")
     assert status == 0 and f"run directory: {tmp_path}/run, from step 1" in out
+
+
+HANGS_ONCE = """
+import os, signal
+from pathlib import Path
+
+def observer(record):
+    mark = Path(__file__).with_name("hung")
+    if record.step == 3 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.system
+def test_a_run_that_hangs_is_started_again_and_ends_as_if_it_had_not(rlhf_ray, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(restart, "PAUSE_S", 0.1)
+    (tmp_path / "hangs.py").write_text(HANGS_ONCE)
+    settings = ["steps=4", "checkpoint.every=1", "ray.pulse_s=0.2", "ray.silence_s=5"]
+    assert rlhf_ray("rm", file, *settings, "--run-dir", tmp_path / "calm")[0] == 0
+    stopping = f"logging.observers=[{tmp_path}/hangs.py:observer]"
+    status, _, err = rlhf_ray("rm", file, *settings, stopping, "--run-dir", tmp_path / "run", "--restart", 2)
+    assert status == 0 and re.search(r"rlhf-ray: process \d+ gave no sign of life for 5 s, and is killed\n", err)
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("calm", "run")]
+    assert weights[0] == weights[1], "bit for bit"
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events][:3] == ["started", "restarted", "resumed"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("command", list(SCHEMAS))
+def test_every_command_can_be_watched_over(rlhf_ray, file, tmp_path, monkeypatch, command):
+    started = []
+
+    def run_child(arguments, start_s):
+        started.append(arguments)
+        return restart.Ended(4, "exit status 4")
+
+    monkeypatch.setattr(restart, "run_child", run_child)
+    labelled = ["data.type=labelled"] if command == "classifier" else []
+    assert rlhf_ray(command, file, *labelled, "--run-dir", tmp_path / "run", "--restart", 1)[0] == 4
+    assert started == [
+        [command, str(file), *labelled, "--run-dir", str(tmp_path / "run"), "--resume", "never"]
+    ]  # fmt: skip

@@ -35,7 +35,7 @@ LINES = (
     ("models", "sync"),
     ("data",),
     ("config",),
-    ("algo", "sample", "clock"),
+    ("algo", "sample", "clock", "pulse"),
     ("errors",),
 )
 LEVEL = {room: -number for number, line in enumerate(LINES) for room in line}

@@ -2,67 +2,160 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from rlhf_ray.errors import AGAIN
+import typer
+
+from rlhf_ray import pulse
+from rlhf_ray.commands.options import interruptible
+from rlhf_ray.errors import AGAIN, INTERRUPTED
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.directory import append_event, folder_for
 from rlhf_ray.run.stopping import SIGNALS
 
+if TYPE_CHECKING:
+    from rlhf_ray.config.sections import RayConfig, TrainingRunConfig
+
 # Whatever has failed may need a moment: a machine that comes back, a disk that somebody clears.
 PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
+# How often to look whether the process is there: one that it has started may hold its line open.
+LOOK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command has ended: its exit status, or minus the signal; and in words."""
+
+    status: int
+    how: str
+
+    @property
+    def may_help(self) -> bool:
+        """To start again: infrastructure failed, or something killed the process that was no signal for stopping it."""
+        return self.status == AGAIN or (self.status < 0 and -self.status not in SIGNALS)
 
 
 def restarting(
-    command: str, name: str, config: Path, overrides: Sequence[str], run_dir: Path | None, resume: bool, times: int, *,
-    run: Callable[[Sequence[str]], int] | None = None, sleep: Callable[[float], None] = time.sleep,
+    command: str, settings: TrainingRunConfig, config: Path, overrides: Sequence[str], run_dir: Path | None,
+    resume: bool, times: int, *,
+    run: Callable[[Sequence[str]], Ended] | None = None, sleep: Callable[[float], None] = time.sleep,
 ) -> int:  # fmt: skip
     """Run the command until it ends with a status that no restart would change; returns that.
 
     Args:
-        name: the run's, for its folder where none is given.
+        settings: the command's, as `config` and `overrides` give them.
         times: so many restarts in a row; a new checkpoint in between, and they count anew.
     """
-    folder = folder_for(name, run_dir, resume=resume)
-    failures, run = 0, run or run_child
+    folder = folder_for(settings.name, run_dir, resume=resume)
+    failures, run = 0, run or partial(run_child, start_s=settings.ray.start_deadline_s)
     while True:
         saved = _newest(folder)
         mode = "auto" if resume or failures else "never"
-        status = run([command, str(config), *overrides, "--run-dir", str(folder), "--resume", mode])
-        if not may_help(status):
-            return status
+        ended = run([command, str(config), *overrides, "--run-dir", str(folder), "--resume", mode])
+        if not ended.may_help:
+            return ended.status if ended.status >= 0 else INTERRUPTED
         failures = 1 if _newest(folder) > saved else failures + 1
-        how = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         if failures > times:
-            print(f"rlhf-ray: {how}; after {times} restarts without a new checkpoint this is the end", file=sys.stderr)
-            return status if status > 0 else AGAIN
+            what = f"after {times} restart{'s' * (times != 1)} without a new checkpoint this is the end"
+            print(f"rlhf-ray: {ended.how}; {what}", file=sys.stderr)
+            return AGAIN
         pause = min(PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
-        print(f"rlhf-ray: {how}; restart {failures} of {times} in {pause:g} s", file=sys.stderr, flush=True)
+        print(f"rlhf-ray: {ended.how}; restart {failures} of {times} in {pause:g} s", file=sys.stderr, flush=True)
         sleep(pause)
         if folder.is_dir():
-            append_event(folder / "events.jsonl", "restarted", restart=failures, reason=how)
+            append_event(folder / "events.jsonl", "restarted", restart=failures, reason=ended.how)
 
 
-def may_help(status: int) -> bool:
-    """Infrastructure failed, or something killed the process that was none of the signals for stopping it."""
-    return status == AGAIN or (status < 0 and -status not in SIGNALS)
+def restart_and_exit(
+    command: str, settings: TrainingRunConfig, config: Path, overrides: Sequence[str], run_dir: Path | None,
+    resume: bool, times: int,
+) -> NoReturn:  # fmt: skip
+    """`restarting` as the whole of a command."""
+    with interruptible():
+        raise typer.Exit(restarting(command, settings, config, overrides, run_dir, resume, times))
 
 
-def run_child(arguments: Sequence[str]) -> int:
-    """`rlhf-ray <arguments>`: its exit status, or minus the signal that ended it. Ctrl-C and SIGTERM are passed on."""
+def run_child(arguments: Sequence[str], start_s: float) -> Ended:
+    """`rlhf-ray <arguments>` to its end. Ctrl-C and SIGTERM are passed on; if it gives no sign of life, it is killed.
+
+    Args:
+        start_s: seconds until the first sign of life.
+    """
+    hears, gives = os.pipe()
     # In a session of its own, or a terminal's Ctrl-C would reach it twice and count as the second one.
-    child = subprocess.Popen([sys.executable, "-m", "rlhf_ray.cli", *arguments], start_new_session=True)
-    before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in SIGNALS}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_ray.cli", *arguments], start_new_session=True, pass_fds=[gives],
+        env={**os.environ, pulse.VARIABLE: str(gives)},
+    )  # fmt: skip
+    os.close(gives)
     try:
-        return child.wait()
+        with _passed_on(child) as passed:
+            hangs = listen(child, hears, start_s)
+            if hangs:
+                print(f"rlhf-ray: {hangs}", file=sys.stderr, flush=True)
+                child.kill()
+            status = child.wait()
+    finally:
+        os.close(hears)
+    if status < 0 and passed:  # it could not obey, and who asked for an end wants no restart
+        return Ended(INTERRUPTED, f"killed by {signal.Signals(-status).name} after it was to stop")
+    killed = hangs or (f"killed by {signal.Signals(-status).name}" if status < 0 else None)
+    return Ended(status, killed or f"exit status {status}")
+
+
+def listen(child: subprocess.Popen[bytes], hears: int, patience: float) -> str | None:
+    """Waits until the process has ended, or hangs: what is to be said of it then."""
+    wait, since = patience, time.monotonic()
+    while child.poll() is None:
+        asked, began = max(0.0, min(LOOK_S, since + wait - time.monotonic())), time.monotonic()
+        ready, _, _ = select.select([hears], [], [], asked)
+        if ready:
+            said = os.read(hears, 65536).split()
+            if not said:
+                child.wait()
+                return None
+            word, wait, since = said[-2], float(said[-1]), time.monotonic()
+            if word == b"stuck":
+                return f"process {child.pid} waits for itself: it has done nothing for {wait:.0f} s, and is killed"
+            continue
+        # Whoever stops all processes of a job stops this one, too: that time does not count.
+        since += max(0.0, time.monotonic() - began - asked - LOOK_S)
+        if time.monotonic() >= since + wait:
+            return f"process {child.pid} gave no sign of life for {wait:.0f} s, and is killed"
+    return None
+
+
+@contextmanager
+def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Signals for stopping go to the process; those that did."""
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        passed.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def watched(ray: RayConfig) -> AbstractContextManager[None]:
+    """Signs of life inside, for `run_child`."""
+    return pulse.given(ray.pulse_s, ray.silence_s, ray.start_deadline_s, ray.call_deadline_s)
 
 
 def _newest(folder: Path) -> int:

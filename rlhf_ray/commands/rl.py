@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from rlhf_ray.commands.options import (
     ConfigFile,
     DryRun,
@@ -17,6 +15,7 @@ from rlhf_ray.commands.options import (
     interruptible,
     print_dry_run,
 )
+from rlhf_ray.commands.restart import restart_and_exit, watched
 from rlhf_ray.models.library_logs import quiet_libraries
 
 
@@ -39,16 +38,13 @@ def run(
 
         print_dry_run(settings, describe_plan)
         return
+    again = resume is ResumeMode.auto
     if restart:
-        from rlhf_ray.commands.restart import restarting
-
-        with interruptible():
-            again = resume is ResumeMode.auto
-            raise typer.Exit(restarting("rl", settings.name, config, overrides, run_dir, again, restart))
+        restart_and_exit("rl", settings, config, overrides, run_dir, again, restart)
     quiet_libraries(settings.device)
     from rlhf_ray.commands.summary import print_summary
     from rlhf_ray.start.rl import run_rl
 
-    with interruptible():  # the run itself has said how to go on
-        summary = run_rl(settings, run_dir, resume=resume is ResumeMode.auto)
+    with interruptible(), watched(settings.ray):  # the run itself has said how to go on
+        summary = run_rl(settings, run_dir, resume=again)
     print_summary(summary, writes=True)

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
+from rlhf_ray.pulse import beat
 from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
 from rlhf_ray.remote.failures import CutError, LostError
 from rlhf_ray.remote.health import Limits, State
@@ -125,6 +126,7 @@ class Crew:
     def check(self, calls: Sequence[Call] = ()) -> None:
         """Raises if a worker is lost for good, or all have been dismissed; calls that were lost with another go out
         again, once they can."""
+        beat()
         if self._broken is not None:
             raise WorkerError(f"the watch over the workers has failed: {self._broken!r}") from self._broken
         if self._loss is None:

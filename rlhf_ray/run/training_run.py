@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import pulse
 from rlhf_ray.clock import Clock
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.redacted import redacted_settings
@@ -120,6 +121,7 @@ class TrainingRun:
     def begin(self) -> None:
         """The steps begin: the time left is reckoned from here."""
         self.screen.begin(self.config.name, self.config.steps, self.steps_done)
+        pulse.begin()
 
     def steps(self, start: int) -> Iterator[int]:
         """The numbers of the steps from `start` on, until the last one, or until somebody has asked the run to stop.

@@ -6,11 +6,15 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_ray.commands import restart
-from rlhf_ray.commands.restart import restarting
+from rlhf_ray.commands.restart import Ended, restarting, run_child
+from rlhf_ray.config.sections import ModelConfig, TrainingRunConfig
+
+SETTINGS = TrainingRunConfig(name="tiny", model=ModelConfig(path="scratch:qwen2"))
 
 
 @pytest.fixture
@@ -25,10 +29,11 @@ def ended(tmp_path):
             (tmp_path / "run").mkdir(exist_ok=True)
             if step := (saves or {}).get(len(commands)):
                 (tmp_path / "run" / "checkpoints" / f"step_{step}").mkdir(parents=True)
-            return statuses[len(commands) - 1]
+            status = statuses[len(commands) - 1]
+            return Ended(status, f"ended with {status}")
 
         status = restarting(
-            "rl", "tiny", "a.yaml", ["seed=1"], tmp_path / "run", False, times, run=run, sleep=pauses.append
+            "rl", SETTINGS, "a.yaml", ["seed=1"], tmp_path / "run", False, times, run=run, sleep=pauses.append
         )
         return status, commands, pauses
 
@@ -42,12 +47,17 @@ def test_infrastructure_and_a_kill_are_tried_again_from_the_checkpoint(ended, tm
     assert commands[0][:5] == ["rl", "a.yaml", "seed=1", "--run-dir", str(tmp_path / "run")]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [(e["event"], e["restart"]) for e in events] == [("restarted", 1), ("restarted", 2)]
-    assert [e["reason"] for e in events] == ["exit status 75", "killed by SIGKILL"]
+    assert [e["reason"] for e in events] == ["ended with 75", "ended with -9"]
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 3, 4, 130, -signal.SIGTERM, -signal.SIGINT])
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 4, 130])
 def test_what_a_restart_would_not_change_is_the_end(ended, status):
     assert ended([status, 0])[0] == status
+
+
+@pytest.mark.parametrize("status", [-signal.SIGTERM, -signal.SIGINT])
+def test_one_that_was_stopped_by_a_signal_was_interrupted(ended, status):
+    assert ended([status, 0])[0] == 130
 
 
 def test_it_gives_up_and_a_new_checkpoint_counts_anew(ended, capsys):
@@ -64,12 +74,21 @@ def test_the_last_of_several_kills_is_told_as_try_again(ended):
     assert ended([-signal.SIGKILL] * 2, times=1)[0] == 75
 
 
-@pytest.mark.slow
-def test_a_signal_is_passed_on(monkeypatch, tmp_path):
-    code = "import signal,sys,time; signal.signal(15, lambda *_: sys.exit(130)); open('up','w'); time.sleep(60)"
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def child(monkeypatch):
+    """child(code): how a process that runs this ends in the place of the command."""
     real = restart.subprocess.Popen
-    monkeypatch.setattr(restart.subprocess, "Popen", lambda _, **how: real([sys.executable, "-c", code], **how))
+
+    def run(code):
+        monkeypatch.setattr(restart.subprocess, "Popen", lambda _, **how: real([sys.executable, "-c", code], **how))
+        return run_child([], start_s=60)
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_signal_is_passed_on(child, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
     def stop():
         while not (tmp_path / "up").exists():
@@ -77,4 +96,88 @@ def test_a_signal_is_passed_on(monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    assert restart.run_child([]) == 130
+    code = "import signal,sys,time; signal.signal(15, lambda *_: sys.exit(130)); open('up','w'); time.sleep(60)"
+    assert child(code) == Ended(130, "exit status 130")
+
+
+@pytest.mark.slow
+def test_whoever_cannot_obey_is_not_started_again(child, monkeypatch, tmp_path):
+    """It was to stop, and then somebody lost patience."""
+    monkeypatch.chdir(tmp_path)
+
+    def stop():
+        while not (tmp_path / "up").exists() or not (pid := (tmp_path / "up").read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.05)
+        os.kill(int(pid), signal.SIGKILL)
+
+    threading.Thread(target=stop).start()
+    code = (
+        "import os,signal,time; signal.signal(15, lambda *_: open('asked','w'))\n"
+        "open('up','w').write(str(os.getpid()))\nwhile True: time.sleep(1)"
+    )
+    ended = child(code)
+    assert ended.status == 130 and not ended.may_help
+
+
+# Signs of life every 0.05 s; one that was alive may be silent for 0.5 s more, and nothing done for 0.5 s is stuck.
+LIVING = """
+import os, signal, subprocess, sys, threading, time
+from rlhf_ray import pulse
+with pulse.given({every}, {silence}, 60, {stuck}):
+    pulse.begin()
+    {code}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("silence", "stuck", "code", "how"), [
+    (0.5, 60, "time.sleep(0.3); os.kill(os.getpid(), signal.SIGSTOP)", "gave no sign of life for 1 s, and is killed"),
+    (60, 0.5, "lock = threading.Lock(); lock.acquire(); lock.acquire()", "waits for itself"),
+    (60, 0.5, "time.sleep(0.3); import re; re.match('(a+)+$', 'a' * 60 + 'b')", "gave no sign"),
+], ids=["stopped", "dead-locked", "holds Python's lock"])  # fmt: skip
+def test_one_that_hangs_is_killed_and_may_be_started_again(child, capfd, silence, stuck, code, how):
+    silence = 0.5 if "re.match" in code else silence
+    ended = child(LIVING.format(every=0.05, silence=silence, stuck=stuck, code=code))
+    assert ended.status == -signal.SIGKILL and ended.may_help
+    assert how in ended.how and how in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [
+    "end = time.process_time() + 1.5\n    while time.process_time() < end: pass",
+    "[(pulse.beat(), time.sleep(0.1)) for _ in range(15)]",
+], ids=["computes", "waits for a call"])  # fmt: skip
+def test_a_long_step_is_no_hang(child, code):
+    ended = child(LIVING.format(every=0.05, silence=60, stuck=0.5, code=code + "\n    sys.exit(7)"))
+    assert ended == Ended(7, "exit status 7")
+
+
+@pytest.mark.slow
+def test_what_a_run_starts_itself_does_not_speak_for_it(child):
+    """Its child holds the line open and knows nothing of it; the end is seen nevertheless."""
+    code = (
+        "assert pulse.VARIABLE not in os.environ\n"
+        "    if os.fork(): os._exit(5)\n"
+        "    time.sleep(4)"
+    )
+    assert child(LIVING.format(every=0.05, silence=60, stuck=60, code=code)).status == 5
+
+
+def test_a_supervisor_that_was_stopped_itself_does_not_count_that_time(monkeypatch):
+    """A scheduler stops all processes of a job for ten minutes, and may let this one go on first."""
+    now, looks = [0.0], []
+
+    def select(readable, *_):
+        looks.append(now[0])
+        now[0] += 600 if len(looks) == 2 else 1
+        return (readable if len(looks) == 1 else []), [], []
+
+    monkeypatch.setattr(restart.select, "select", select)
+    monkeypatch.setattr(restart.os, "read", lambda *_: b"alive 40\n")
+    monkeypatch.setattr(restart.time, "monotonic", lambda: now[0])
+    child = SimpleNamespace(pid=1, poll=lambda: None)
+    assert restart.listen(child, 0, 60) == "process 1 gave no sign of life for 40 s, and is killed"
+    assert len(looks) == 2 + 38, "of the ten minutes two seconds count"
