@@ -23,24 +23,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.cells import CELLS, PASSED, Cell, chosen, latest, markdown, packs, row_of
+from benchmarks.chaos.cells import CELLS, PASSED, Cell, chosen, latest, markdown, packs, places, row_of
 from benchmarks.chaos.monkey import hunt, soak
 from benchmarks.chaos.runs import CALM_S, ENGINES, ROOT, TREE, calm_run, merged, problems_of, rows_of, run
 
-# The same for all, so that one undisturbed run serves; strikes begin in the second step.
-STEPS = 8
 # More for each strike, on a machine with other work.
 EACH_S = 100.0
+EVERY = TREE["checkpoint"]["every"]
 PAGE, BEGIN, END = ROOT / "docs" / "faults.md", "<!-- the kill matrix, as measured -->", "<!-- its end -->"
 
 
-def run_pack(work: Path, pack: Sequence[Cell]) -> list[dict[str, Any]]:
+def run_pack(work: Path, pack: Sequence[Cell], steps: int) -> list[dict[str, Any]]:
     """The rows of the cells of one run that were reached."""
     engine = pack[0].engine
-    tree = merged(TREE, {"steps": STEPS, "generator": ENGINES[engine]})
-    calm = calm_run(work, tree, engine)
+    tree = merged(TREE, {"steps": steps, "generator": ENGINES[engine]})
+    calm = calm_run(work, tree, f"{engine}-{steps}")
     folder = work / f"run-{int(time.time())}"
-    strikes = [cell.strike(step) for step, cell in enumerate(pack, start=2)]
+    strikes = [cell.strike(step) for cell, step in zip(pack, places(pack, EVERY), strict=True)]
     struck = run(folder, tree, strikes, bound_s=CALM_S + EACH_S * len(pack))
     problems = problems_of(struck, calm)
     rows = [row_of(cell, struck, problems, alone=len(pack) == 1) for cell in pack]
@@ -51,9 +50,10 @@ def matrix(work: Path, cells: Sequence[Cell], together: int, again: bool, runs: 
     table = work / "table.jsonl"
     rows = {} if again else latest(rows_of(table))
     left = [cell for cell in cells if rows.get(cell.name, {}).get("outcome") != PASSED]
+    steps = EVERY * together + 2  # the same for all, so that one undisturbed run serves
     for pack in islice(packs(left, rows, together), runs):
         print(f"{', '.join(cell.name for cell in pack)} ...", flush=True)
-        for row in run_pack(work, pack):
+        for row in run_pack(work, pack, steps):
             with table.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows[row["cell"]] = row
@@ -81,7 +81,7 @@ def soaked(work: Path, given: argparse.Namespace) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", help="victims, phases, signals, or whole names of cells; empty: all")
-    parser.add_argument("--together", type=int, default=5, help="cells that share a run")
+    parser.add_argument("--together", type=int, default=8, help="cells that share a run")
     parser.add_argument("--runs", type=int, help="stop after so many runs")
     parser.add_argument("--again", action="store_true", help="also those that have passed")
     parser.add_argument("--show", action="store_true", help="the table so far, and nothing else")

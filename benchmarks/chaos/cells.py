@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 from benchmarks.chaos.runs import Strike, Struck, first
@@ -62,21 +61,28 @@ def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 
 
 def packs(cells: Sequence[Cell], rows: Mapping[str, Mapping[str, Any]], together: int) -> Iterator[list[Cell]]:
-    """Cells that share a run: other victims side by side, the driver last and once. What has not passed in company is
-    run alone."""
+    """Cells that share a run: the victims in turns, the driver once and last. What has not passed in company is run
+    alone."""
     alone = [cell for cell in cells if cell.name in rows and rows[cell.name]["outcome"] != PASSED]
     for engine in ("hf", "vllm"):
-        queues: dict[str, list[Cell]] = defaultdict(list)
-        for cell in cells:
-            if cell.engine == engine and cell not in alone:
-                queues[cell.victim].append(cell)
-        while any(queues.values()):
-            longest = sorted((victim for victim in queues if queues[victim]), key=lambda name: -len(queues[name]))
-            pack = [queues[victim].pop(0) for victim in longest[:together]]
-            if len(longest) == 1 and longest != ["driver"]:
-                pack += [queues[longest[0]].pop(0) for _ in range(min(together - 1, len(queues[longest[0]])))]
-            yield sorted(pack, key=lambda cell: cell.victim == "driver")
+        left = [cell for cell in cells if cell.engine == engine and cell not in alone]
+        drivers = [cell for cell in left if cell.victim == "driver"]
+        of_each = ([cell for cell in left if cell.victim == victim] for victim in VICTIMS if victim != "driver")
+        others = [cell for turn in zip_longest(*of_each) for cell in turn if cell is not None]
+        while others or drivers:
+            pack, others = others[: together - bool(drivers)], others[together - bool(drivers) :]
+            yield [*pack, *drivers[:1]]
+            drivers = drivers[1:]
     yield from ([cell] for cell in alone)
+
+
+def places(pack: Sequence[Cell], every: int) -> list[int]:
+    """The step in which each is struck, from the second on, one in each; checkpoints are written after `every` steps."""
+    steps: list[int] = []
+    for cell in pack:
+        step = steps[-1] + 1 if steps else 2
+        steps.append(step + (-step % every if cell.phase == "checkpointing" else 0))
+    return steps
 
 
 # ---- what a run says of a cell ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.chaos.cells import CELLS, FAILED, PASSED, UNCLEAR, Cell, chosen, latest, markdown, packs, row_of
+from benchmarks.chaos.cells import CELLS, FAILED, PASSED, UNCLEAR, Cell, chosen, latest, markdown, packs, places, row_of
 from benchmarks.chaos.monkey import VICTIMS, strikes_of
 from benchmarks.chaos.runs import Struck, differences, merged, open_books
 
@@ -35,12 +35,18 @@ def test_runs_are_shared_and_what_has_not_passed_runs_alone():
     found = list(packs(CELLS, failed, together=5))
     assert Counter(cell for pack in found for cell in pack) == Counter(CELLS), "each cell once"
     assert [WRITING] in found
-    assert max(map(len, found)) == 5 and sum(map(len, found)) / len(found) > 3
+    assert max(map(len, found)) == 5 and sum(map(len, found)) / len(found) > 4
     for pack in found:
         victims = [cell.victim for cell in pack]
         assert len({cell.engine for cell in pack}) == 1
         assert victims.count("driver") <= 1 and "driver" not in victims[:-1]
     assert list(packs([WRITING], {WRITING.name: {"outcome": PASSED}}, together=5)) == [[WRITING]]
+
+
+def test_one_is_struck_in_each_step_and_checkpoints_where_there_is_one():
+    writing, saving = WRITING, Cell("reward", "checkpointing", "SIGKILL")
+    assert places([writing, writing, saving, writing, saving, saving], every=2) == [2, 3, 4, 5, 6, 8]
+    assert places([saving, saving], every=3) == [3, 6]
 
 
 # ---- what a run says of a cell --------------------------------------------------------------------------------------
