@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
@@ -77,7 +78,7 @@ def packs(cells: Sequence[Cell], rows: Mapping[str, Mapping[str, Any]], together
 
 
 def places(pack: Sequence[Cell], every: int) -> list[int]:
-    """The step in which each is struck, from the second on, one in each; checkpoints are written after `every` steps."""
+    """The step in which each is struck: one in each, from the second on; checkpoints come after `every` steps."""
     steps: list[int] = []
     for cell in pack:
         step = steps[-1] + 1 if steps else 2
@@ -106,26 +107,34 @@ def row_of(cell: Cell, struck: Struck, problems: Sequence[str], alone: bool) -> 
 def costs_of(words: Mapping[str, Any], struck: Struck) -> dict[str, Any]:
     """Seconds from the strike until it was noticed, from there until the seat was taken again, and from there until
     the struck phase of that step was over; and how it was mended."""
-    at, seat, events = words["time"], words["seat"], struck.events
+    at, events = words["time"], struck.events
+    own = [event for event in events if is_of(event.get("worker", ""), words["seat"])]
     again = first(events, "restarted", at)  # the whole run
-    noticed = first(events, "worker_lost", at, seat) if seat != "driver" else again
-    back, remedy = first(events, "worker_restarted", at, seat), "replaced"
+    noticed = first(own, "worker_lost", at) if words["seat"] != "driver" else again
+    back, remedy = first(own, "worker_restarted", at), "replaced"
     if back is None or (again is not None and again < back):
         back, remedy = again and first(of_loop(struck), "step", again), "run started again"
         noticed = again if noticed is None else noticed
-    ends = [
-        row["time"] for row in struck.phases
-        if row["what"] == "end" and row["phase"] == words["phase"] and row["step"] >= words["step"] and row["time"] > at
-    ]  # fmt: skip
+    elif (first(events, "rewound", at) or math.inf) < (first(events, "worker_lost", back) or math.inf):
+        remedy = "replaced, and back to the checkpoint"
     seconds: dict[str, Any] = {}
     if noticed is not None:
         seconds["detect_s"] = round(noticed - at, 1)
     if noticed is not None and back is not None:
-        over = min((end for end in ends if end >= back), default=back)
-        lasted = min(ends, default=over) > back
-        seconds |= {"start_s": round(back - noticed, 1), "replay_s": round(over - back, 1) if lasted else 0.0}
-        seconds["remedy"] = remedy
+        ends = [
+            row["time"] for row in struck.phases
+            if row["what"] == "end" and row["phase"] == words["phase"] and row["step"] >= words["step"]
+            and row["time"] > at
+        ]  # fmt: skip
+        # Where the phase was over before the seat was taken again, nobody had to wait for it.
+        over = min(ends, default=back)
+        seconds |= {"start_s": round(back - noticed, 1), "replay_s": round(max(0.0, over - back), 1), "remedy": remedy}
     return seconds
+
+
+def is_of(worker: str, seat: str) -> bool:
+    """Ranks of a group are lost together, and any of them may be named."""
+    return worker == seat or (" rank " in seat and worker.startswith(seat.partition(" rank ")[0] + " rank "))
 
 
 def of_loop(struck: Struck) -> list[dict[str, Any]]:

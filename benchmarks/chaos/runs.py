@@ -260,7 +260,6 @@ def open_books(folder: Path, group_size: int) -> Iterator[str]:
         yield f"ledger: {last['ledger/learned']:.0f} answers learned from, and rollouts/ has {len(learned)}"
 
 
-def first(events: Iterable[Mapping[str, Any]], kind: str, after: float, seat: str = "") -> float | None:
-    """When an event of this kind came first after that time, of that worker if one is given."""
-    times = [e["time"] for e in events if e["event"] == kind and e["time"] >= after and e.get("worker", seat) == seat]
-    return min(times, default=None)
+def first(events: Iterable[Mapping[str, Any]], kind: str, after: float) -> float | None:
+    """When an event of this kind came first after that time."""
+    return min((e["time"] for e in events if e["event"] == kind and e["time"] >= after), default=None)

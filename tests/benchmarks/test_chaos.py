@@ -66,11 +66,11 @@ def struck(tmp_path):
             "id": WRITING.name.replace("/", " "), "seat": seat, "pid": 7, "phase": "generating", "step": 3,
             "doing": list(doing), "call": "write", "after_ms": 5.0, "time": 10.0,
         }  # fmt: skip
-        seconds = {"worker_lost": 11, "worker_restarted": 14, "restarted": 13}
+        seconds = {"worker_lost": 11, "worker_restarted": 14, "restarted": 13, "rewound": 15}
         lines(tmp_path / "chaos" / "strikes.jsonl", [words])
         lines(tmp_path / "run" / "events.jsonl", [
             {"time": f"1970-01-01T00:00:{seconds[kind]:02}+00:00", "event": kind,
-             **({"worker": seat, "reason": f"{seat} (node n, pid {pid}) died"} if kind != "restarted" else {})}
+             **({"worker": seat, "reason": f"{seat} (node n, pid {pid}) died"} if kind.startswith("worker") else {})}
             for kind in events
         ])  # fmt: skip
         lines(tmp_path / "chaos" / "phases.jsonl", [
@@ -89,6 +89,18 @@ def test_seconds_are_split_into_detection_start_and_replay(struck):
     assert (row["detect_s"], row["start_s"], row["replay_s"]) == (1.0, 3.0, 2.0)
     row = row_of(WRITING, struck(["worker_lost", "restarted"]), [], alone=False)
     assert row["remedy"] == "run started again" and (row["start_s"], row["replay_s"]) == (4.0, 1.0)
+    row = row_of(WRITING, struck(["worker_lost", "worker_restarted", "rewound"]), [], alone=False)
+    assert row["remedy"] == "replaced, and back to the checkpoint"
+
+
+def test_any_rank_may_be_named_for_its_group(struck):
+    run = struck(seat="learner rank 1")
+    events = run.folder / "run" / "events.jsonl"
+    events.write_text(events.read_text().replace("learner rank 1", "learner rank 0"))
+    row = row_of(WRITING, run, [], alone=True)
+    assert row["outcome"] == PASSED and row["detect_s"] == 1.0
+    events.write_text(events.read_text().replace("learner rank 0", "critic rank 0"))
+    assert row_of(WRITING, run, [], alone=True)["outcome"] == FAILED
 
 
 @pytest.mark.parametrize(("made", "why"), [
