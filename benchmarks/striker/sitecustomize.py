@@ -85,6 +85,17 @@ def is_struck(strike: dict[str, Any]) -> bool:
     return os.path.exists(f"{OUT}/struck/{strike['id']}")
 
 
+def has_fallen(strike: dict[str, Any]) -> bool:
+    """Whether the victim is dead or stopped by now."""
+    try:
+        with open(f"{OUT}/struck/{strike['id']}", encoding="utf-8") as file:
+            pid = file.read()
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return bool(pid) and file.read().rpartition(") ")[2][0] in "TZX"
+    except FileNotFoundError:
+        return is_struck(strike)
+
+
 def is_victim(strike: dict[str, Any], name: str) -> bool:
     """`generator` is whichever generator comes first, `learner rank 1` that one alone."""
     return name == strike["victim"] or name.startswith(f"{strike['victim']} ")
@@ -101,11 +112,12 @@ def is_due(strike: dict[str, Any], now: dict[str, Any] | None) -> bool:
 
 def strike_now(strike: dict[str, Any], call: str, began: float) -> None:
     """The last words, then the signal. Returns only where another process was faster, or after SIGCONT."""
+    now = read("phase.json") or {}
     try:
-        os.close(os.open(f"{OUT}/struck/{strike['id']}", os.O_CREAT | os.O_EXCL))
+        with open(f"{OUT}/struck/{strike['id']}", "x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
     except FileExistsError:
         return
-    now = read("phase.json") or {}
     words = {
         "id": strike["id"], "seat": seat, "pid": os.getpid(), "signal": strike["signal"], "phase": strike["phase"],
         "step": now.get("step"), "doing": now.get("phases"), "call": call,
@@ -271,7 +283,7 @@ def hold(phase: str) -> None:
     """The phase is not over before its strikes have fallen."""
     until = time.monotonic() + HOLD_S
     mine = [s for s in read("plan.json") or [] if s["phase"] == phase and s["step"] <= rounds]
-    while any(not is_struck(strike) for strike in mine) and time.monotonic() < until:
+    while any(not has_fallen(strike) for strike in mine) and time.monotonic() < until:
         time.sleep(LOOK_S)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 from collections import Counter
 
@@ -218,12 +219,20 @@ def test_a_call_is_struck_in_its_phase_and_once(striker, tmp_path):
     assert words["doing"] == ["generating"] and words["pid"] == os.getpid()
 
 
-def test_a_phase_does_not_end_before_its_strike(striker):
+def test_a_phase_does_not_end_before_its_strike_has_fallen(striker, tmp_path):
     striker.rounds = 2
     over = threading.Event()
     waits = threading.Thread(target=lambda: (striker.hold("generating"), over.set()))
     waits.start()
     assert not over.wait(0.1)
-    striker.strike_now(striker.waiting("generator 0")[0], "write", 0.0)
-    assert over.wait(10)
+    victim = subprocess.Popen(["sleep", "100"])
+    try:
+        (tmp_path / "struck" / "a").write_text(str(victim.pid))
+        assert not over.wait(0.1), "it is announced, and the signal is still to come"
+        victim.send_signal(signal.SIGSTOP)
+        assert over.wait(10)
+    finally:
+        victim.kill()
+        victim.wait()
+    striker.hold("generating")  # nothing is left of it
     striker.hold("scoring")  # nothing is planned there
