@@ -185,20 +185,19 @@ def test_a_seed_draws_the_same_kills(tmp_path):
 
 @pytest.fixture
 def striker(script, tmp_path, monkeypatch):
-    """The module as it is in a process that is called `generator 1`, with a plan; what it kills is noted."""
+    """The module as it is in a process that is called `generator 1`, with a plan."""
     module = script("benchmarks/striker/sitecustomize.py")
     plan = [{"id": "a", "victim": "generator", "phase": "generating", "step": 2, "signal": "SIGSTOP", "after_ms": 1}]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "struck").mkdir()
     monkeypatch.setattr(module, "OUT", str(tmp_path))
     monkeypatch.setattr(module, "seat", "generator 1")
-    module.killed = []
-    monkeypatch.setattr(module.os, "kill", lambda pid, number: module.killed.append((pid, number)))
     return module
 
 
-def test_a_call_is_struck_in_its_phase_and_once(striker, tmp_path):
-    ended = []
+def test_a_call_is_struck_in_its_phase_and_once(striker, tmp_path, monkeypatch):
+    ended, killed = [], []
+    monkeypatch.setattr(striker.os, "kill", lambda pid, number: killed.append((pid, number)))
 
     def write(self):
         ended.append(self)
@@ -209,11 +208,11 @@ def test_a_call_is_struck_in_its_phase_and_once(striker, tmp_path):
     for step, phases in ((1, {"generating": 1}), (2, {"updating": 1})):
         striker.rounds, striker.doing = step, phases
         striker.say("x", "begin")
-        assert call(0) == "answer" and not striker.killed, "too early, or another phase"
+        assert call(0) == "answer" and not killed, "too early, or another phase"
     striker.rounds, striker.doing = 3, {"generating": 1}
     striker.say("generating", "begin")
     assert call(1) == call(2) == "answer" and ended == [0, 0, 1, 2]
-    assert striker.killed == [(os.getpid(), signal.SIGSTOP)], "once, whoever is started again"
+    assert killed == [(os.getpid(), signal.SIGSTOP)], "once, whoever is started again"
     [words] = [json.loads(line) for line in (tmp_path / "strikes.jsonl").read_text().splitlines()]
     assert (words["seat"], words["phase"], words["step"], words["call"]) == ("generator 1", "generating", 3, "write")
     assert words["doing"] == ["generating"] and words["pid"] == os.getpid()
