@@ -49,6 +49,8 @@ def connected(address: str | None, cpus: float, seconds: float = CONNECT_S, note
     seconds, began = min(seconds, CONNECT_S), time.monotonic()
     if address == "local":
         note("starting Ray on this machine")
+        # Ray's agents look for a head that was killed with this process for a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         # "local", not None: None would join whatever cluster was last started on this machine.
         settings = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
         over = _init(settings | {"address": "local"}, seconds, _not_started)

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import select
+import signal
 import socket
 import struct
 import threading
@@ -48,6 +49,13 @@ def _end_with_parent(connection: socket.socket) -> None:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
     poll.poll()
+    _end()
+
+
+def _end() -> None:
+    """The parent is gone, or wants no more of us, nor of what the object has started."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
@@ -61,7 +69,7 @@ def _read(connection: socket.socket, count: int) -> bytes:
     while len(received) < count:
         chunk = connection.recv(min(count - len(received), 1 << 20))
         if not chunk:
-            os._exit(0)  # the parent is gone, or wants no more of us
+            _end()
         received += chunk
     return bytes(received)
 

@@ -12,6 +12,7 @@ import marshal
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 import types
@@ -32,7 +33,7 @@ _FORBIDDEN = {
 }  # fmt: skip
 _X32_BIT = 0x40000000  # x86-64's second set of system-call numbers
 
-_PR_SET_KEEPCAPS, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 8, 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
 _CAP_DAC_READ_SEARCH, _CAPABILITY_VERSION = 2, 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,6 +87,8 @@ def give_up(settings: dict) -> None:
     if settings["uid"] is not None:
         become(settings["uid"], keep_reading=settings["landlock"])
     if sys.platform == "linux":
+        # Who waits for this process sees to its time, and may be killed. Another user's process forgets it: not before.
+        _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent's death")
         _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if rules >= 0:
         _check(_libc.syscall(_RESTRICT_SELF, rules, 0), "landlock")

@@ -32,7 +32,6 @@ def make(start=0):
         if order == "raise": raise KeyError("boom")
         if order == "grandchild":
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            print("grandchild", flush=True)
             open(os.environ["PID_FILE"], "w").write(str(child.pid))
             time.sleep(600)
         total += order
@@ -142,15 +141,17 @@ def test_it_ends_with_a_parent_that_is_killed_in_the_middle_of_a_call(child, tmp
         from rlhf_ray.rewards.process import Child
         child = Child("child_targets:make", {})
         print(child.call("pid", 30), flush=True)
-        threading.Thread(target=child.call, args=("hang", 600), daemon=True).start()
-        time.sleep(0.3)
+        threading.Thread(target=child.call, args=("grandchild", 600), daemon=True).start()
+        while not os.path.exists(os.environ["PID_FILE"]) or not open(os.environ["PID_FILE"]).read():
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": path})  # fmt: skip
     assert done.returncode == -9, done.stderr
-    assert gone(int(done.stdout))
+    assert gone(int(done.stdout.split()[0]))
+    assert gone(int((tmp_path / "pid").read_text())), "and what the function has started"
 
 
 def test_ctrl_c_does_not_wait_for_a_function_that_hangs(tmp_path):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhf_ray.errors import ConfigError
@@ -193,6 +197,26 @@ def test_without_a_kernel_that_has_it(monkeypatch):
     assert sandbox.why_not("landlock") == "the kernel has no Landlock"
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     assert sandbox.why_not("bubblewrap") == "bwrap is not on the PATH"
+
+
+def test_a_program_ends_with_whoever_waits_for_it(tier, repo_root):
+    """Nobody is there any more to end it when its time is over."""
+    code = textwrap.dedent(f"""
+        import os, psutil, signal
+        from rlhf_ray.rewards import sandbox
+        def passed(stdout, *_):
+            if b"up" in stdout:
+                print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+        sandbox._limit_passed = passed
+        program = "import time; print('up', flush=True); time.sleep(600)"
+        sandbox.run_python(program, tier={tier!r}, limits=sandbox.Limits(seconds=600))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(repo_root)})  # fmt: skip
+    assert done.returncode == -9 and done.stdout.split(), done.stderr
+    started = [psutil.Process(int(pid)) for pid in done.stdout.split() if psutil.pid_exists(int(pid))]
+    psutil.wait_procs(started)  # the test's time limit ends it
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root is refused this tier")
