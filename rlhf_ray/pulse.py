@@ -31,7 +31,8 @@ def beat() -> None:
 class Pulse:
     """
     Args:
-        line: a file descriptor; `alive SECONDS` says how long to wait for the next line, `stuck SECONDS` is the last.
+        line: a file descriptor; `alive SECONDS` says how long to wait for the next line, `asked TIMES` how often this
+            process was asked to stop, `stuck SECONDS` is the last.
         every_s: seconds between two signs.
         silence_s: seconds beyond that after which this process may be taken for stopped, once `begin` was called.
         start_s: the same before, for the import of a large library may block every thread; and at the end.
@@ -47,17 +48,17 @@ class Pulse:
         self._over = threading.Event()
 
     def start(self) -> None:
-        self._say("alive", self._longer)
+        self.say("alive", self._longer)
         threading.Thread(target=self._give, name="pulse", daemon=True).start()
 
     def begin(self) -> None:
         """Everything is loaded."""
         self._began = True
-        self._say("alive", self._patience)
+        self.say("alive", self._patience)
 
     def end(self) -> None:
         self._over.set()
-        self._say("alive", self._longer)
+        self.say("alive", self._longer)
 
     def _give(self) -> None:
         done, since = (_beats, computed_s()), time.monotonic()
@@ -67,12 +68,12 @@ class Pulse:
                 done, since = now, time.monotonic()
             elif still > self.stuck_s:
                 faulthandler.dump_traceback(all_threads=True)  # where each of them waits
-                return self._say("stuck", still)
-            self._say("alive", self._patience if self._began else self._longer)
+                return self.say("stuck", still)
+            self.say("alive", self._patience if self._began else self._longer)
 
-    def _say(self, word: str, seconds: float) -> None:
+    def say(self, word: str, number: float) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
-            os.write(self._line, f"{word} {seconds:g}\n".encode())
+            os.write(self._line, f"{word} {number:g}\n".encode())
 
 
 _pulse: Pulse | None = None
@@ -82,6 +83,12 @@ def begin() -> None:
     """The steps begin: from here on nothing large is imported."""
     if _pulse is not None:
         _pulse.begin()
+
+
+def asked_to_stop(times: int) -> None:
+    """Whoever has signalled every process of a job has also told the one that watches, which need not pass it on."""
+    if _pulse is not None:
+        _pulse.say("asked", times)
 
 
 @contextlib.contextmanager

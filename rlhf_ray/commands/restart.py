@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,63 +94,76 @@ def run_child(arguments: Sequence[str], start_s: float) -> Ended:
     """
     hears, gives = os.pipe()
     # In a session of its own, or a terminal's Ctrl-C would reach it twice and count as the second one.
-    child = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_ray.cli", *arguments], start_new_session=True, pass_fds=[gives],
         env={**os.environ, pulse.VARIABLE: str(gives)},
     )  # fmt: skip
     os.close(gives)
+    child = Child(process, hears)
+    before = {number: signal.signal(number, child.pass_on) for number in SIGNALS}
     try:
-        with _passed_on(child) as passed:
-            hangs = listen(child, hears, start_s)
-            if hangs:
-                print(f"rlhf-ray: {hangs}", file=sys.stderr, flush=True)
-                child.kill()
-            status = child.wait()
+        hangs = child.listen(start_s)
+        if hangs:
+            print(f"rlhf-ray: {hangs}", file=sys.stderr, flush=True)
+            process.kill()
+        status = process.wait()
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.close(hears)
-    if status < 0 and passed:  # it could not obey, and who asked for an end wants no restart
+    if status < 0 and child.stops:  # it could not obey, and who asked for an end wants no restart
         return Ended(INTERRUPTED, f"killed by {signal.Signals(-status).name} after it was to stop")
     killed = hangs or (f"killed by {signal.Signals(-status).name}" if status < 0 else None)
     return Ended(status, killed or f"exit status {status}")
 
 
-def listen(child: subprocess.Popen[bytes], hears: int, patience: float) -> str | None:
-    """Waits until the process has ended, or hangs: what is to be said of it then."""
-    wait, since = patience, time.monotonic()
-    while child.poll() is None:
-        asked, began = max(0.0, min(LOOK_S, since + wait - time.monotonic())), time.monotonic()
-        ready, _, _ = select.select([hears], [], [], asked)
-        if ready:
-            said = os.read(hears, 65536).split()
-            if not said:
-                child.wait()
+class Child:
+    """A command under way, and the line on which it gives signs of life."""
+
+    def __init__(self, process: subprocess.Popen[bytes], hears: int) -> None:
+        self.process = process
+        self.stops: list[int] = []  # signals for stopping it, in order
+        self._hears = hears
+        self._asked = 0  # so many of them it knows of
+        self._told_at = 0.0
+
+    def pass_on(self, number: int, frame: object) -> None:
+        """A scheduler may signal every process of a job, and two would mean `at once`: SIGTERM waits for a moment."""
+        self.stops.append(number)
+        self._told_at = time.monotonic()
+        if number != signal.SIGTERM:
+            self._asked += 1
+            self.process.send_signal(number)
+
+    def listen(self, patience: float) -> str | None:
+        """Waits until the process has ended, or hangs: what is to be said of it then."""
+        wait, since = patience, time.monotonic()
+        while self.process.poll() is None:
+            if len(self.stops) > self._asked and time.monotonic() > self._told_at + LOOK_S:
+                self._asked += 1
+                self.process.send_signal(signal.SIGTERM)
+            asked, began = max(0.0, min(LOOK_S, since + wait - time.monotonic())), time.monotonic()
+            ready, _, _ = select.select([self._hears], [], [], asked)
+            if not ready:
+                # Whoever stops all processes of a job stops this one, too: that time does not count.
+                since += max(0.0, time.monotonic() - began - asked - LOOK_S)
+                if time.monotonic() >= since + wait:
+                    return f"process {self.process.pid} gave no sign of life for {wait:.0f} s, and is killed"
+                continue
+            lines = os.read(self._hears, 65536).splitlines()
+            if not lines:
+                self.process.wait()
                 return None
-            word, wait, since = said[-2], float(said[-1]), time.monotonic()
-            if word == b"stuck":
-                return f"process {child.pid} waits for itself: it has done nothing for {wait:.0f} s, and is killed"
-            continue
-        # Whoever stops all processes of a job stops this one, too: that time does not count.
-        since += max(0.0, time.monotonic() - began - asked - LOOK_S)
-        if time.monotonic() >= since + wait:
-            return f"process {child.pid} gave no sign of life for {wait:.0f} s, and is killed"
-    return None
-
-
-@contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Signals for stopping go to the process; those that did."""
-    passed: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        passed.append(number)
-        child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        yield passed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            since = time.monotonic()
+            for word, number in (line.split() for line in lines):
+                if word == b"stuck":
+                    idle = f"it has done nothing for {float(number):.0f} s"
+                    return f"process {self.process.pid} waits for itself: {idle}, and is killed"
+                if word == b"asked":
+                    self._asked = max(self._asked, int(number))
+                else:
+                    wait = float(number)
+        return None
 
 
 def watched(ray: RayConfig) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from rlhf_ray import pulse
 from rlhf_ray.errors import Terminated
 
 SAID = (
@@ -61,6 +62,7 @@ class Stop:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._sign = number
+        pulse.asked_to_stop(1 + self.requested)
         if self.requested:
             self._end()
         self.requested = True

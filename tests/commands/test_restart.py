@@ -100,6 +100,39 @@ def test_a_signal_is_passed_on(child, monkeypatch, tmp_path):
     assert child(code) == Ended(130, "exit status 130")
 
 
+# Stops at the second signal, as a run does: the first one is for its step.
+OBEYS = """
+import signal, sys, time
+from rlhf_ray import pulse
+from rlhf_ray.run.stopping import Stop
+with pulse.given(0.05, 60, 60, 60):
+    stop = Stop()
+    stop.listen()
+    open("up", "w").write(str(__import__("os").getpid()))
+    end = time.monotonic() + {seconds}
+    while time.monotonic() < end and not (stop.requested and {soon}):
+        time.sleep(0.05)
+    sys.exit(100 + stop.requested)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [True, False], ids=["to every process", "to the supervisor"])
+def test_sigterm_counts_once_whoever_it_was_sent_to(child, monkeypatch, tmp_path, every):
+    """`ray job stop` and `scancel` signal all processes of a job. Twice would leave the step without its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+
+    def stop():
+        while not (tmp_path / "up").exists() or not (pid := (tmp_path / "up").read_text()):
+            time.sleep(0.05)
+        for process in [os.getpid(), *([int(pid)] if every else [])]:
+            os.kill(process, signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    # A step of 4 s after the signal; told by the supervisor alone, it ends at the first one.
+    assert child(OBEYS.format(seconds=6 if every else 60, soon=not every)).status == 101
+
+
 @pytest.mark.slow
 def test_whoever_cannot_obey_is_not_started_again(child, monkeypatch, tmp_path):
     """It was to stop, and then somebody lost patience."""
@@ -178,6 +211,6 @@ def test_a_supervisor_that_was_stopped_itself_does_not_count_that_time(monkeypat
     monkeypatch.setattr(restart.select, "select", select)
     monkeypatch.setattr(restart.os, "read", lambda *_: b"alive 40\n")
     monkeypatch.setattr(restart.time, "monotonic", lambda: now[0])
-    child = SimpleNamespace(pid=1, poll=lambda: None)
-    assert restart.listen(child, 0, 60) == "process 1 gave no sign of life for 40 s, and is killed"
+    process = SimpleNamespace(pid=1, poll=lambda: None)
+    assert restart.Child(process, 0).listen(60) == "process 1 gave no sign of life for 40 s, and is killed"
     assert len(looks) == 2 + 38, "of the ten minutes two seconds count"
