@@ -62,18 +62,13 @@ def latest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 
 
 def packs(cells: Sequence[Cell], rows: Mapping[str, Mapping[str, Any]], together: int) -> Iterator[list[Cell]]:
-    """Cells that share a run: the victims in turns, the driver once and last. What has not passed in company is run
-    alone."""
+    """Cells that share a run, the victims in turns. What has not passed in company is run alone."""
     alone = [cell for cell in cells if cell.name in rows and rows[cell.name]["outcome"] != PASSED]
     for engine in ("hf", "vllm"):
         left = [cell for cell in cells if cell.engine == engine and cell not in alone]
-        drivers = [cell for cell in left if cell.victim == "driver"]
-        of_each = ([cell for cell in left if cell.victim == victim] for victim in VICTIMS if victim != "driver")
-        others = [cell for turn in zip_longest(*of_each) for cell in turn if cell is not None]
-        while others or drivers:
-            pack, others = others[: together - bool(drivers)], others[together - bool(drivers) :]
-            yield [*pack, *drivers[:1]]
-            drivers = drivers[1:]
+        turns = zip_longest(*([cell for cell in left if cell.victim == victim] for victim in VICTIMS))
+        queue = [cell for turn in turns for cell in turn if cell is not None]
+        yield from (queue[i : i + together] for i in range(0, len(queue), together))
     yield from ([cell] for cell in alone)
 
 
