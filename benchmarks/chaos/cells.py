@@ -154,12 +154,16 @@ def missing_in(row: Mapping[str, Any], words: Mapping[str, Any] | None, struck: 
 
 
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a victim and phase; of both signals the seconds and the outcome."""
-    lines = ["| struck | while the run is | SIGKILL | SIGSTOP | mended by |", "| --- | --- | --- | --- | --- |"]
-    for victim, phase in product(VICTIMS, PHASES):
-        found = [rows.get(Cell(victim, phase, sign).name, {}) for sign in SIGNALS]
+    """A table for each signal: a line a victim, a column a phase."""
+    return "\n".join(f"{sign}:\n\n{_of_signal(sign, rows)}" for sign in SIGNALS)
+
+
+def _of_signal(sign: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [f"| struck while the run is | {' | '.join(PHASES)} | mended by |", "| ---" * (len(PHASES) + 2) + " |"]
+    for victim in VICTIMS:
+        found = [rows.get(Cell(victim, phase, sign).name, {}) for phase in PHASES]
         remedies = sorted({row["remedy"] for row in found if row.get("remedy")})
-        lines.append(f"| {victim} | {phase} | {seconds(found[0])} | {seconds(found[1])} | {' / '.join(remedies)} |")
+        lines.append(f"| {victim} | {' | '.join(map(seconds, found))} | {'; '.join(remedies)} |")
     return "\n".join(lines) + "\n"
 
 
