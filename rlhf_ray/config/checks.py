@@ -11,7 +11,7 @@ from rlhf_ray.config.engines import AUTO, TrainingEngine
 from rlhf_ray.config.given import GivenModel
 from rlhf_ray.config.judge import judge_problems
 from rlhf_ray.config.names import is_own
-from rlhf_ray.config.ray_checks import placement_problems, transport_problems
+from rlhf_ray.config.ray_checks import placement_problems, replica_problems, transport_problems
 from rlhf_ray.config.reward_checks import failure_problems
 from rlhf_ray.config.rewards import RewardSettings
 from rlhf_ray.config.rollout_checks import group_problems, shaping_problems
@@ -47,6 +47,7 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
         *_generation(config, device),
         *generator_problems(config, device),
         *transport_problems(config, device),
+        *replica_problems(config),
         *placement_problems(config, device),
     ]
 

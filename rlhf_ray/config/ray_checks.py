@@ -53,6 +53,21 @@ def shared_gpu_problems(ray: RayConfig, groups: Mapping[str, int]) -> list[str]:
     ]
 
 
+def replica_problems(config: RunConfig) -> list[str]:
+    """Workers of a role that stand alone, and share its work."""
+    problems = [
+        f"executor=local has one {name}, {name}.count={count}; set executor=ray or {name}.count=1"
+        for name, count in (("reference", config.reference.count), ("reward", config.reward.count))
+        if config.executor == "local" and count > 1
+    ]
+    if config.reference.count > 1 and not config.holds_reference:
+        reason = "a LoRA policy without its adapter is its own" if config.uses_reference else "algorithm.kl_coef=0"
+        problems.append(
+            f"reference.count={config.reference.count}, and this run holds no reference ({reason}); remove it"
+        )
+    return problems
+
+
 def placement_problems(config: RunConfig, device: str) -> list[str]:
     """On CUDA. Colocated, each GPU belongs to a learner rank, and everybody else borrows it."""
     if config.executor != "ray" or device != "cuda":
@@ -70,6 +85,13 @@ def placement_problems(config: RunConfig, device: str) -> list[str]:
             f"{ranks} ranks, which must be at least as many and a multiple of tensor_parallel; raise "
             "learner.world_size, or lower generator.count or generator.tensor_parallel"
         )
+    on_gpus = {"reference": config.reference.count, "reward": config.reward.count * config.judging.needs_gpu}
+    problems += [
+        f"ray.colocate: {name}.count={count} exceeds learner.world_size={ranks}, so two replicas would share a GPU; "
+        "lower it"
+        for name, count in on_gpus.items()
+        if count > ranks
+    ]
     if config.uses_critic and config.critic.world_size > ranks:
         problems.append(
             f"ray.colocate: critic.world_size={config.critic.world_size} exceeds learner.world_size={ranks}, so two "

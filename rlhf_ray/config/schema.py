@@ -168,6 +168,21 @@ class CriticConfig(TrainEngineConfig):
     warmup_steps: int = Field(0, ge=0, description="steps in which only the critic learns")
 
 
+class ReferenceConfig(Section):
+    """The frozen policy that the KL is measured against, where a run holds one."""
+
+    count: int = Field(1, gt=0, le=MOST_WORKERS, description="replicas that share a step's answers (ray)")
+
+
+class JudgesConfig(Section):
+    """The workers that compute `rewards`, `reward_model` and `safety`."""
+
+    count: int = Field(
+        1, gt=0, le=MOST_WORKERS, description="replicas, each with all that judges; a step's answers go to them in "
+        "parcels (ray)"
+    )  # fmt: skip
+
+
 class SyncConfig(Section):
     """How the learner's new weights reach the generators."""
 
@@ -212,6 +227,8 @@ class RunConfig(TrainingRunConfig):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    reward: JudgesConfig = JudgesConfig()
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
 

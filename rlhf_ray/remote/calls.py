@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +68,21 @@ class Worker:
         name = method.__name__
         return Call(self, name, lambda actor: getattr(actor, name).remote(*args), deadline)
 
-    def ask(self, method: Callable[..., Any], *args: Any, deadline: Deadline) -> Call:
+    def ask(
+        self, method: Callable[..., Any], *args: Any, deadline: Deadline, keywords: Mapping[str, Any] = {}
+    ) -> Call:
         """Begin `method` of the role that the actor hosts; it must return one small value."""
         name = method.__name__
-        return Call(self, name, lambda actor: actor.ask.remote(name, args), deadline)
+        return Call(self, name, lambda actor: actor.ask.remote(name, args, keywords), deadline)
 
     def compute(
-        self, method: Callable[..., Any], args: Sequence[Any], delivery: Any, slices: Sequence[ObjectRef], *,
-        deadline: Deadline,
+        self, method: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any], delivery: Any,
+        slices: Sequence[ObjectRef], *, deadline: Deadline,
     ) -> Call:  # fmt: skip
         """Begin `method` of the role with a batch (`RoleHost.compute`). References stand at the top level, where Ray
         resolves them on the worker."""
         name = method.__name__
-        return Call(self, name, lambda actor: actor.compute.remote(name, args, delivery, *slices), deadline)
+        return Call(self, name, lambda actor: actor.compute.remote(name, args, keywords, delivery, *slices), deadline)
 
     def cut(
         self, names: Sequence[str], picks: Sequence[Any], held: Sequence[ObjectRef], *, deadline: Deadline
@@ -101,6 +103,8 @@ class Call:
         kept: references to large results, which stay references. They are final when the call has returned.
         ref: of the small one, which says that it has.
         process: to whom it was sent.
+        elsewhere: whoever waits for it sends it to another seat if it is lost.
+        others: seats that may do it in the place of its own.
         late: it did not return in time.
         told_slow: somebody has been told that half of the time is gone.
     """
@@ -111,6 +115,8 @@ class Call:
         self.deadline = deadline
         self.tries = 0
         self.needs_no_weights = name == "cut"  # of a generator: a process that has loaded can do it
+        self.elsewhere = False
+        self.others: Sequence[Worker] = ()
         self._send = send
         self.start()
 

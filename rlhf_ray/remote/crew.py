@@ -26,8 +26,8 @@ FAREWELL = Deadline(10.0, "no setting")
 
 
 class GoneError(LostError):
-    """A call was lost with a process whose place another will take; that one needs weights before it can do it. The
-    cause says how it was lost."""
+    """A call was lost with a process whose place another will take; it is for another seat, or that one needs weights
+    before it can do it. The cause says how it was lost."""
 
     def __init__(self, message: str, call: Call) -> None:
         super().__init__(message)
@@ -133,8 +133,7 @@ class Crew:
             if self._closing.is_set():  # nobody watches any more, and no seat is taken by another process
                 raise WorkerError("the run is over, and its workers have been ended")
             for call in calls:
-                if call.parked and self.supervisor.ready(call):
-                    call.start()
+                self._send_again(call)
                 self._tell_if_slow(call)
             return
         own = next((call for call in calls if call.worker.name == self._loss.name), None)
@@ -156,9 +155,17 @@ class Crew:
             return False  # not that process was stuck: the work is too much
         call.park(cut_off=isinstance(error, CutError))
         self.supervisor.report(call, error)
-        if call.worker.name in self.supervisor.receivers and not call.needs_no_weights:
+        needs_weights = call.worker.name in self.supervisor.receivers and not call.needs_no_weights
+        if needs_weights or call.elsewhere:
             raise GoneError(f"{error}", call) from error
         return True
+
+    def _send_again(self, call: Call) -> None:
+        if call.parked and self.supervisor.ready(call):
+            call.start()
+        elif call.parked and (able := [seat for seat in call.others if self.state(seat) is State.HEALTHY]):
+            call.worker = able[0]
+            call.start()
 
     def _tell_if_slow(self, call: Call) -> None:
         """Once, when half of its time is gone: a run that stands still says what it waits for."""
@@ -213,9 +220,12 @@ class Group:
         self.ranks = list(ranks)
         self.deadline = deadline
 
-    def call(self, method: Callable[..., Any], *args: Any, deadline: Deadline | None = None) -> Any:
+    def call(
+        self, method: Callable[..., Any], *args: Any, deadline: Deadline | None = None, keywords: Mapping[str, Any] = {}
+    ) -> Any:
         """Rank 0's result of the role's `method`, once all ranks have returned."""
-        return self.finish([rank.ask(method, *args, deadline=deadline or self.deadline) for rank in self.ranks])[0]
+        deadline = deadline or self.deadline
+        return self.finish([rank.ask(method, *args, deadline=deadline, keywords=keywords) for rank in self.ranks])[0]
 
     def finish(self, calls: Sequence[Call]) -> list[Any]:
         try:

@@ -7,7 +7,7 @@ are returned as the first of two values, so that the driver can wait for the sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,22 +49,26 @@ class RoleHost(Host):
         self.role = make(*given)
 
     @reported
-    def ask(self, name: str, args: Sequence[Any]) -> Any:
+    def ask(self, name: str, args: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """A method of the role with these arguments, or what a property of it is."""
         with reporting(f"{self.name}: {name}"):
             value = getattr(self.role, name)
-            return value(*args) if callable(value) else value
+            return value(*args, **keywords) if callable(value) else value
 
     @reported
     @ray.method(num_returns=2)
     def compute(
-        self, name: str, args: Sequence[Any], delivery: Delivery, *slices: Packed
+        self, name: str, args: Sequence[Any], keywords: Mapping[str, Any], delivery: Delivery, *slices: Packed
     ) -> tuple[Packed | None, Answer]:
         """A method of the role with a batch in the place of `BATCH`."""
         with reporting(f"{self.name}: {name}"):
             batch = received(delivery, slices)
-            given = [batch if isinstance(argument, str) and argument == BATCH else argument for argument in args]
-            return kept(getattr(self.role, name)(*given), batch)
+
+            def given(argument: Any) -> Any:
+                return batch if isinstance(argument, str) and argument == BATCH else argument
+
+            named = {name: given(argument) for name, argument in keywords.items()}
+            return kept(getattr(self.role, name)(*map(given, args), **named), batch)
 
     @reported
     @ray.method(concurrency_group="slices")

@@ -112,8 +112,12 @@ def _roster(config: RunConfig) -> list[tuple[str, int]]:
     if config.uses_critic:
         roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
     if config.holds_reference:
-        roster.append(("reference", 1))
-    return [*roster, ("reward", int(config.judging.needs_gpu))]
+        roster += [(name, 1) for name in _replicas("reference", config.reference.count)]
+    return [*roster, *((name, int(config.judging.needs_gpu)) for name in _replicas("reward", config.reward.count))]
+
+
+def _replicas(role: str, count: int) -> list[str]:
+    return [f"{role} {i}" for i in range(count)] if count > 1 else [role]
 
 
 def _colocated(roster: Sequence[tuple[str, int]], ranks: int, each: int, workers: RayConfig) -> Placement:

@@ -28,6 +28,7 @@ from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Placement, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.processes import Step
 from rlhf_ray.remote.proxy import proxy
+from rlhf_ray.remote.replicas import Replicas
 from rlhf_ray.remote.store import RemoteStore
 from rlhf_ray.remote.supervisor import Tell, untold
 from rlhf_ray.roles.advantages import AdvantageEstimator
@@ -190,6 +191,9 @@ def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
     def group(role: str) -> Group:
         return Group(crew, crew.named(role), deadline)
 
+    def replicas(role: str) -> Replicas:
+        return Replicas(crew, [[worker] for worker in crew.named(role)], deadline)
+
     pushing = Deadline(config.sync.deadline_s + REPORT_S, "sync.deadline_s")
     learner = proxy(Learner, group("learner"), divides=True, deadlines={"push_weights": pushing})
     generators = RemoteGenerators(
@@ -198,10 +202,12 @@ def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
         neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
     )  # fmt: skip
     critic = proxy(Critic, group("critic"), divides=True) if config.uses_critic else None
-    reference = proxy(Reference, group("reference")) if config.holds_reference else AdapterFreeReference(learner)
+    reference = AdapterFreeReference(learner)
+    if config.holds_reference:
+        reference = proxy(Reference, replicas("reference"), divides=True)
     return Roles(
         generator=generators,
-        reward=proxy(Reward, group("reward")),
+        reward=proxy(Reward, replicas("reward")),
         learner=learner,
         advantages=AdvantageEstimator(config.algorithm, critic or learner),
         reference=reference if config.uses_reference else None,
@@ -209,6 +215,7 @@ def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
         replicas=generators.replicas,
         gather=gather_remote,
         store=RemoteStore(crew, crew.named("generator")[0], deadline),
+        judges=config.reward.count,
         early_rewards=not plan.shared,  # on shared GPUs the judges have no memory while a generator is awake
         parallel=True,
     )

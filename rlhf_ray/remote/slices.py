@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.remote.batch import Part, RemoteBatch, RemoteColumn
 from rlhf_ray.remote.calls import Call, Deadline, Worker
+from rlhf_ray.remote.health import State
 from rlhf_ray.remote.packed import ROWS, TOKENS, Packed, empty_rows, unpack
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.division import Passes, RankBatch, RankPart
@@ -159,9 +160,16 @@ class Sender:
             places = [[own[part.rows] for part in held] for own in place]
             picks = [[part.places[at >= 0] for part, at in zip(held, own, strict=True)] for own in places]
             incoming = [Incoming(names, np.concatenate([at[at >= 0] for at in own])) for own in places]
-            refs = [part.ref for part in held]
-            cuts.append((incoming, held[0].worker.cut(list(names), picks, refs, deadline=self.deadline)))
+            cuts.append((incoming, self._begin(held[0].worker, list(names), picks, [part.ref for part in held])))
         return cuts
+
+    def _begin(self, holder: Worker, names: Sequence[str], picks: Sequence[Any], held: Sequence[ObjectRef]) -> Call:
+        """The objects outlive the process that made them: where that is lost, another of its role cuts them."""
+        others = [worker for worker in self.crew.named(holder.name.split()[0]) if worker is not holder]
+        able = [worker for worker in (holder, *others) if self.crew.state(worker) is State.HEALTHY]
+        call = (able or [holder])[0].cut(names, picks, held, deadline=self.deadline)
+        call.others = others
+        return call
 
     def _own(self, parts: Sequence[Part], place: np.ndarray) -> bool:
         """Whether each consumer holds exactly its own rows of these columns."""

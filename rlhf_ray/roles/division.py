@@ -96,6 +96,17 @@ class Division:
         that a whole batch would repeat."""
         return [_part(step, own) for own in zip(*self._passes(step), strict=True)]
 
+    def pieces(self, step: Rows, most: int) -> list[list[RankPart]]:
+        """The same in at most so many pieces, each a run of micro-batches of every rank: what a rank computes of each.
+        The micro-batches are those of the whole step, however many pieces there are. For one minibatch."""
+        (ranks,) = self._passes(step)
+        count = len(ranks[0].microbatches) + ranks[0].dummies
+        cuts = [count * i // min(most, count) for i in range(min(most, count) + 1)]
+        return [
+            [_part(step, [_run(passes, start, end)]) for passes in ranks]
+            for start, end in zip(cuts, cuts[1:], strict=False)
+        ]
+
     def _passes(self, step: Rows) -> list[list[Passes]]:
         """For each minibatch those of each rank."""
         return [self._of_ranks(step, rows) for rows in _minibatches(step.prompt_id, self.minibatches, self.seed)]
@@ -121,6 +132,18 @@ class Division:
             )
             for share, part in zip(shares, parts, strict=True)
         ]  # fmt: skip
+
+
+def _run(passes: Passes, start: int, end: int) -> Passes:
+    """Some of its micro-batches, side by side."""
+    lines = np.concatenate([[0], np.cumsum(passes.microbatches)])
+    rows = np.concatenate([[0], np.cumsum(passes.lines)])
+    real = len(passes.microbatches)
+    first, last = lines[min(start, real)], lines[min(end, real)]
+    return replace(
+        passes, rows=passes.rows[rows[first] : rows[last]], lines=passes.lines[first:last],
+        microbatches=passes.microbatches[start:end], dummies=end - max(start, min(end, real)),
+    )  # fmt: skip
 
 
 def _part(step: Rows, own: Sequence[Passes]) -> RankPart:

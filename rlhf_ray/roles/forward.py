@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlhf_ray.algo.logprobs import entropy_at, logprobs_at
 from rlhf_ray.roles.batch import Batch, pad_columns
-from rlhf_ray.roles.division import split_microbatches
-from rlhf_ray.roles.shared_prompts import Line, MicroBatch, PromptSharing, plan_lines, shared_logits
+from rlhf_ray.roles.division import Share
+from rlhf_ray.roles.shared_prompts import Line, MicroBatch, shared_logits
 
 Model = Callable[..., Any]  # a module or a TrainEngine: called with input_ids and attention_mask
 
@@ -85,18 +85,12 @@ def over_microbatches(
     return out_BT
 
 
-def batched_logprobs(
-    model: Model,
-    batch: Batch,
-    *,
-    temperature: float,
-    max_tokens: int,
-    device: torch.device,
-    sharing: PromptSharing | None = None,
-) -> Tensor:
-    """[B, T] response log-probabilities of a whole batch, computed in micro-batches of at most `max_tokens`."""
-    lines, sizes = plan_lines(batch.rows, range(len(batch)), max_tokens, sharing)
-    parts = [[lines[i] for i in part] for part in split_microbatches(range(len(lines)), sizes, max_tokens)]
-    return over_microbatches(
-        batch, parts, lambda micro: predict(model, micro, temperature=temperature, device=device).logprobs()
-    )
+def over_shares(batch: Batch, shares: Sequence[Share], compute: Callable[[MicroBatch], Tensor]) -> Tensor:
+    """The same for the micro-batches of these shares. Of several ranks each has its own rows, and all make as many
+    forward passes, for each may be a collective."""
+    out_BT = torch.zeros(batch.tokens.shape)
+    for share in shares:
+        out_BT += over_microbatches(batch, share.microbatches[: share.real], compute)
+        for lines in share.microbatches[share.real :]:
+            compute(MicroBatch.of(batch, lines))
+    return out_BT

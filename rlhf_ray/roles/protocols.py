@@ -237,7 +237,15 @@ class Advantages(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Reference(Protocol):
+class Divided(Protocol):
+    """Whose work on a batch is divided, over ranks or over replicas."""
+
+    @property
+    def division(self) -> Division:
+        """How a step's rows are divided."""
+
+
+class Reference(Divided, Protocol):
     @reads("temperature")
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] log-probabilities of the batch's tokens under the frozen policy."""
@@ -255,12 +263,8 @@ class TokenWork(Protocol):
         """Advantages that differ from token to token, and where there is a critic its targets. Collective."""
 
 
-class Ranks(TokenWork, Protocol):
+class Ranks(TokenWork, Divided, Protocol):
     """Processes that train one network together."""
-
-    @property
-    def division(self) -> Division:
-        """How they divide a step's rows."""
 
 
 class Critic(Ranks, Protocol):
@@ -339,6 +343,7 @@ class Roles:
     replicas: Sequence[CanaryTarget] = ()  # each generator by itself, for the canary
     gather: Gather = gather  # one batch from the given rows of several
     store: BatchStore = HERE  # for checkpoints
+    judges: int = 1  # replicas of the reward: so many calls at once
     # Rewards may be computed while other answers are still being written: the generator is a ParcelGenerator.
     early_rewards: bool = False
     parallel: bool = False  # roles run on workers of their own, so waiting for one need not wait for all

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ray.roles.batch import Batch
-from rlhf_ray.roles.forward import batched_logprobs
+from rlhf_ray.roles.division import Division, RankBatch
+from rlhf_ray.roles.forward import over_shares, predict
 from rlhf_ray.roles.protocols import Learner
-from rlhf_ray.roles.shared_prompts import PromptSharing
+from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
 
 
 class Reference:
@@ -20,20 +21,18 @@ class Reference:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.temperature = temperature
-        self.tokens_per_microbatch = tokens_per_microbatch
-        self.sharing = PromptSharing.of(model) if share_prompts else None
+        sharing = PromptSharing.of(model) if share_prompts else None
+        self.division = Division(1, tokens_per_microbatch, seed=0, sharing=sharing)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] float32, 0 outside the response; at the sampling temperature, like the learner's."""
-        return batched_logprobs(
-            self.model,
-            batch,
-            temperature=self.temperature,
-            max_tokens=self.tokens_per_microbatch,
-            device=self.model.device,
-            sharing=self.sharing,
-        )
+        """[B, T] float32, 0 outside the response; at the sampling temperature, like the learner's. A `RankBatch` says
+        itself how its rows are divided into micro-batches."""
+        shares = batch.shares if isinstance(batch, RankBatch) else self.division.shares(batch.rows)[0]
+        return over_shares(batch, shares, self._logprobs)
+
+    def _logprobs(self, micro: MicroBatch) -> Tensor:
+        return predict(self.model, micro, temperature=self.temperature, device=self.model.device).logprobs()
 
 
 class AdapterFreeReference:

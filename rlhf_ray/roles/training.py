@@ -31,7 +31,7 @@ from rlhf_ray.models.written import Written
 from rlhf_ray.roles.advantages import answer_kl, token_advantages
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.division import Division, RankBatch, Share
-from rlhf_ray.roles.forward import over_microbatches
+from rlhf_ray.roles.forward import over_shares
 from rlhf_ray.roles.protocols import Estimate
 from rlhf_ray.roles.sft_term import MicroLoss
 from rlhf_ray.roles.shared_prompts import MicroBatch, PromptSharing
@@ -239,13 +239,8 @@ class TrainingRole:
     def per_token(self, batch: Batch, compute: Callable[[MicroBatch], Tensor]) -> Tensor:
         """Apply `compute` with the very micro-batches of `learn`, so that both see bit-equal numbers. [B, T]; of
         several ranks, each has its own rows. Collective."""
-        out_BT = torch.zeros(batch.tokens.shape)
         with torch.set_grad_enabled(self._needs_grad_kernels):
-            for share in self.shares(batch):
-                out_BT += over_microbatches(batch, share.microbatches[: share.real], compute)
-                for lines in share.microbatches[share.real :]:
-                    compute(MicroBatch.of(batch, lines))  # keeps this rank in step with the others' collectives
-        return out_BT
+            return over_shares(batch, self.shares(batch), compute)
 
     def answer_kl(self, batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
         """[B] KL to the reference, summed over each answer's tokens."""

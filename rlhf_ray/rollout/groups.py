@@ -127,25 +127,27 @@ def gathered(rounds: Sequence[Answers], positions: Set[int], gather: Gather = ga
 # ---- how they are judged ----------------------------------------------------------------------------------------
 
 
-def parcels_of(groups: int, members: int) -> list[range]:
-    """Rows of each parcel; the groups, of so many rows each, are spread evenly."""
-    count = min(MOST, groups, max(1, groups * members // LEAST_ROWS))
+def parcels_of(groups: int, members: int, judges: int = 1) -> list[range]:
+    """Rows of each parcel; the groups, of so many rows each, are spread evenly. `judges`: how many there are by the
+    config, for how many are alive must change nothing."""
+    count = min(max(MOST, judges), groups, max(1, groups * members // LEAST_ROWS))
     cuts = [groups * i // count * members for i in range(count + 1)]
     return [range(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
 
 
 class Judging:
-    """The rewards of some parcels; one is judged at a time, in a thread, while others are being written. If there is
-    only one, it is judged where `scores` is called.
+    """The rewards of some parcels, judged in threads while others are being written. If there is only one, it is judged
+    where `scores` is called.
 
     Args:
         texts: so many of all rows come with their texts.
         timer: `reward` measures the time in which rewards are computed.
+        judges: so many parcels are judged at a time.
     """
 
-    def __init__(self, reward: Reward, parcels: Sequence[range], texts: int, timer: Timer) -> None:
+    def __init__(self, reward: Reward, parcels: Sequence[range], texts: int, timer: Timer, judges: int = 1) -> None:
         self.reward, self.parcels, self.texts, self.timer = reward, parcels, texts, timer
-        self._thread = Background(1, "rewards")
+        self._threads = Background(judges, "rewards")
         self._found: list[Future[Scores] | None] = [None] * len(parcels)
 
     def __enter__(self) -> Judging:
@@ -153,14 +155,14 @@ class Judging:
 
     def __exit__(self, *error: Any) -> None:
         # After a failure nobody waits for a judge that hangs: it ends with the run.
-        self._thread.close()
+        self._threads.close()
 
     def written(self, parcel: int, batch: Batch) -> None:
         """All of this parcel has been written. Raises what judging an earlier one has raised by now."""
         for found in self._found:
             if found is not None and found.done():
                 found.result()
-        self._found[parcel] = self._thread.submit(self._judge, self.parcels[parcel], batch)
+        self._found[parcel] = self._threads.submit(self._judge, self.parcels[parcel], batch)
 
     def _judge(self, rows: range, batch: Batch) -> Scores:
         with self.timer("reward"):

@@ -46,12 +46,13 @@ class Rollouts:
         gather: Gather = gather,
         store: BatchStore = HERE,
         early_rewards: bool = False,
+        judges: int = 1,
     ) -> None:
         """
         Args:
             steps: of the whole run.
             texts: so many completions of each call to the reward come with their texts.
-            gather, store, early_rewards: those of `roles.protocols.Roles`.
+            gather, store, early_rewards, judges: those of `roles.protocols.Roles`.
         """
         self.generator = generator
         self.reward = reward
@@ -64,7 +65,9 @@ class Rollouts:
         self.texts = texts
         self.ledger = Ledger(config.max_staleness)
         self.store = store
+        self.gather = gather
         self.early_rewards = early_rewards
+        self.judges = judges
         self._kept: dict[int, Scored] = {}  # from the checkpoint, by step
         self._dropped = 0  # samples that were too old when the run went on
         self._version: int | None = None  # that the generator holds; nobody has pushed any yet
@@ -114,14 +117,18 @@ class Rollouts:
             )
             version = self.ledger.version_for(step)
         requests = asking.requests(positions, step)
-        with Judging(self.reward, self._parcels(count), self.texts, self.timer) as judging:
+        with Judging(self.reward, self._parcels(count), self.texts, self.timer, self.judges) as judging:
+            early = self.early_rewards and len(judging.parcels) > 1
             with self.timer("generate"):
                 self.generator.wake()
-                if len(judging.parcels) > 1:
+                if early:
                     batch = self.generator.generate_parcels(requests, self.sampling, judging.parcels, judging.written)
                 else:
                     batch = self.generator.generate(requests, self.sampling)
                 self.generator.sleep()
+            if not early and len(judging.parcels) > 1:
+                for parcel, own in enumerate(judging.parcels):
+                    judging.written(parcel, self.gather([(batch, own)]))
             groups, rows = groups_of(requests, asking.members, version), batch.rows
             with self._lock:
                 for position, tokens in groups.tokens(rows):
@@ -132,7 +139,9 @@ class Rollouts:
     def _parcels(self, count: int) -> list[range]:
         """Locally one: what judges and writes in one process does it one after the other, and each call has a cost."""
         members = self.asking.members
-        return parcels_of(count, members) if self.early_rewards else [range(count * members)]
+        if not self.early_rewards and self.judges == 1:
+            return [range(count * members)]
+        return parcels_of(count, members, self.judges)
 
     def _metrics(self, choice: Choice, step: int) -> dict[str, float]:
         """Of all sampled answers that were judged, learned from or not: they describe the policy."""

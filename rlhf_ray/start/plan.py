@@ -127,7 +127,7 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         _trainer("learner", config.learner, hardware, policy),
     ]
     if config.holds_reference:
-        roles.append(PlannedRole("reference", "hf", 1, 1, weights))
+        roles.append(PlannedRole("reference", "hf", config.reference.count, 1, weights))
     if config.uses_critic:
         size = policy and Size(policy.base, policy.base)  # LoRA is the policy's alone
         if config.critic.path is not None:
@@ -135,7 +135,8 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         roles.append(_trainer("critic", config.critic, hardware, size))
     judges = [saved_size(path, "classifier") for path in config.judging.networks]
     held = None if None in judges else sum(size.parameters * width for size in judges)
-    return [*roles, PlannedRole("reward", "model" if judges else "functions", 1, 1, held)]
+    kind = "model" if judges else "functions"
+    return [*roles, PlannedRole("reward", kind, config.reward.count, 1, held)]
 
 
 def train_bytes(size: Size, settings: TrainEngineConfig, dtype: torch.dtype) -> int:

@@ -143,6 +143,7 @@ def _rollouts(config: RunConfig, roles: Roles, prompts: PromptSet, sampling: Sam
         roles.generator, roles.reward, prompts, config.rollout, sampling, algorithm=config.algorithm,
         steps=config.steps, seed=config.seed, timer=run.timer, texts=max(3, config.logging.rollouts),
         gather=roles.gather, store=roles.store, early_rewards=roles.early_rewards,
+        judges=roles.judges,
     )  # fmt: skip
 
 

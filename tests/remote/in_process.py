@@ -44,6 +44,7 @@ class InProcess:
         self.choose = choose
         self.received: dict[str, int] = defaultdict(int)
         self.ends: list[ThreadPoolExecutor] = []
+        self.workers: list[Worker] = []
 
     def hire(self, name: str, role: Any) -> Worker:
         kind = GeneratorHost if name.startswith("generator") else RoleHost
@@ -51,10 +52,17 @@ class InProcess:
         host.name, host.role = name, role
         if isinstance(host, GeneratorHost):
             host.groups = WholeGroups(role)
-        return Worker(name, Actor(self, host))
+        self.workers.append(Worker(name, Actor(self, host)))
+        return self.workers[-1]
+
+    def named(self, prefix: str) -> list[Worker]:
+        return [worker for worker in self.workers if worker.name.split()[0] == prefix]
 
     def state(self, worker: Worker) -> State:
         return State.HEALTHY
+
+    def check(self) -> None:
+        """Nobody is ever lost."""
 
     def results(self, calls: Sequence[Call], done: Callable[[Call], None] = lambda call: None) -> list[Any]:
         return [self.taken(DRIVER, call.ref) for call in calls]

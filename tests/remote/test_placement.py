@@ -89,6 +89,18 @@ def test_a_classifier_that_asks_for_one_gets_a_gpu(tiny_config, args, gpus):
     assert plan_seats(config, "cuda", "nccl").by_role("GPU").get("reward", 0) == gpus
 
 
+def test_replicas_have_a_seat_each(tiny_config):
+    several = ("reference.count=2", "reward.count=3", "reward_model.path=judge", "algorithm.kl_coef=0.1")
+    plan = plan_seats(tiny_config("executor=ray", *VLLM, *several), "cuda", "nccl")
+    names = ["reference 0", "reference 1", "reward 0", "reward 1", "reward 2"]
+    assert seats_of(plan) == {
+        "learner rank 0": (0, 1), "generator 0": (1, 1), **{name: (2 + i, 1) for i, name in enumerate(names)}
+    }  # fmt: skip
+    shared = tiny_config(*SHARDED, *VLLM, *several, "learner.world_size=3", "ray.colocate=true")
+    borrowed = {s.name: s.borrows for s in plan_seats(shared, "cuda", "cuda_ipc").seats if s.name in names}
+    assert borrowed == {name: (f"learner rank {name[-1]}",) for name in names}, "on different GPUs"
+
+
 def test_half_gpus(tiny_config):
     plan = plan_seats(tiny_config("executor=ray", *VLLM, "ray.gpus_per_worker=0.5"), "cuda", "nccl")
     assert plan.total("GPU") == 1.0

@@ -85,6 +85,8 @@ def test_parcels_of_a_step():
     assert parcels_of(6, 4) == [range(24)], "a small step is judged in one call"
     assert parcels_of(40, 4) == [range(80), range(80, 160)]
     assert parcels_of(64, 8) == [range(i, i + 128) for i in range(0, 512, 128)], "no more than four"
+    assert len(parcels_of(64, 8, judges=3)) == 4 and len(parcels_of(64, 8, judges=8)) == 8, "one for each judge"
+    assert parcels_of(40, 4, judges=8) == parcels_of(40, 4), "but none is too small"
     assert parcels_of(3, 100) == [range(100), range(100, 200), range(200, 300)], "groups are not cut"
 
 
@@ -198,18 +200,19 @@ def test_steps_are_the_same_whatever_is_written_first(generator, prompts, monkey
     monkeypatch.setattr(groups, "LEAST_ROWS", 2)
     orders = {"in order": lambda n: list(range(n)), "backwards": lambda n: list(range(n))[::-1]}
     runs = []
-    for order in (None, *orders.values()):
+    # Two judges without an order: the parcels are judged when all has been written, as on shared GPUs.
+    for order, judges in ((None, 1), (None, 2), *((order, 1) for order in orders.values()), (orders["backwards"], 2)):
         judged = threading.Event()
         reward, parcelled = Worth(judged), Parcelled(generator, order, judged)
         made = Rollouts(
             parcelled if order else generator, reward, prompts, RolloutConfig(prompts_per_step=4, group_size=2),
             Sampling(4), algorithm=AlgorithmConfig(**algorithm), seed=7, timer=Timer(), texts=5, steps=20,
-            early_rewards=order is not None,
+            early_rewards=order is not None, judges=judges,
         )  # fmt: skip
         steps = [made.next(step) for step in range(3)]
         runs.append(steps)
         calls = [len(call) for call in reward.calls]
-        assert max(calls) == (2 if order else 8), "a group a call, against the whole step"
+        assert max(calls) == (2 if order or judges > 1 else 8), "a group a call, against the whole step"
         assert {"time/generate", "time/reward"} <= made.timer.take().keys()
     for steps in runs[1:]:
         for one, other in zip(runs[0], steps, strict=True):

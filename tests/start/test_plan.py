@@ -129,6 +129,9 @@ def test_a_cluster(config):
     )  # fmt: skip
     assert roles[0] == PlannedRole("generator", "vllm", 3, 2, 1000)
     assert roles[1] == PlannedRole("learner", "deepspeed ZeRO-3", 4, 1, (2000 + 4000 + 12000) // 4)
+    several = config("executor=ray", "algorithm.name=ppo", "reference.count=2", "reward.count=3")
+    counts = {role.name: role.processes for role in planned_roles(several, CPU, Size(100, 100))}
+    assert counts == {"generator": 1, "learner": 1, "reference": 2, "critic": 1, "reward": 3}
 
 
 def test_a_model_folder_is_measured_by_its_config(tmp_path, config):
