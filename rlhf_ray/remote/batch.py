@@ -80,6 +80,9 @@ class RemoteBatch:
         """[B] dataset columns of each row's prompt, as `Batch.columns`."""
         return tuple(self.prompts[prompt][0] for prompt in self.rows.prompt_id.tolist())
 
+    def writer_of(self, row: int) -> str:
+        return next(str(part.worker) for part in self.parts if row in part.rows)
+
     @property
     def score(self) -> Any:
         return self.values.get("score")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_ray.sample import Sample
 
-_ROW_TYPES = {"truncated": np.bool_, "prompt_digests": np.uint64}  # of columns that are no int64
+_ROW_TYPES = {"truncated": np.bool_, "prompt_digests": np.uint64, "finite": np.bool_}  # of columns that are no int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,11 @@ class Rows:
     weight_version: np.ndarray  # [N] int64, the oldest that produced a token of the row; -1 for an empty completion
     prompt_lengths: np.ndarray  # [N] int64, tokens before the first that the policy wrote
     prompt_digests: np.ndarray  # [N] uint64 of those tokens: rows with equal ones may share them in a forward pass
+    finite: np.ndarray | None = None  # [N] bool, each of its `logp_gen` is a finite number; None: of every row
 
     def __post_init__(self) -> None:
+        if self.finite is None:
+            object.__setattr__(self, "finite", np.ones(len(self.prompt_id), np.bool_))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, np.asarray(getattr(self, f.name), _ROW_TYPES.get(f.name, np.int64)))
 
@@ -113,7 +116,12 @@ class Batch:
             weight_version=oldest_B.masked_fill(oldest_B == newest, -1),
             prompt_lengths=prompts,
             prompt_digests=[_digest(row[:n]) for row, n in zip(self.tokens.numpy(), prompts, strict=True)],
+            finite=(self.logp_gen.isfinite() | ~self.response_mask).all(1),
         )
+
+    def writer_of(self, row: int) -> str:
+        """Who has written this row, by name."""
+        return "the generator"
 
     def replace(self, **fields: Any) -> Batch:
         """A copy with some fields replaced."""

@@ -17,6 +17,7 @@ from rlhf_ray.algo.shaping import overlong_penalty
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.errors import DivergenceError
 from rlhf_ray.roles.batch import Batch, Rows, gather
 from rlhf_ray.roles.protocols import Gather, Sampling, Scores
 from rlhf_ray.roles.requests import Requests
@@ -137,11 +138,23 @@ class Choice:
         found: dict[int, Outcome] = dict.fromkeys(self.asked, "failed")
         return found | dict.fromkeys(self.usable, "filtered") | dict.fromkeys(self.chosen, "learned")
 
+    def require_finite(self, step: int) -> None:
+        """Raises DivergenceError if no group is usable because all have log-probabilities that are not finite."""
+        if all(answers.broken() == set(answers.groups.positions.tolist()) for answers in self.rounds):
+            reasons = [event["reason"] for answers in self.rounds for event in answers.broken_events()]
+            raise DivergenceError(
+                f"step {step + 1}: every group has answers whose log-probabilities are not finite, so the weights are "
+                "broken; go on from an earlier checkpoint with a lower learner.lr or learner.max_grad_norm "
+                f"({'; '.join(reasons)})"
+            )
+
     def stats(self) -> dict[str, float]:
-        """Of dynamic sampling, before `filled`."""
+        """Of groups that are left out, and of dynamic sampling, before `filled`."""
+        left_out = {"fault/not_finite": float(sum(len(answers.broken()) for answers in self.rounds))}
         if not self.resample:
-            return {}
-        return {"groups/asked": float(len(self.asked)), "groups/informative": len(self.chosen) / self.wanted}
+            return left_out
+        informative = len(self.chosen) / self.wanted
+        return {**left_out, "groups/asked": float(len(self.asked)), "groups/informative": informative}
 
 
 class LearningRows:

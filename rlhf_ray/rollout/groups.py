@@ -28,6 +28,7 @@ LEAST_ROWS = 64
 # The last parcel waits for the last answer, so this many leave a quarter of the judging behind the writing. More would
 # leave less, but a judge that is slow to answer, however few rows it is asked about, is asked once a parcel.
 MOST = 4
+NAMED = 8  # prompts in a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,32 @@ class Answers:
         return self.scores.score[np.repeat(greedy, self.groups.rows.shape[1])]
 
     def judged(self) -> set[int]:
-        """The prompts all of whose answers have a reward."""
-        prompts, keep_B = set(self.groups.positions.tolist()), self.scores.keep
+        """The prompts all of whose answers have a reward, and log-probabilities that are numbers."""
+        prompts, keep_B = set(self.groups.positions.tolist()) - self.broken(), self.scores.keep
         if keep_B is None:
             return prompts
         return prompts - set(self.requests.prompt_id[~keep_B.numpy()].tolist())
+
+    def broken(self) -> set[int]:
+        """The prompts with an answer some of whose log-probabilities are not finite: one in a loss would make it so."""
+        return set(self.requests.prompt_id[~self.rows.finite].tolist())
+
+    def broken_events(self) -> Iterator[dict[str, Any]]:
+        """For events.jsonl: each writer of such answers."""
+        by_writer: dict[str, list[int]] = {}
+        for row in np.flatnonzero(~self.rows.finite).tolist():
+            by_writer.setdefault(self.batch.writer_of(row), []).append(row)
+        for writer, rows in by_writer.items():
+            prompts = sorted(set(self.requests.prompt_id[rows].tolist()))
+            more = ", ..." if len(prompts) > NAMED else ""
+            reason = (
+                f"{writer}: {len(rows)} answers have log-probabilities that are not finite; the groups of prompts "
+                f"{', '.join(map(str, prompts[:NAMED]))}{more} are left out"
+            )
+            yield {
+                "kind": "not_finite", "worker": writer, "action": "drop_group", "rows": len(rows), "prompts": prompts,
+                "reason": reason,
+            }  # fmt: skip
 
     def informative(self) -> set[int]:
         """Those whose answers earn different rewards."""

@@ -96,6 +96,7 @@ class Rollouts:
             choice = choice.after(self._answers(choice.missing, step, written if last else lambda: None))
         written()
         if not choice.usable:
+            choice.require_finite(step)
             reasons = [str(event["reason"]) for answers in choice.rounds for event in answers.scores.events]
             raise RewardError(
                 f"step {step + 1}: no group of answers was judged in full, so there is nothing to learn from; "
@@ -134,7 +135,9 @@ class Rollouts:
                 for position, tokens in groups.tokens(rows):
                     self.ledger.finish(position, **tokens)
             written()
-            return Answers(requests, groups, batch, rows, judging.scores(batch))
+            answers = Answers(requests, groups, batch, rows, judging.scores(batch))
+        events = (*answers.scores.events, *answers.broken_events())
+        return replace(answers, scores=replace(answers.scores, events=events))
 
     def _parcels(self, count: int) -> list[range]:
         """Locally one: what judges and writes in one process does it one after the other, and each call has a cost."""

@@ -227,7 +227,8 @@ class Recorder(Observer):
 
     def step(self, record: StepRecord) -> None:
         for failure in record.failures:
-            self.directory.event("reward_failed", **failure)
+            fields = dict(failure)
+            self.directory.event(fields.pop("kind", "reward_failed"), **fields)
         judged = [row for row in record.samples if "reward" in row]  # a supervised run's are in its summary
         if self.rollouts and judged:
             self.directory.write_rollouts(record.step, judged[: self.rollouts])

@@ -43,6 +43,11 @@ def test_prompts_are_told_once_and_stand_at_every_row():
     assert [row["kind"] for row in batch_of_three().columns] == ["a", "a", "b"]
 
 
+def test_who_has_written_a_row():
+    mixed = gather_remote([(batch_of_three(), [2, 0])])
+    assert [mixed.writer_of(row).partition(" (")[0] for row in (0, 1)] == ["generator 1", "generator 0"]
+
+
 def test_a_per_token_tensor_must_not_pass_through_the_driver():
     with pytest.raises(TypeError, match=r"'logp_ref' is a tensor of shape \(2, 4\) on the driver"):
         batch_of_three().replace(logp_ref=torch.zeros(2, 4))

@@ -63,6 +63,15 @@ def test_rows_tell_a_driver_all_it_needs(batch):
     assert len(mixed.rows) == 2
 
 
+def test_rows_tell_which_log_probabilities_are_numbers(batch):
+    assert batch.rows.finite.tolist() == [True, True]
+    broken = batch.logp_gen.clone()
+    broken[1, batch.response_mask[1]] = float("-inf")
+    broken[0, ~batch.response_mask[0]] = float("nan")  # nobody's
+    assert batch.replace(logp_gen=broken).rows.finite.tolist() == [True, False]
+    assert Rows((3,), (2,), (1,), (False,), (0,), (1,), (5,)).finite.tolist() == [True]
+
+
 def test_an_empty_completion_has_no_version():
     empty = build_batch([Request(0, 0, (5,), 0)], [[]], [[]], truncated=[False], weight_version=7)
     assert empty.rows.weight_version.tolist() == [-1] and empty.rows.response_lengths.tolist() == [0]

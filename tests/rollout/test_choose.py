@@ -9,7 +9,7 @@ import torch
 
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
-from rlhf_ray.errors import RewardError
+from rlhf_ray.errors import DivergenceError, RewardError
 from rlhf_ray.roles.batch import build_batch
 from rlhf_ray.roles.protocols import Sampling, Scores
 from rlhf_ray.rollout.source import Rollouts
@@ -148,6 +148,54 @@ def test_no_group_left_is_an_error(rollouts):
     here = rollouts({0: [None, 1.0], 1: [1.0, None]})
     with pytest.raises(RewardError, match=r"step 1: no group of answers was judged in full.*\(prompt 0; prompt 1\)"):
         here.next(0)
+
+
+# ---- groups whose log-probabilities are not numbers -----------------------------------------------------------
+
+
+def breaks(generator, monkeypatch, *sample_ids: int, value: float = float("nan")) -> None:
+    """The generator says this of every token of these samples."""
+    generate = generator.generate
+
+    def broken(requests, sampling):
+        batch = generate(requests, sampling)
+        row_B = torch.isin(batch.sample_id, torch.tensor(sample_ids))
+        return batch.replace(logp_gen=batch.logp_gen.masked_fill(row_B[:, None] & batch.response_mask, value))
+
+    monkeypatch.setattr(generator, "generate", broken)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_group_with_log_probabilities_that_are_not_finite_leaves_the_batch(rollouts, generator, monkeypatch, value):
+    breaks(generator, monkeypatch, 1, value=value)
+    here = rollouts({0: MIXED, 1: MIXED})
+    scored = here.next(0)
+    assert scored.batch.prompt_id.tolist() == [1, 1] and scored.batch.logp_gen.isfinite().all()
+    assert scored.metrics["fault/not_finite"] == 1 and scored.metrics["reward/mean"] == 0.5
+    assert books(here) == {"sampled": (4, 4), "learned": (2, 2), "failed": (2, 2)}
+    reason = "the generator: 1 answers have log-probabilities that are not finite; the groups of prompts 0 are left out"
+    [event] = scored.scores.events
+    assert event == {
+        "kind": "not_finite", "worker": "the generator", "action": "drop_group", "rows": 1, "prompts": [0],
+        "reason": reason,
+    }  # fmt: skip
+
+
+def test_dynamic_sampling_replaces_a_group_that_is_not_finite(rollouts, generator, monkeypatch):
+    breaks(generator, monkeypatch, 0)
+    here = rollouts({0: MIXED, 1: MIXED, 2: MIXED}, {"resample_rounds": 1})
+    assert here.next(0).batch.prompt_id.tolist() == [1, 1, 2, 2]
+
+
+def test_nothing_but_such_groups_is_a_run_that_has_diverged(rollouts, generator, monkeypatch):
+    breaks(generator, monkeypatch, 0, 3)
+    with pytest.raises(DivergenceError, match="step 1: every group .* not finite.*the groups of prompts 0, 1 are left"):
+        rollouts({0: MIXED, 1: MIXED}).next(0)
+
+
+def test_with_finite_ones_the_count_is_zero(rollouts):
+    scored = rollouts({0: MIXED, 1: MIXED}).next(0)
+    assert scored.metrics["fault/not_finite"] == 0 and scored.scores.events == ()
 
 
 # ---- DAPO's length penalty ------------------------------------------------------------------------------------

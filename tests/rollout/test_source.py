@@ -105,7 +105,7 @@ def test_metrics_by_hand(rollouts, generator):
         "truncated_frac": 0.0, "staleness/mean": 1.0, "staleness/max": 1.0,
         # groups (0, 1), (2, 3), (4, 5)
         "groups/all_correct": 2 / 3, "groups/all_wrong": 0.0, "groups/mixed": 1 / 3, "groups/same": 0.0,
-        "reward/std_in_group": 0.5,
+        "reward/std_in_group": 0.5, "fault/not_finite": 0.0,
     }  # fmt: skip
     assert metrics == pytest.approx(expected)
 

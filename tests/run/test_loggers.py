@@ -10,6 +10,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.run import loggers as module
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.loggers import Background, Metrics
+from rlhf_ray.run.observer import StepRecord
 
 
 @pytest.fixture
@@ -144,3 +145,14 @@ def test_rows_are_on_disk_after_each_step(run):
     metrics = Metrics(run, ["jsonl"])
     metrics.log(1, {"x": 0.25})
     assert json.loads(run.metrics_file.read_text()) == {"step": 1, "x": 0.25}, "without close: a kill loses nothing"
+
+
+def test_what_went_wrong_in_a_step_is_an_event_of_its_own_kind(run):
+    left_out = {"kind": "not_finite", "step": 1, "worker": "generator 1", "prompts": [4]}
+    failed = {"step": 1, "reward": "exact", "reason": "no number"}
+    module.Recorder(run, 0).step(StepRecord(1, 2, {}, (), (left_out, failed)))
+    told = [{name: value for name, value in event.items() if name != "time"} for event in run.read_events()]
+    assert told == [
+        {"event": "not_finite", "step": 1, "worker": "generator 1", "prompts": [4]},
+        {"event": "reward_failed", **failed},
+    ]  # fmt: skip
