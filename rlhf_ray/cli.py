@@ -20,6 +20,7 @@ from rlhf_ray.commands.eval import evaluate
 from rlhf_ray.commands.generate.command import generate
 from rlhf_ray.commands.hints import HintingGroup
 from rlhf_ray.commands.init.command import init
+from rlhf_ray.commands.merge import merge
 from rlhf_ray.commands.pairs import pairs
 from rlhf_ray.commands.pipeline.command import pipeline
 from rlhf_ray.commands.quickstart import quickstart
@@ -49,7 +50,7 @@ app = typer.Typer(
 )
 
 for command in (
-    quickstart, init, sft, rm, dpo, classifier, rl, replay, evaluate, generate, pairs, pipeline, validate_data,
+    quickstart, init, sft, rm, dpo, classifier, rl, merge, replay, evaluate, generate, pairs, pipeline, validate_data,
     serve_reward, doctor,
 ):  # fmt: skip
     app.command(name="eval" if command is evaluate else None)(command)

@@ -21,6 +21,7 @@ from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.run.directory import RunDirectory, require_alone
 from rlhf_ray.start.rl import run_rl
 
+OWN_ENGINE = "rlhf_ray.models.torch_engine:TorchEngine"
 MakeConfig = Callable[..., RunConfig]
 HOLDER = """
 import sys, time
@@ -75,7 +76,7 @@ def test_one_process_may_open_its_run_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", ["learner.engine=deepspeed", "algorithm.name=ppo", "dtype=bfloat16"])
+@pytest.mark.parametrize("changed", [f"learner.engine={OWN_ENGINE}", "algorithm.name=ppo", "dtype=bfloat16"])
 def test_a_checkpoint_that_these_settings_cannot_read_is_refused_before_anything_changes(config, tmp_path, changed):
     run = tmp_path / "run"
     run_rl(config("algorithm.kl_coef=0.05", "dtype=float32"), run)

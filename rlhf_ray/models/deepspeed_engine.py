@@ -1,16 +1,14 @@
-"""Training on N ranks with DeepSpeed ZeRO 0-3. The only file that knows DeepSpeed."""
+"""Training on N ranks with DeepSpeed ZeRO 0-3. The only file that imports DeepSpeed; zero_state.py knows its inside."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError
 from rlhf_ray.models.devices import with_index
-from rlhf_ray.models.pretrained import Export, exported_state, write_pretrained
+from rlhf_ray.models.pretrained import Export, exported_state, not_finite, write_pretrained
 from rlhf_ray.models.process_group import join_ranks
+from rlhf_ray.models.train_state import Held, TrainState, pieces, write_meta, write_pieces
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -27,7 +26,8 @@ from rlhf_ray.models.trainable import (
     enable_gradient_checkpointing,
     switch_dropout_off,
 )
-from rlhf_ray.models.written import Written, files_of_rank, together, written
+from rlhf_ray.models.written import Written, together, written
+from rlhf_ray.models.zero_state import fixed_here, show_masters, trained_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 Offload = Literal["none", "optimizer", "parameters"]
 
-META = "deepspeed_engine.json"
-TAG = "deepspeed"
 # ZeRO-3 gathers this many elements at a time for export: one collective for many small tensors, and never
 # more than this (or one tensor) beside the shards.
 GATHER_ELEMENTS = 64 * 1024 * 1024
@@ -82,12 +80,13 @@ class DeepSpeedEngine:
         self._has_gradients = self._was_cut_off = False
         self.rank, self.world_size = join_ranks(self.device, rank, world_size, master_address, master_port, timeout_s)
         self._dtype = dtype
+        self._layout = {
+            "engine": "deepspeed", "world_size": self.world_size, "zero_stage": zero_stage, "dtype": str(dtype),
+        }  # fmt: skip
         self._real_stage = max(zero_stage, 1) if dtype == torch.bfloat16 else zero_stage
         switch_dropout_off(module)
         if gradient_checkpointing:
             enable_gradient_checkpointing(module)
-        # Asked now, because ZeRO-3 leaves parameters of shape [0] behind.
-        self._trainable_elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
         adam = {"lr": 0.0, "betas": list(betas), "eps": eps, "weight_decay": weight_decay}
         config = _deepspeed_config(
             adam, self._real_stage, offload, torch_adam, dtype, self.device, max_grad_norm, module
@@ -167,76 +166,58 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> Written:
         folder.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        # What every rank holds whole is dealt out, so that all have as much to write.
+        trained, fixed = self._trained(self.world_size), fixed_here(self.module, self.rank, self.world_size)
+        paths = [write_pieces(folder, self.rank, pieces(trained, self._optimizer_state, fixed))]
         if self.rank == 0:
-            (folder / META).write_text(json.dumps(self._meta() | {"steps": self.steps}), encoding="utf-8")
-        torch.distributed.barrier()
+            paths += write_meta(folder, self._layout, self.module, self.steps)
         weights = (getattr(p, "ds_tensor", p).data for p in self.module.parameters())  # of ZeRO-3 this rank's shards
-        parts = [written(folder, files_of_rank(folder, self.rank), weights)] * self.world_size
+        parts = [written(folder, paths, weights, self._layout)] * self.world_size
         torch.distributed.all_gather_object(parts, parts[0])
         return together(parts)
 
     def load(self, folder: Path) -> None:
-        problem, steps = self._inspect(folder)
-        self._agree(problem and f"{problem}; resume with the settings that wrote it, or from another checkpoint")
+        problem, steps = None, self.steps
         try:
-            with _quiet():
-                path, _ = self._deepspeed.load_checkpoint(str(folder), tag=TAG)
-        except (RuntimeError, ValueError, KeyError, AssertionError, EOFError, OSError, UnpicklingError) as error:
-            raise CheckpointError(
-                f"{folder / TAG} does not fit this model and optimiser, or is damaged ({error}); resume with "
-                "the same model settings, or from another checkpoint"
-            ) from error
-        if path is None:
-            raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / TAG}; resume from another one")
+            state = TrainState(folder)
+            state.require_fits(self.module, self._dtype)
+            state.restore_fixed(fixed_here(self.module, self.rank))
+            state.restore(self._trained(), self._optimizer_state, "cpu")
+            steps = state.steps
+        except (CheckpointError, OSError) as error:  # the other ranks are waiting
+            problem = str(error)
+        self._agree(problem)
+        with _quiet():
+            show_masters(self._deepspeed.optimizer, self._real_stage)
         self.steps = steps
 
-    def _agree(self, problem: str | None) -> None:
-        """Raise CheckpointError on every rank if any has a problem: one that raised alone would leave the
+    def _trained(self, ranks: int = 1) -> Iterator[Held]:
+        return trained_here(self.module, self._deepspeed.optimizer, self._real_stage, self.rank, ranks)
+
+    @property
+    def _optimizer_state(self) -> Any:
+        return self._deepspeed.optimizer.state
+
+    def _agree(self, problem: str | None, kind: type[Exception] = CheckpointError) -> None:
+        """Raise `kind` on every rank if any has a problem: one that raised alone would leave the
         others waiting for it in the next collective."""
         anywhere = self.all_reduce(torch.tensor(0 if problem is None else 1), "max")
         if anywhere.item():
-            raise CheckpointError(problem or "another learner rank failed; its error says why, and what to do")
-
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "world_size": self.world_size,
-            "zero_stage": self.zero_stage,
-            "dtype": str(self._dtype),
-            "trainable_elements": self._trainable_elements,
-        }
-
-    def _inspect(self, folder: Path) -> tuple[str | None, int]:
-        """What stops this rank from loading `folder` (None: nothing), and the step count in it."""
-        try:
-            saved = json.loads((folder / META).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return f"{folder / META} does not exist: incomplete, or written by another learner.engine", 0
-        except (OSError, ValueError) as error:
-            return f"{folder / META} is damaged ({error})", 0
-        for key, here in self._meta().items():
-            if saved.get(key) != here:
-                return f"{folder} was written with {key}={saved.get(key)}, this run has {key}={here}", 0
-        # DeepSpeed puts prefixes of its own (bf16_) before some of these.
-        own = f"zero_pp_rank_{self.rank}_mp_rank_00_"
-        names = [own + "optim_states.pt"] if self._real_stage > 0 else []
-        names.append((own if self._real_stage == 3 else "mp_rank_00_") + "model_states.pt")
-        missing = [name for name in names if not list((folder / TAG).glob(f"*{name}"))]
-        return (f"{folder / TAG} lacks {missing[0]}", 0) if missing else (None, int(saved["steps"]))
+            raise kind(problem or "another learner rank failed; its error says why, and what to do")
 
     def save_pretrained(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model", ends: Sequence[int] = ()
     ) -> None:
-        state = [(name, tensor.cpu()) for name, tensor in self.export(what) if self.rank == 0]
-        problem = None
+        weights = self.module.named_parameters()
+        self._agree(not_finite(((name, getattr(p, "ds_tensor", p)) for name, p in weights), folder), ModelError)
+        state, problem = self.export(what), None
         if self.rank == 0:
             try:
                 write_pretrained(self.module, state, folder, tokenizer, what, ends)
-            except ModelError as error:  # caught, as what follows: the other ranks are waiting
-                problem = str(error)
-            except Exception as error:  # safetensors has errors of its own for a full disk
+            except Exception as error:  # the other ranks are waiting; safetensors has errors of its own for a full disk
                 problem = f"the model cannot be written to {folder} ({error}); make room, or name another folder"
+        for _ in state:  # each is a collective, also where rank 0 has stopped listening
+            pass
         self._agree(problem)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ def save_folder(
         tokenizer.save_pretrained(folder)
         if type(tokenizer) is PreTrainedTokenizerFast:
             _keep_generic(folder)
-    _follow_umask(folder)
+    follow_umask(folder)
 
 
 def _keep_generic(folder: Path) -> None:
@@ -64,7 +64,7 @@ def _write(file: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _follow_umask(folder: Path) -> None:
+def follow_umask(folder: Path) -> None:
     """Let whoever may read a new file of `folder` read all of them: safetensors makes its files for the owner alone."""
     probe = folder / f".{uuid.uuid4().hex[:8]}"  # asks the umask, or the folder's access list that goes before it
     probe.touch()

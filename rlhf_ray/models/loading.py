@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def _auto() -> Any:
+def network_kinds() -> Any:
     """Transformers' Auto classes, this package's LSTM among them.
 
     Not at the top: they load every kind of network, two seconds and 200 MB, also for who reads a tokenizer.json.
@@ -54,7 +54,7 @@ def load_policy(
     kind = "a causal language model"
     if (given := value_of(path)) is not None:  # a copy: it is the user's, and may be used on
         return copy.deepcopy(given).to(device=device, dtype=dtype).eval()
-    model = load_model(_auto().AutoModelForCausalLM, path, kind, trust_remote_code, dtype=dtype, **options)
+    model = load_model(network_kinds().AutoModelForCausalLM, path, kind, trust_remote_code, dtype=dtype, **options)
     return model.to(device).eval()
 
 
@@ -62,7 +62,7 @@ def load_shape(path: str | Path, *, trust_remote_code: bool = False) -> PreTrain
     """The config of a model folder or Hub name. Raises ModelError."""
     if (given := value_of(path)) is not None:
         return given.config
-    return load_pretrained(_auto().AutoConfig, path, "a model's config", trust_remote_code)
+    return load_pretrained(network_kinds().AutoConfig, path, "a model's config", trust_remote_code)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -75,7 +75,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             f"{path}: the folder has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it there with "
             "tokenizer.save_pretrained(folder), or name another folder as tokenizer"
         )
-    factory = PreTrainedTokenizerFast if folder is not None and _is_generic(folder) else _auto().AutoTokenizer
+    factory = PreTrainedTokenizerFast if folder is not None and _is_generic(folder) else network_kinds().AutoTokenizer
     tokenizer = load_pretrained(factory, path, "a tokenizer", trust_remote_code)
     return ensure_pad_token(tokenizer, str(path))
 
@@ -134,7 +134,7 @@ def load_reward_model(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     kind = "a sequence classifier"
     model = load_model(
-        _auto().AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options
+        network_kinds().AutoModelForSequenceClassification, path, kind, trust_remote_code, dtype=dtype, **options
     )
     if model.config.pad_token_id is None:
         # A decoder's classifier looks for the last token that is not padding; without this id it refuses batches.

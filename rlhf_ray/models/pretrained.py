@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from rlhf_ray.errors import ModelError
-from rlhf_ray.models.folders import save_folder
+from rlhf_ray.models.folders import follow_umask, save_folder
 from rlhf_ray.models.loading import with_named_ends
 from rlhf_ray.models.lora import GatherParameters, adapter_state, merged_state
+from rlhf_ray.models.weight_files import leaves_as_it_is, unsaved_names, write_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,23 +66,38 @@ def write_pretrained(
 
     `ends`: tokens that end an answer, as the module has learned; `generate` and vLLM stop where the folder's
     generation_config.json says, which gets them beside those that it names already.
-    Raises ModelError for weights that are not finite: such a folder loads without a word, and answers nonsense.
+    Weights are taken from `state` and written one file after the other; of models that Transformers writes in another
+    form, and of adapters, all at once.
     """
-    weights = {name: tensor.detach().to("cpu") for name, tensor in state}
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ModelError(
-            f"{len(broken)} of {len(weights)} weights are not finite (the first is {broken[0]}), so no model was "
-            f"written to {folder}: the training has diverged; go on from an earlier checkpoint (write its name, like "
-            "step_100, into checkpoints/latest) with a lower learning rate"
-        )
     if what == "adapter":
         # False: by itself, PEFT asks the Hub whether the embeddings have grown.
-        save_folder(folder, module, tokenizer, state_dict=weights, save_embedding_layers=False)
+        save_folder(folder, module, tokenizer, state_dict=_held(state), save_embedding_layers=False)
         return
     model = plain_model(module)
     with _no_progress_bar(), _described_as_exported(model), _stopping_at(model, tokenizer, ends):
-        save_folder(folder, model, tokenizer, state_dict=weights)
+        if not leaves_as_it_is(model):
+            save_folder(folder, model, tokenizer, state_dict=_held(state))
+            return
+        save_folder(folder, model, tokenizer, state_dict={})  # first, for it deletes what looks like an earlier shard
+        left_out = unsaved_names(model)
+        write_weights(folder, ((name, tensor) for name, tensor in state if name not in left_out))
+        follow_umask(folder)
+
+
+def _held(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu") for name, tensor in state}
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]], folder: Path) -> str | None:
+    """Why weights must not be written: a folder of such loads without a word, and answers nonsense. None: they may."""
+    for name, tensor in weights:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return (
+                f"weights are not finite (the first is {name}), so no model was written to {folder}: the training has "
+                "diverged; go on from an earlier checkpoint (write its name, like step_100, into checkpoints/latest) "
+                "with a lower learning rate"
+            )
+    return None
 
 
 @contextmanager

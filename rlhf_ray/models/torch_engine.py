@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.errors import CheckpointError
-from rlhf_ray.models.pretrained import Export, exported_state, plain_state, write_pretrained
+from rlhf_ray.errors import ModelError
+from rlhf_ray.models.pretrained import Export, exported_state, not_finite, plain_state, write_pretrained
+from rlhf_ray.models.train_state import Held, TrainState, fixed_tensors, pieces, write_meta, write_pieces
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
     clip_scale,
     enable_gradient_checkpointing,
-    is_packed,
     switch_dropout_off,
 )
 from rlhf_ray.models.written import Written, written
@@ -26,8 +25,6 @@ from rlhf_ray.models.written import Written, written
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import ModelOutput
-
-FILE = "torch_engine.pt"
 
 
 class TorchEngine:
@@ -58,6 +55,8 @@ class TorchEngine:
         self.device = torch.device(device)
         self.max_grad_norm = max_grad_norm
         self.steps = 0
+        self._dtype = dtype
+        self._layout = {"engine": "torch", "world_size": 1, "zero_stage": 0, "dtype": str(dtype)}
         for parameter in module.parameters():
             # Parameters only: rotary frequencies and other float32 buffers must not be rounded. Quantised
             # weights (QLoRA) are integers and stay as they are.
@@ -75,6 +74,7 @@ class TorchEngine:
             self._masters += group["params"]
         # Fused: one kernel a step, where the default loops over parameters in Python.
         fused = self.device.type in ("cpu", "cuda")
+        self._step_device = self.device if fused else torch.device("cpu")
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
 
     def __call__(self, **inputs: Any) -> ModelOutput:
@@ -136,58 +136,33 @@ class TorchEngine:
 
     def save(self, folder: Path) -> Written:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "module": self._learned(),
-            "masters": [None if p is m else m for p, m in zip(self._parameters, self._masters, strict=True)],
-            "optimizer": self._optimizer.state_dict(),
-            "steps": self.steps,
-        }
-        torch.save(state, folder / FILE)
-        return written(folder, [folder / FILE], self.module.parameters())
-
-    def load(self, folder: Path) -> None:
-        file = folder / FILE
-        if not file.is_file():
-            raise CheckpointError(
-                f"{file} does not exist: the checkpoint is incomplete or was not written by "
-                "learner.engine=torch; resume with the engine that wrote it, or from another checkpoint"
-            )
-        try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            if state["module"].keys() != self._learned().keys():
-                raise ValueError("other weights are trained")
-            self.module.load_state_dict(state["module"], strict=False)
-            self._load_masters(state["masters"])
-            self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{file} does not fit this model and optimiser, or is damaged ({error}); resume with the "
-                "same model settings, or from another checkpoint"
-            ) from error
-        self._optimizer.zero_grad(set_to_none=True)
-        self.steps = state["steps"]
-
-    def _learned(self) -> dict[str, Tensor]:
-        """All weights; of a model with packed ones (QLoRA) those that are trained.
-
-        The packed ones never change and come again from the same folder, and no module takes their scales back.
-        """
-        state = self.module.state_dict()
-        if not any(map(is_packed, self.module.modules())):
-            return state
-        return {name: state[name] for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        held = pieces(self._trained(), self._optimizer.state, self._fixed())
+        paths = [write_pieces(folder, 0, held), *write_meta(folder, self._layout, self.module, self.steps)]
+        return written(folder, paths, self.module.parameters(), self._layout)
 
     @torch.no_grad()
-    def _load_masters(self, masters: list[Tensor | None]) -> None:
-        for parameter, mine, saved in zip(self._parameters, self._masters, masters, strict=True):
-            if (saved is None) != (parameter is mine):
-                raise ValueError("saved with another dtype")
-            if saved is not None:
-                mine.copy_(saved)
+    def load(self, folder: Path) -> None:
+        state = TrainState(folder)
+        state.require_fits(self.module, self._dtype)
+        state.restore_fixed(self._fixed())
+        state.restore(self._trained(), self._optimizer.state, self._step_device)
+        self._round_masters()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps = state.steps
+
+    def _trained(self) -> list[Held]:
+        masters = {id(p): m for p, m in zip(self._parameters, self._masters, strict=True)}
+        named = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+        return [Held.whole(name, parameter, masters[id(parameter)]) for name, parameter in named]
+
+    def _fixed(self) -> list[Held]:
+        return [Held.whole(name, tensor) for name, tensor in fixed_tensors(self.module).items()]
 
     def save_pretrained(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model", ends: Sequence[int] = ()
     ) -> None:
+        if problem := not_finite(self.module.named_parameters(), folder):
+            raise ModelError(problem)
         write_pretrained(self.module, exported_state(self.module, what), folder, tokenizer, what, ends)
 
     def close(self) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,32 +27,30 @@ class Written:
     Attributes:
         files: by their names inside the folder that was written, with `/` between the parts.
         finite: whether all weights are; a policy that is not cannot be gone on with.
+        layout: engine, ranks, ZeRO stage and dtype, for people and for whoever goes on from it.
     """
 
     files: Mapping[str, File]
     finite: bool
+    layout: Mapping[str, Any] = field(default_factory=dict)
 
 
-def written(folder: Path, paths: Iterable[Path], weights: Iterable[Tensor]) -> Written:
+def written(
+    folder: Path, paths: Iterable[Path], weights: Iterable[Tensor], layout: Mapping[str, Any] | None = None
+) -> Written:
     """What this process has written: `paths` below `folder` are forced to disk and hashed."""
     paths = sorted(paths)
     for path in paths:
         force_to_disk(path)
     files = {path.relative_to(folder).as_posix(): file for path, file in zip(paths, files_of(paths), strict=True)}
-    return Written(files, all_finite(weights))
-
-
-def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """What a rank has written, by DeepSpeed's names; what no rank's number is in is rank 0's."""
-    found = {path: re.search(r"zero_pp_rank_(\d+)_", path.name) for path in folder.rglob("*") if path.is_file()}
-    return [path for path, name in found.items() if int(name[1] if name else 0) == rank]
+    return Written(files, all_finite(weights), layout or {})
 
 
 def together(parts: Iterable[Written]) -> Written:
     """What several ranks have written into one folder."""
     parts = list(parts)
     files = {name: file for part in parts for name, file in part.files.items()}
-    return Written(files, all(part.finite for part in parts))
+    return Written(files, all(part.finite for part in parts), parts[0].layout)
 
 
 def all_finite(weights: Iterable[Tensor]) -> bool:

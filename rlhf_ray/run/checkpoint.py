@@ -26,9 +26,7 @@ from rlhf_ray.run.storage import explained, fsync_tree, opened, read_object, sea
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"
-FORMAT = 2
-# As format 2, but nothing covers the manifest itself: such a one is read, with a word about it.
-UNSEALED = 1
+FORMAT = 3
 # Over NFS, what another machine has written may be seen a little later.
 PATIENCE_S = 5.0
 
@@ -90,7 +88,8 @@ class Checkpoints:
                 require_seen(temporary, files)
                 _save_state(temporary / STATE, state)
                 value = metrics.get(self.ranking.by) if self.ranking else None
-                _seal(temporary, {"format": FORMAT, "step": step, "metric": value}, files)
+                layout = {part: dict(written.layout) for part, written in told.items()}
+                _seal(temporary, {"format": FORMAT, "step": step, "metric": value, "parts": layout}, files)
                 final = self._publish(temporary, step)
                 write_atomically(self.folder / "latest", f"{final.name}\n")
         except BaseException:
@@ -128,10 +127,6 @@ class Checkpoints:
         """
         folder = Path(folder)
         manifest = verify(folder)
-        if manifest["format"] == UNSEALED:
-            reason = "written by an older version, whose manifest does not cover itself"
-            self._event("checkpoint_unsealed", checkpoint=folder.name, reason=reason)
-            warnings.warn(f"{folder}: {reason}; its files are as they were written", stacklevel=2)
         return manifest["step"], folder, _load_state(folder / STATE)
 
     def steps(self) -> list[int]:
@@ -236,7 +231,6 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder}: {name} has {size} bytes, and {file.size} were written")
     parts = {PurePosixPath(name).parts[0] for name in files if "/" in name}
     for path in sorted(path for part in parts for path in (folder / part).rglob("[!.]*") if path.is_file()):
-        # DeepSpeed takes what it finds, and unpickles it.
         if path.relative_to(folder).as_posix() not in files:
             raise CheckpointError(f"{folder}: {path.relative_to(folder)} is no part of it; move it away")
     try:
@@ -254,28 +248,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it was never finished")
     given = read_object(folder / MANIFEST)
-    if isinstance(given.get("format"), int) and given["format"] not in (FORMAT, UNSEALED):
+    if isinstance(given.get("format"), int) and given["format"] != FORMAT:
         raise CheckpointError(f"{folder}: format {given['format']}, and this version reads {FORMAT}; "
                               "resume with the version of rlhf-ray that wrote it")  # fmt: skip
     manifest = opened(given)
-    if manifest is None and given.keys() == {"format", "step", "files"} and given["format"] == UNSEALED:
-        manifest = given if _is_well_formed(given) else None
     if manifest is None:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged")
     return manifest
 
 
-def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
-    files = manifest["files"]
-    return isinstance(files, dict) and all(
-        isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in files.values()
-    )
-
-
 def _told(written: Mapping[str, Written | None]) -> dict[str, Written]:
     """What each part says that was written, by names inside the checkpoint."""
     return {
-        part: Written({f"{part}/{name}": file for name, file in said.files.items()}, said.finite)
+        part: Written({f"{part}/{name}": file for name, file in said.files.items()}, said.finite, said.layout)
         for part, said in written.items() if said is not None
     }  # fmt: skip
 

@@ -36,7 +36,7 @@ LOCK = ".lock"
 CONTENTS = (
     "config.yaml", "data.json", "metrics.jsonl", "events.jsonl", "summary.json", "before.json", "reference.json",
     "best.json",
-    "rollouts", "checkpoints", "bad_steps", "tensorboard",
+    "rollouts", "checkpoints", "bad_steps", "tensorboard", "merged",
     *(f"{folder}{state}" for folder in ("start", "model", "adapter", "best_model", "best_adapter")
       for state in ("", ".unfinished", ".old")),
 )  # fmt: skip

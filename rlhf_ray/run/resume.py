@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_ray.config.clock import Dated, at_moment
-from rlhf_ray.config.engines import trainer_facts
+from rlhf_ray.config.engines import TRAINERS, trainer_facts
 from rlhf_ray.config.formula_names import ADVANTAGES, OWN_ADVANTAGE
 from rlhf_ray.config.redacted import redacted_settings
 from rlhf_ray.config.sections import TrainingRunConfig
@@ -26,9 +26,8 @@ STREAM = (
     "data", "plain_text", "sft_data", "rollout.prompts_per_step", "rollout.group_size", "rollout.order",
     "learner.batch_size",
 )  # fmt: skip
-# The settings that decide how a checkpoint is laid out.
-LAYOUT = ("dtype", "learner.engine", "critic.engine")
-SHARDS = ("world_size", "zero_stage")
+# How a network in training is laid out over processes: any of these engines goes on from what any other wrote.
+LAYOUT = ("engine", "world_size", "zero_stage")
 # What a critic begins as, and what DPO's reference is: asked for once.
 CRITIC, REFERENCE = ("critic.path",), ("dpo.reference",)
 # What chat templates take for now.
@@ -87,6 +86,8 @@ def changes_to_say(
         DataError: something is there already that was made from other rows.
     """
     said = {}
+    if layout := _other_layout(config, directory):
+        said["layout_changed"] = layout
     if length := _other_length(config, directory):
         said["length_changed"] = length
     if data is not None and (rows := _other_rows(data, directory)):
@@ -185,12 +186,30 @@ def _changes_of_layout(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     critics = [_has_critic(tree) for tree in (old, new)]
     if critics[0] != critics[1]:
         return ["algorithm.advantage"]
-    roles = ["learner", "critic"] if critics[0] else ["learner"]
-    sharded = [role for role in roles if trainer_facts(_at(new, f"{role}.engine")).shards]
-    names = [name for name in LAYOUT if critics[0] or not name.startswith("critic")]
-    if "auto" in (_at(old, "dtype"), _at(new, "dtype")):
-        names.remove("dtype")  # what it stood for is not known here; the engines compare what they hold
-    return _changed(old, new, [*names, *(f"{role}.{shard}" for role in sharded for shard in SHARDS)])
+    # What `auto` stood for is not known here; the engines compare what they hold.
+    names = [] if "auto" in (_at(old, "dtype"), _at(new, "dtype")) else ["dtype"]
+    own = [f"{role}.engine" for role in _roles(new) if not {_at(old, f"{role}.engine"), _at(new, f"{role}.engine")}
+           <= TRAINERS.keys()]  # fmt: skip
+    return _changed(old, new, [*names, *own])
+
+
+def _other_layout(config: TrainingRunConfig, directory: RunDirectory) -> str | None:
+    old, new = config_before(directory), redacted_settings(config.model_dump(mode="json"))
+    names = [
+        f"{role}.{name}" for role in _roles(new) for name in LAYOUT
+        if name == "engine" or any(trainer_facts(_at(tree, f"{role}.engine") or "").shards for tree in (old, new))
+    ]  # fmt: skip
+    if not (changed := _changed(old, new, names)):
+        return None
+    pairs = ", ".join(f"{name} {_at(old, name)} -> {_at(new, name)}" for name in changed)
+    return (
+        f"laid out over other processes: {pairs}; weights, optimiser and all counters go on as they were, but sums "
+        "over rows are now made in another order, so what follows is not bit-equal to the run without this change"
+    )
+
+
+def _roles(tree: Mapping[str, Any]) -> list[str]:
+    return ["learner", "critic"] if _has_critic(tree) else ["learner"]
 
 
 def _has_critic(tree: Mapping[str, Any]) -> bool:

@@ -58,7 +58,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), weights: Path | None = N
     policy, tokenizer = starting_policy(config, run / "start", own_hardware(hardware), lambda step, loss: None, note)
     checkpoint = None
     if weights is None or (weights / MANIFEST).is_file():
-        checkpoint = _checkpoint(config, run / "checkpoints", bad.step, weights, note)
+        checkpoint = _checkpoint(run / "checkpoints", bad.step, weights)
     else:
         policy = str(weights)
     assets = Assets(policy, tokenizer, hardware, config.model.trust_remote_code)
@@ -95,18 +95,11 @@ def _alone(config: RunConfig) -> RunConfig:
     return config.model_copy(update=sections)
 
 
-def _checkpoint(config: RunConfig, folder: Path, step: int, given: Path | None, note: Note) -> Path | None:
+def _checkpoint(folder: Path, step: int, given: Path | None) -> Path | None:
     """The given one, or else the newest whole one before the step, or the first after it; None where there is none."""
     checkpoints = Checkpoints(folder)
     if given is not None:
         return checkpoints.load(given)[1]
-    engines = {config.learner.engine, *([config.critic.engine] if config.uses_critic else [])}
-    if engines != {"torch"}:
-        note(
-            f"checkpoints of {' and '.join(sorted(engines))} cannot be opened here: the weights are those that the run "
-            "began with; name a model's folder with --weights for others"
-        )
-        return None
     steps = checkpoints.steps()
     for number in [*reversed([s for s in steps if s < step]), *(s for s in steps if s >= step)]:
         try:

@@ -24,14 +24,15 @@ from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.training_run import TrainingRun
 
 STEPS = (2, 4)  # with a checkpoint
-OF_CHECKPOINTS = ("manifest.json", "state.pt", "beginning.json", "learner/torch_engine.pt")
+OF_CHECKPOINTS = ("manifest.json", "state.pt", "beginning.json", "learner/engine.json",
+                  "learner/rank_0.safetensors")  # fmt: skip
 SIDE_FILES = (
     "config.yaml", "data.json", "summary.json", "before.json", "best.json", "metrics.jsonl", "events.jsonl",
     "rollouts/step_3.jsonl", "checkpoints/latest", ".lock",
 )  # fmt: skip
 # Checkpoints as often as everything else together.
 TARGETS = (*(f"checkpoints/step_4/{name}" for name in OF_CHECKPOINTS * 2), "checkpoints/step_2/manifest.json",
-           "checkpoints/step_2/learner/torch_engine.pt", *SIDE_FILES)  # fmt: skip
+           "checkpoints/step_2/learner/rank_0.safetensors", *SIDE_FILES)  # fmt: skip
 
 
 def flip(data: bytes, random: Random) -> bytes:

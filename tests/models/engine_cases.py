@@ -22,6 +22,8 @@ from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel, ValueOutput
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.models.train_state import FIXED, MASTER, MOMENTS, TrainState
 from rlhf_ray.roles.batch import batch_of
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.learner import Learner
@@ -273,14 +275,47 @@ class Rank:
         broken = self.folder / "broken"
         if engine.rank == 0:
             shutil.copytree(good, broken)
-            next(broken.rglob("*zero_pp_rank_1_*optim_states.pt")).unlink()
+            (broken / "rank_1.safetensors").unlink()
         engine.all_reduce(torch.zeros(()))
-        folders = [self.folder / "nowhere", self.folder / f"{torch.float32}-1", broken]
+        folders = [self.folder / "nowhere", self.folder / f"{torch.bfloat16}-1", broken]
         return [_message(CheckpointError, engine.load, folder) for folder in folders]
 
-    def other_world(self) -> None:
-        self.found["error"] = _message(CheckpointError, self.engine(2).load, self.folder / f"{torch.float32}-2")
+    def elastic(self) -> None:
+        """Checkpoints of two ranks, and of one process without DeepSpeed, at every stage; written anew from there."""
+        for dtype, stage in SAVED:
+            engine = self.engine(stage, tiny(seed=7), dtype=dtype)
+            for source in [folder for kind, folder in written_elsewhere(self.folder) if kind == dtype]:
+                engine.load(source)
+                target = self.folder / f"again-{dtype}-{stage}-{source.name}-{engine.world_size}"
+                engine.save(target)
+                found = {"again": target, "weights": snapshot(engine), "history": train(engine, [2, 3])}
+                self.found[dtype, stage, source.name] = found
+            engine.close()
+        lora = self.engine(2, tiny_lora(seed=7))
+        lora.load(self.folder / "lora")
+        self.found["lora"] = snapshot(lora)
         self.found["rank"] = _message(ConfigError, self.engine, 2, world_size=self.place["world_size"] + 1)
+
+
+def written_elsewhere(folder: Path) -> list[tuple[torch.dtype, Path]]:
+    """Checkpoints after two steps: those of the job `save`, and those that `save_alone` wrote."""
+    alone = [(dtype, folder / f"alone-{dtype}") for dtype in (torch.float32, torch.bfloat16)]
+    return [(dtype, folder / f"{dtype}-{stage}") for dtype, stage in SAVED] + alone
+
+
+def save_alone(folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = TorchEngine(tiny(), eps=EPS, dtype=dtype)
+        train(engine, [0, 1])
+        engine.save(folder / f"alone-{dtype}")
+
+
+def held_in(folder: Path) -> dict[str, Tensor]:
+    """Every master, moment and fixed tensor of a checkpoint, whole, by kind and name, and the gradients counted."""
+    state = TrainState(folder)
+    kinds = [(kind, name) for name in state.trained for kind in (MASTER, *MOMENTS)]
+    found = {f"{kind}/{name}": state.values(kind, name) for kind, name in kinds + [(FIXED, n) for n in state.fixed]}
+    return found | {f"gradients/{name}": torch.tensor(state.gradients(name)) for name in state.trained}
 
 
 def _count_calls(module: nn.Module) -> list[int]:

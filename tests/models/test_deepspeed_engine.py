@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,12 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.errors import WorkerError
 from rlhf_ray.models.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.lora import apply_lora
+from rlhf_ray.models.pretrained import exported_state
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.skeleton import Filled, skeleton
 from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.models.train_state import TrainState
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_cases import (
@@ -31,12 +37,15 @@ from engine_cases import (
     STAGES,
     WAVES_EPS,
     equal,
+    held_in,
+    save_alone,
     snapshot,
     steps_of_roles,
     tiny,
     tiny_critic,
     tiny_lora,
     train,
+    written_elsewhere,
 )
 
 pytestmark = pytest.mark.engine
@@ -44,7 +53,7 @@ pytestmark = pytest.mark.engine
 DEADLINE_S = 800.0
 COMPILED = "torch_extensions"
 WORLDS = (1, 2, 3)
-JOBS = {1: "parity,other_world", 2: "parity,variants,bad_gradient,waves,save", 3: "parity"}
+JOBS = {1: "parity,elastic", 2: "parity,variants,bad_gradient,waves,save", 3: "parity,elastic"}
 
 
 def free_port() -> int:
@@ -88,7 +97,9 @@ def run_ranks(jobs: str, world_size: int, folder: Path) -> dict[str, list[dict[A
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("deepspeed")
+    folder = tmp_path_factory.mktemp("deepspeed")
+    save_alone(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +108,8 @@ def found(folder: Path) -> Any:
     cache: dict[int, Any] = {}
 
     def of(world_size: int) -> dict[str, list[dict[Any, Any]]]:
-        if world_size == 1:
-            of(2)  # whose checkpoint a world of 1 is to refuse
+        if world_size != 2:
+            of(2)  # whose checkpoints the others go on from
         if world_size not in cache:
             cache[world_size] = run_ranks(JOBS[world_size], world_size, folder)
         return cache[world_size]
@@ -109,6 +120,13 @@ def found(folder: Path) -> Any:
 def reference(model: torch.nn.Module, **settings: Any) -> dict[str, Any]:
     engine = TorchEngine(model, eps=EPS, **settings)
     return {"history": train(engine, range(3)), "weights": snapshot(engine)}
+
+
+def merged(checkpoint: Path, adapt: Callable[[Any], Any] = lambda module: module) -> dict[str, torch.Tensor]:
+    """The weights that `rlhf-ray merge` writes."""
+    state = TrainState(checkpoint)
+    module = adapt(skeleton(state, "made/here", classifies=False))
+    return {name: weight.clone() for name, weight in exported_state(module, "model", Filled(module, state))}
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) -> None:
@@ -259,17 +277,41 @@ def test_resume_in_fresh_processes_is_bit_equal_and_refuses_what_does_not_fit(fo
             assert after[key]["history"] == before[key]["history"], key
             assert equal(after[key]["weights"], before[key]["weights"]), key
         assert equal(after["lora"], before["lora"])
-    nowhere, other_stage, broken = zip(*(rank["errors"] for rank in resumed), strict=True)
-    assert all("deepspeed_engine.json does not exist" in message for message in nowhere)
-    assert all("zero_stage=1, this run has zero_stage=2" in message for message in other_stage)
-    assert "lacks zero_pp_rank_1" in broken[1]
-    assert "another learner rank" in broken[0]
+    nowhere, other_dtype, broken = zip(*(rank["errors"] for rank in resumed), strict=True)
+    assert all("engine.json does not exist" in message for message in nowhere)
+    assert all("dtype=torch.bfloat16, this run has dtype=torch.float32" in message for message in other_dtype)
+    assert all("lacks rank_1.safetensors" in message for message in broken)
 
 
-def test_another_world_size_is_refused(found: Any) -> None:
-    only = found(1)["other_world"][0]
-    assert "world_size=2, this run has world_size=1" in only["error"]
-    assert "already rank 0 of 1" in only["rank"]
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_checkpoints_of_any_stage_are_complete_at_any_other_on_any_number_of_ranks(
+    found: Any, folder: Path, world_size: int
+) -> None:
+    sources = written_elsewhere(folder)
+    assert len(held_in(folder / "torch.float32-3")) == 4 * len(list(tiny().parameters()))
+    undisturbed = {f"{dtype}-{stage}": run["history"] for (dtype, stage), run in
+                   ((key, run) for key, run in found(2)["save"][0].items() if key != "lora")}  # fmt: skip
+    for rank in found(world_size)["elastic"]:
+        for dtype, stage in SAVED:
+            for source in [path for kind, path in sources if kind == dtype]:
+                run = rank[dtype, stage, source.name]
+                assert equal(held_in(run["again"]), held_in(source)), (stage, source)
+                plain = TorchEngine(tiny(seed=7), dtype=dtype)
+                plain.load(source)
+                assert equal(snapshot(plain), run["weights"]), (stage, source)
+                assert equal(merged(source), run["weights"]), (stage, source)
+                expected = undisturbed.get(source.name, undisturbed[f"{dtype}-1"])
+                tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+                torch.testing.assert_close(
+                    torch.tensor(run["history"]), torch.tensor(expected), atol=tolerance, rtol=tolerance
+                )
+        assert equal(rank["lora"], found(2)["save"][0]["lora"])
+        assert f"of {world_size}" in rank["rank"] and "already rank" in rank["rank"]
+
+
+def test_what_lora_has_learned_is_merged_out_of_the_parts_of_both_ranks(found: Any, folder: Path) -> None:
+    adapt = partial(apply_lora, r=4, seed=1)
+    assert equal(merged(folder / "lora", adapt), found(2)["save"][0]["lora"])
 
 
 def lonely(port: int) -> DeepSpeedEngine:

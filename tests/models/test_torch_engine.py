@@ -167,10 +167,13 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         engine.load(tmp_path)
     engine.save(tmp_path)
-    for other in (TorchEngine(tiny(), dtype=torch.bfloat16), TorchEngine(build_scratch("lstm", vocab_size=48))):
-        with pytest.raises(CheckpointError, match="does not fit"):
-            other.load(tmp_path)
-    file = tmp_path / "torch_engine.pt"
+    with pytest.raises(CheckpointError, match="written with dtype=torch.float32, this run has dtype=torch.bfloat16"):
+        TorchEngine(tiny(), dtype=torch.bfloat16).load(tmp_path)
+    wider = build_scratch("qwen2", vocab_size=48, hidden_size=64, layers=2, heads=2)
+    for other, said in ((wider, "48x32 there and 48x64 here"), (tiny_lora(), "is missing there")):
+        with pytest.raises(CheckpointError, match=f"does not fit this model: .*{said}"):
+            TorchEngine(other).load(tmp_path)
+    file = tmp_path / "rank_0.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged"):
         engine.load(tmp_path)
