@@ -69,6 +69,10 @@ class ForeignError(WorkerError):
     """A worker's call raised something that is none of these errors, and would anywhere; the message quotes it."""
 
 
+class RanksLostError(WorkerError):
+    """Ranks that learn are lost, and others take their seats: the run goes back to its newest checkpoint, in place."""
+
+
 class DeadlineError(RlhfRayError, TimeoutError):
     """A remote call did not return in time; the message names the worker and the call."""
 
@@ -105,6 +109,7 @@ EXIT_STATUS: dict[type[BaseException], int] = {
     PlacementError: AGAIN,
     WorkerError: AGAIN,
     ForeignError: UNEXPECTED,
+    RanksLostError: AGAIN,
     DeadlineError: AGAIN,
     EngineError: AGAIN,
     RequestError: AGAIN,

@@ -197,8 +197,8 @@ class RayConfig(Section):
         "them a line says that it is waited for"
     )  # fmt: skip
     restarts: int = Field(
-        3, ge=0, description="times an hour that another process takes the place of a lost generator, reward or "
-        "reference, before the run ends"
+        3, ge=0, description="times an hour that another process takes the place of a lost worker, before the run "
+        "ends; ranks that learn count as one"
     )  # fmt: skip
 
 

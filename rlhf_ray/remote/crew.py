@@ -10,18 +10,16 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.errors import DeadlineError, RlhfRayError, WorkerError
+from rlhf_ray.errors import DeadlineError, RanksLostError, RlhfRayError, WorkerError
 from rlhf_ray.pulse import beat
 from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
 from rlhf_ray.remote.failures import CutError, LostError
 from rlhf_ray.remote.health import Limits, State
 from rlhf_ray.remote.host import Host, Place
-from rlhf_ray.remote.processes import Processes, Recipe, Step, kill
-from rlhf_ray.remote.supervisor import Loss, Supervisor, Tell, untold
+from rlhf_ray.remote.processes import Processes, Recipe, Steps, kill
+from rlhf_ray.remote.supervisor import CAUSE_S, Loss, Setback, Supervisor, Tell, untold
 
 LOOK_S = 0.5
-# How long the cause of an error may take to show: a rank hears "connection closed" before Ray reports the death.
-CAUSE_S = 5.0
 FAREWELL = Deadline(10.0, "no setting")
 
 
@@ -42,7 +40,8 @@ class Crew:
     seats that `built` calls replaceable are taken by another process instead, and calls that were lost go out again.
     Deaths are seen from `locate` on; silence counts from `built` on, for an import may block a process for minutes.
     A call that is stuck in a process that still answers is left to its own deadline; in a replaceable seat another
-    process may try it once more.
+    process may try it once more. Of seats that hold what nobody else has no call goes out again: every wait ends with
+    RanksLostError, until `rejoin`.
 
     Args:
         tell: hears of every fault and what was done about it, in a thread of its own, and of slow calls.
@@ -54,6 +53,8 @@ class Crew:
         self.processes = Processes(limits.pulse_s)
         self.supervisor: Supervisor | None = None
         self._broken: Exception | None = None
+        self._waiting = 0  # threads
+        self._lock = threading.Lock()  # of that number
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -77,14 +78,21 @@ class Crew:
         self._watcher.start()
         return places
 
-    def built(self, loads: Mapping[str, Sequence[Step]] = {}, receivers: Sequence[str] = ()) -> None:
+    def built(
+        self, loads: Mapping[str, Steps] = {}, receivers: Sequence[str] = (),
+        together: Sequence[Sequence[str]] = (), holders: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """Everything is loaded: from now on, who says nothing for long is lost.
 
-        `loads`: seats that another process may take, by name, and what it must do first. All their calls may be
-        repeated, but for those of `receivers`, which need weights first: they raise GoneError.
+        Args:
+            loads: seats that another process may take, by name, and what it must do first. All their calls may be
+                repeated, but for those of receivers and holders.
+            receivers: need weights first: they raise GoneError.
+            together: groups of seats that live and die together.
+            holders: hold what nobody else has.
         """
         self.processes.loads = dict(loads)
-        self.supervisor.built(loads, receivers)
+        self.supervisor.built(loads, receivers, together, holders)
 
     def named(self, prefix: str) -> list[Worker]:
         """Workers of a role, in the order of hiring."""
@@ -116,12 +124,17 @@ class Crew:
 
     def next_done(self, calls: Sequence[Call]) -> tuple[Call, Any]:
         """The first call that ends, and its result."""
+        with self._lock:
+            self._waiting += 1
         try:
             return first_result(calls, self.check, self._again)
-        except GoneError:
+        except (GoneError, RanksLostError):
             raise
         except WorkerError as error:
             raise self._cause_of(error, calls) from None
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def check(self, calls: Sequence[Call] = ()) -> None:
         """Raises if a worker is lost for good, or all have been dismissed; calls that were lost with another go out
@@ -132,6 +145,11 @@ class Crew:
         if self._loss is None:
             if self._closing.is_set():  # nobody watches any more, and no seat is taken by another process
                 raise WorkerError("the run is over, and its workers have been ended")
+            if self._setback is not None:
+                raise RanksLostError(
+                    f"{self._setback.what}; other processes take the seats of all ranks that learn, and what these "
+                    "held is in the newest checkpoint"
+                )
             for call in calls:
                 self._send_again(call)
                 self._tell_if_slow(call)
@@ -148,8 +166,30 @@ class Crew:
     def _loss(self) -> Loss | None:
         return self.supervisor.lost if self.supervisor else None
 
+    @property
+    def _setback(self) -> Setback | None:
+        return self.supervisor.setback if self.supervisor else None
+
+    def rejoin(self) -> dict[str, float]:
+        """After RanksLostError, in the thread that goes back: wait until other processes have taken the seats and
+        until no thread waits for what was asked before. Returns seconds: `detect`, `start`."""
+        while self._setback is not None:
+            beat()
+            if self._loss is not None or not self._watches or self._broken is not None:
+                self.check()
+            if not self._waiting:
+                self.supervisor.rejoin()
+            time.sleep(0.05)
+        return {"detect": self.supervisor.overcome.detect_s, "start": self.supervisor.overcome.start_s}
+
     def _again(self, call: Call, error: LostError | DeadlineError) -> bool:
         if self.supervisor is None or call.worker.name not in self.supervisor.replaceable:
+            return False
+        if call.worker.name in self.supervisor.holders:
+            if not self._blames_another(call, error):
+                self.supervisor.report(call, error)
+                self._wait_for(lambda: self._loss or self._setback, 2 * CAUSE_S)
+                self.check([call])
             return False
         if isinstance(error, DeadlineError) and call.tries > 1:
             return False  # not that process was stuck: the work is too much
@@ -177,9 +217,7 @@ class Crew:
 
     def _cause_of(self, error: WorkerError, calls: Sequence[Call]) -> RlhfRayError:
         """The death behind an error, if there is one: the error may be only what others noticed of it."""
-        deadline = time.monotonic() + CAUSE_S
-        while self._watches and self._loss is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        self._wait_for(lambda: self._loss, CAUSE_S)
         if self._loss is None or self._loss.who in str(error):
             return error
         try:
@@ -187,6 +225,16 @@ class Crew:
         except RlhfRayError as cause:
             return cause
         return error
+
+    def _wait_for(self, word: Callable[[], Any], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._watches and word() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _blames_another(self, call: Call, error: Exception) -> bool:
+        """Whether a process says in `error` that not it was lost but one that it called: a learner, of a generator."""
+        peers, text = self.supervisor.peers(call.worker.name), str(error)
+        return any(f"{worker.name} (node " in text for worker in self.workers if worker.name not in peers)
 
     def _watch(self) -> None:
         try:
@@ -208,6 +256,9 @@ class Crew:
         self.processes.end_all()
 
     def kill(self, workers: Sequence[Worker]) -> None:
+        """For good."""
+        if self.supervisor is not None:
+            self.supervisor.retire(worker.name for worker in workers)
         for worker in workers:
             kill(worker.actor)
 
@@ -230,6 +281,8 @@ class Group:
     def finish(self, calls: Sequence[Call]) -> list[Any]:
         try:
             return self.crew.results(calls)
+        except RanksLostError:
+            raise  # others take their seats
         except BaseException:
             # The other ranks may wait in a collective for the one that failed, and would never return.
             if len(self.ranks) > 1:

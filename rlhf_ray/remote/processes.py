@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from rlhf_ray.remote.calls import FETCH_S, Process, Worker
-from rlhf_ray.remote.host import Host
+from rlhf_ray.remote.host import Host, Place
 from rlhf_ray.remote.supervisor import Sign
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ ASK_AGAIN_S = 1.0
 
 # A method of a host and its arguments
 Step = tuple[Callable[..., Any], Sequence[Any]]
+# What a process must do before it can take a seat; of ranks that meet it depends on where they are.
+Steps = Sequence[Step] | Callable[[Mapping[str, Place]], Sequence[Step]]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,13 @@ class Recipe:
 
 @dataclass
 class Loading:
-    """A process that is on its way into a seat."""
+    """A process that is on its way into a seat. `peers`: the seats that are taken with it; `places`: where those are
+    that have said so, for all of them."""
 
     name: str
     process: Process
+    peers: Sequence[str]
+    places: dict[str, Place]
     steps: deque[Step] = field(default_factory=deque)
 
 
@@ -54,10 +59,11 @@ class Processes:
     def __init__(self, pulse_s: float) -> None:
         self.pulse_s = pulse_s
         self.workers: dict[str, Worker] = {}
-        self.loads: dict[str, Sequence[Step]] = {}  # of seats that others may take
+        self.loads: Mapping[str, Steps] = {}  # of seats that others may take
         self._recipes: dict[str, Recipe] = {}
         self._pulses: dict[ObjectRef, tuple[str, Process]] = {}
         self._loading: dict[ObjectRef, Loading] = {}
+        self._placed: dict[str, Loading] = {}  # they wait until all peers have said where they are
         self._last: dict[str, Process] = {}  # of those that are loading, or died while they did
         self._ask_again: dict[str, float] = {}
 
@@ -103,14 +109,12 @@ class Processes:
         else:
             yield Sign(name, "alive")
 
-    def restart(self, name: str) -> None:
-        loading = Loading(name, Process(self._start(name)), deque([(Host.place, ()), *self.loads[name]]))
-        self._next(loading)
-
-    def _next(self, loading: Loading) -> None:
-        method, args = loading.steps[0]
-        self._last[loading.name] = loading.process
-        self._loading[getattr(loading.process.actor, method.__name__).remote(*args)] = loading
+    def restart(self, names: Sequence[str]) -> None:
+        places: dict[str, Place] = {}
+        for name in names:
+            loading = Loading(name, Process(self._start(name)), tuple(names), places)
+            self._last[name] = loading.process
+            self._loading[loading.process.actor.place.remote()] = loading
 
     def _load(self, ref: ObjectRef) -> Iterable[Sign]:
         loading = self._loading.pop(ref)
@@ -120,11 +124,21 @@ class Processes:
             kill(loading.process.actor)  # it lives, if only the step failed, and keeps its CPUs and GPUs
             yield Sign(loading.name, "died", error)
             return
-        method, _ = loading.steps.popleft()
-        if method is Host.place:
-            loading.process = Process(loading.process.actor, value.node, value.pid)
+        if loading.name in loading.places:
+            yield from self._next(loading)
+            return
+        loading.process = self._last[loading.name] = Process(loading.process.actor, value.node, value.pid)
+        loading.places[loading.name], self._placed[loading.name] = value, loading
+        if len(loading.places) == len(loading.peers):
+            for name in loading.peers:
+                steps, peer = self.loads[name], self._placed.pop(name)
+                peer.steps.extend(steps(peer.places) if callable(steps) else steps)
+                yield from self._next(peer)
+
+    def _next(self, loading: Loading) -> Iterable[Sign]:
         if loading.steps:
-            self._next(loading)
+            method, args = loading.steps.popleft()
+            self._loading[getattr(loading.process.actor, method.__name__).remote(*args)] = loading
             return
         # From here on it gets work.
         self.workers[loading.name].process = loading.process
@@ -136,6 +150,8 @@ class Processes:
             if loading.name == name:
                 del self._loading[ref]
                 kill(loading.process.actor)
+        if (placed := self._placed.pop(name, None)) is not None:
+            kill(placed.process.actor)
         for ref, (felt, _) in list(self._pulses.items()):
             if felt == name:
                 del self._pulses[ref]

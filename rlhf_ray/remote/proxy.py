@@ -90,6 +90,7 @@ class _Forward:
         deadline = self.deadlines.get(method.__name__, self.group.deadline)
         batch, args, keywords = _portable(args, keywords)
         with self._turn:
+            self.group.crew.check()  # what has taken a seat of a lost rank holds nothing yet
             if batch is None:
                 return self.group.call(method, *args, deadline=deadline, keywords=keywords)
             parts = self._parts(batch)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ HOSTS: dict[str, type[RoleHost]] = {
 }
 # They give the same answer to the same call, whoever is asked: a lost one is replaced, and the call goes out again.
 STATELESS = ("reference", "reward")
+# What they hold is in the checkpoints alone. They go back to one together, so they are restarted together.
+LEARNING = ("learner", "critic")
 # The learner's own calls end by the sync's deadline; it needs a little longer to say which one did not.
 REPORT_S = 30.0
 
@@ -81,16 +84,27 @@ def open_remote_roles(
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
             makers = Makers.of(config, everywhere(assets), transport)
             engines = {role: getattr(config, role).engine for role in ("generator", "learner", "critic")}
-            lent = _build(crew, plan, makers, engines, config.ray, sft, note)
+            ranks = _rank_steps(crew, makers, sft, config.ray)
+            lent = _build(crew, plan, makers, engines, config.ray, ranks, note)
             _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
             # Where weights go by way of the host's memory, a learner that waits can send them to one alone. One that
             # is ahead of its generators no longer has what they hold.
             sends = transport == "shared_memory" and not plan.shared and not config.rollout.max_staleness
             receivers = [worker.name for worker in crew.named("generator") if sends]
+            # On shared GPUs there is no room for a rank while a generator is awake.
+            holders = [] if plan.shared else list(ranks)
             crew.built(_loads(crew, makers, lent) | {
                 name: [(GeneratorHost.build, (makers.generator,))] for name in receivers
-            }, receivers)  # fmt: skip
-            yield dataclasses.replace(_handles(crew, plan, config), **_devices(crew, plan, device))
+            } | {name: ranks[name] for name in holders}, receivers, [holders] if holders else [], holders)  # fmt: skip
+
+            def rejoin() -> dict[str, float]:
+                seconds = crew.rejoin()
+                _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
+                return seconds
+
+            yield dataclasses.replace(
+                _handles(crew, plan, config), rejoin=rejoin, **_devices(crew, plan, device)
+            )
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
             crew.dismiss(farewell)
@@ -104,11 +118,32 @@ def everywhere(assets: Assets) -> Assets:
     })  # fmt: skip
 
 
+def _rank_steps(
+    crew: Crew, makers: Makers, sft: SFTRows | None, workers: RayConfig
+) -> dict[str, Callable[[Mapping[str, Place]], list[Step]]]:  # fmt: skip
+    """What each rank that learns must do before it can take its seat, given where all of them are."""
+    rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
+
+    def steps(role: str, number: int, names: Sequence[str], places: Mapping[str, Place]) -> list[Step]:
+        first = places[names[0]]
+        rank = Rank(number, len(names), first.node, first.port, workers.call_deadline_s)
+        more = [rows] if role == "learner" else []
+        return [(HOSTS[role].build, (getattr(makers, role), *more, rank))]
+
+    found = {}
+    for role in LEARNING:
+        names = [worker.name for worker in crew.named(role)]
+        found |= {name: partial(steps, role, number, names) for number, name in enumerate(names)}
+    return found
+
+
 def _build(
-    crew: Crew, plan: Placement, makers: Makers, engines: Mapping[str, str], workers: RayConfig, sft: SFTRows | None,
-    note: Note,
+    crew: Crew, plan: Placement, makers: Makers, engines: Mapping[str, str], workers: RayConfig,
+    ranks: Mapping[str, Callable[[Mapping[str, Place]], list[Step]]], note: Note,
 ) -> dict[str, tuple[str, ...]]:  # fmt: skip
-    """Load every model, all at the same time; on shared GPUs the generators first. `engines`: role -> its engine.
+    """Load every model, all at the same time; on shared GPUs the generators first.
+
+    `engines`: role -> its engine. `ranks`: what each of them must do.
 
     Returns the GPUs of workers that have none of their own.
     """
@@ -130,13 +165,8 @@ def _build(
         crew.results(calls, loading.done)
         calls = [worker.ask(Generator.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
-    rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
-    for role, make, more in (("learner", makers.learner, [rows]), ("critic", makers.critic, [])):
-        ranks = crew.named(role)
-        for number, worker in enumerate(ranks):
-            first = places[ranks[0].name]
-            rank = Rank(number, len(ranks), first.node, first.port, workers.call_deadline_s)
-            calls.append(worker.start(HOSTS[role].build, make, *more, rank, deadline=left()))
+    for worker in [*crew.named("learner"), *crew.named("critic")]:
+        calls += [worker.start(method, *args, deadline=left()) for method, args in ranks[worker.name](places)]
     calls += [*start("reference", makers.reference), *start("reward", makers.reward)]
     crew.results(calls, loading.done)
     return lent

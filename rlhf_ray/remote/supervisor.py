@@ -6,9 +6,10 @@ calls `step` over and over; others read `lost` and `ready`, and send in what the
 
 from __future__ import annotations
 
+import math
 import queue
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -17,6 +18,9 @@ from rlhf_ray.errors import DeadlineError, RlhfRayError
 from rlhf_ray.remote.calls import Call, Worker, death, reason_of, silence
 from rlhf_ray.remote.failures import CutError
 from rlhf_ray.remote.health import Health, Limits, State
+
+# How long the cause of an error may take to show: a rank hears "connection closed" before Ray reports the death.
+CAUSE_S = 5.0
 
 # (kind of event, worker, a sentence for people)
 Tell = Callable[[str, str, str], None]
@@ -45,8 +49,9 @@ class World(Protocol):
         """Signs of the processes that sit there now; [] if there are none within `seconds`. Who was out of reach is
         asked again by itself."""
 
-    def restart(self, name: str) -> None:
-        """Begin to load another process for the seat: it will be `loaded`, or `died`."""
+    def restart(self, names: Sequence[str]) -> None:
+        """Begin to load other processes for these seats, which live and die together: each will be `loaded`, or
+        `died`."""
 
     def end(self, name: str) -> None:
         """End the seat's process, also one that is still loading; no more signs come of it."""
@@ -64,6 +69,24 @@ class Loss:
     error: Callable[[str], RlhfRayError]
 
 
+@dataclass(frozen=True)
+class Setback:
+    """Seats whose processes held what only a checkpoint has now are being taken by others.
+
+    Attributes:
+        what: was lost first, in words.
+        detect_s: seconds from its last sign of life until it was known; a hang takes long, a death at most a pulse.
+        at: when it was known.
+        start_s: seconds from there until all seats were taken.
+    """
+
+    name: str
+    what: str
+    detect_s: float
+    at: float
+    start_s: float = 0.0
+
+
 class Supervisor:
     """
     Args:
@@ -75,22 +98,52 @@ class Supervisor:
     ) -> None:  # fmt: skip
         self.world = world
         self.limits = limits
+        self.clock = clock
         self.tell = tell
         self.seats = {name: Health(limits, clock) for name in names}
         self.replaceable: frozenset[str] = frozenset()
         self.receivers: frozenset[str] = frozenset()
+        self.holders: frozenset[str] = frozenset()
         self.lost: Loss | None = None
+        self.setback: Setback | None = None
+        self.overcome: Setback | None = None  # the one before
+        self._groups: dict[str, Sequence[str]] = {}
+        self._first_lost: dict[Sequence[str], str] = {}  # of a group that is being taken anew
+        self._unexplained: dict[str, tuple[float, Call, RlhfRayError]] = {}  # until when a cause may show
         self._said: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         for name in self.seats:
             world.feel(name)
 
     # ------------------------------------------------------------ for other threads
 
-    def built(self, replaceable: Iterable[str], receivers: Iterable[str] = ()) -> None:
+    def built(
+        self, replaceable: Iterable[str], receivers: Iterable[str] = (), together: Iterable[Sequence[str]] = (),
+        holders: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         """Everything is loaded: from now on silence counts, and another process may take a seat that is replaceable.
-        `receivers`: those of them whose process is stale until it has been sent weights."""
+
+        Args:
+            receivers: those of them whose process is stale until it has been sent weights.
+            together: groups of them whose processes live and die together.
+            holders: those of them whose processes hold what nobody else has. Once one is lost there is a `setback`,
+                and its successors are stale, until `rejoin`.
+        """
         self.replaceable, self.receivers = frozenset(replaceable), frozenset(receivers)
+        self.holders = frozenset(holders)
+        self._groups = {name: tuple(group) for group in together for name in group}
         self._said.put(self._all_loaded)
+
+    def peers(self, name: str) -> Sequence[str]:
+        """All seats that are lost with this one."""
+        return self._groups.get(name, (name,))
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Nobody takes these seats any more."""
+        self.replaceable -= frozenset(names)
+
+    def rejoin(self) -> None:
+        """Once all seats of holders are taken anew, their processes get work, and the setback is over."""
+        self._said.put(self._rejoin)
 
     def report(self, call: Call, error: RlhfRayError) -> None:
         """A call of a replaceable seat was lost."""
@@ -125,9 +178,8 @@ class Supervisor:
             who, error = self.world.who(name), sign.error or RuntimeError("no reason is known")
             return self._lose(name, f"{who} died: {reason_of(error)}", partial(death, who, error))
         if sign.kind == "loaded":
-            health.loaded(stale=name in self.receivers)
-            if name not in self.receivers:
-                self._tell_restarted(name)
+            health.loaded(stale=name in self.receivers | self.holders)
+            self._loaded(name)
         elif sign.kind == "alive":
             suspected, silent = health.state is State.SUSPECT, health.silent
             health.heard()
@@ -149,9 +201,30 @@ class Supervisor:
         elif state is State.DEAD and before is not State.DEAD:
             who = self.world.who(name)
             self._vacate(name, f"{who} gave no sign of life for {silent:.0f} s", partial(silence, who, silent))
-        elif name in self.replaceable and health.due:
-            health.restart()
-            self.world.restart(name)
+        elif state is not State.DEAD and self.clock() >= self._unexplained.get(name, (math.inf,))[0]:
+            _, call, error = self._unexplained.pop(name)
+            self._lose(name, _first_line(error), lambda when: error)
+        elif name in self.replaceable and self._are_due(self.peers(name)):
+            for peer in self.peers(name):
+                self.seats[peer].restart()
+            self.world.restart(self.peers(name))
+
+    def _are_due(self, names: Sequence[str]) -> bool:
+        return all(self.seats[name].due for name in names)
+
+    def _loaded(self, name: str) -> None:
+        peers = self.peers(name)
+        if name in self.receivers or any(self.seats[p].state in (State.RESTARTING, State.DEAD) for p in peers):
+            return
+        if self.setback is not None and name in self.holders:
+            self.setback = replace(self.setback, start_s=self.clock() - self.setback.at)
+        self._tell_restarted(name)
+
+    def _rejoin(self) -> None:
+        if self.setback is not None and all(self.seats[name].state is State.STALE for name in self.holders):
+            for name in self.holders:
+                self.seats[name].synced()
+            self.overcome, self.setback = self.setback, None
 
     def _synced(self, name: str, who: Worker) -> None:
         if self.seats[name].state is State.STALE and str(who) == str(self.world.who(name)):
@@ -159,7 +232,12 @@ class Supervisor:
             self._tell_restarted(name)
 
     def _tell_restarted(self, name: str) -> None:
-        self.tell("worker_restarted", name, f"{self.world.who(name)} has taken the place of the one that was lost")
+        peers = self.peers(name)
+        if len(peers) == 1:
+            text = f"{self.world.who(name)} has taken the place of the one that was lost"
+        else:
+            text = f"the places are taken again by {', '.join(str(self.world.who(peer)) for peer in peers)}"
+        self.tell("worker_restarted", self._first_lost.pop(peers, name), text)
 
     def _doubt(self, name: str) -> None:
         if self.seats[name].state in (State.HEALTHY, State.STALE):
@@ -175,10 +253,12 @@ class Supervisor:
         name = call.worker.name
         if call.process is not call.worker.process:
             return  # of one that has been replaced meanwhile
-        if isinstance(error, CutError):
+        if isinstance(error, CutError) and name not in self.holders:
             self._doubt(name)
         elif self.seats[name].state in (State.HEALTHY, State.SUSPECT, State.STALE):
-            self._lose(name, str(error).partition("\n")[0], lambda when: error)
+            # Of several it may be only what one has noticed of another's death.
+            patience = CAUSE_S if len(self.peers(name)) > 1 else 0.0
+            self._unexplained.setdefault(name, (self.clock() + patience, call, error))
 
     def _all_loaded(self) -> None:
         for health in self.seats.values():
@@ -192,11 +272,18 @@ class Supervisor:
         self._vacate(name, what, error)
 
     def _vacate(self, name: str, what: str, error: Callable[[str], RlhfRayError]) -> None:
-        health = self.seats[name]
+        health, peers = self.seats[name], self.peers(name)
         if name not in self.replaceable:
             self._give_up(name, error)
             return
-        self.world.end(name)
+        if name in self.holders and self.setback is None:
+            self.setback = Setback(name, what, health.silent, self.clock())
+        for peer in peers:
+            if self.seats[peer].state is not State.DEAD:
+                self.seats[peer].lose()
+            self._unexplained.pop(peer, None)
+            self.world.end(peer)
+        self._first_lost.setdefault(peers, name)
         self.tell("worker_lost", name, what)
         if health.spent:
             self._give_up(name, partial(self._spent, error, health.restarts))
@@ -212,3 +299,7 @@ class Supervisor:
         return type(last)(
             f"{last}; it had been started again {times} within an hour, and ray.restarts={self.limits.restarts}"
         )
+
+
+def _first_line(error: RlhfRayError) -> str:
+    return str(error).partition("\n")[0]

@@ -348,4 +348,6 @@ class Roles:
     early_rewards: bool = False
     parallel: bool = False  # roles run on workers of their own, so waiting for one need not wait for all
     devices: float = 1.0  # accelerators that the run occupies; on CPU, machines
+    # After RanksLostError: returns seconds, once other processes have taken the seats; they need a checkpoint first.
+    rejoin: Callable[[], Mapping[str, float]] = dict
     device_name: str | None = None  # the maker's, or cpu or mps; None where they differ or nobody knows

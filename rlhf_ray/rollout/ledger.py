@@ -117,6 +117,13 @@ class Ledger:
             self.lose(position)
         return gone
 
+    def leave(self, sampled: Count) -> None:
+        """So much had been sampled when the run went back to these books: what they do not know of is lost."""
+        gone = sampled - self.sampled
+        if gone.samples > 0:  # a run that is resumed in a new process knows of none
+            self.sampled += gone
+            self.settled["lost"] += gone
+
     def counts(self, before: int | None = None) -> dict[str, Count]:
         """`sampled`, the terms of the law, and `given`.
 

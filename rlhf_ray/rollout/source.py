@@ -22,7 +22,7 @@ from rlhf_ray.rollout.ahead import Ahead
 from rlhf_ray.rollout.choose import Asking, Choice, LearningRows
 from rlhf_ray.rollout.groups import Answers, Judging, groups_of, joined, parcels_of
 from rlhf_ray.rollout.kept import Scored, from_plain, plain
-from rlhf_ray.rollout.ledger import Ledger
+from rlhf_ray.rollout.ledger import Count, Ledger
 from rlhf_ray.rollout.measures import rollout_metrics, source_metrics, staleness
 from rlhf_ray.run.timer import Timer
 
@@ -63,16 +63,28 @@ class Rollouts:
         self.resample = algorithm.resample_rounds
         self.timer = timer
         self.texts = texts
-        self.ledger = Ledger(config.max_staleness)
         self.store = store
         self.gather = gather
         self.early_rewards = early_rewards
         self.judges = judges
+        self.max_staleness, self.steps = config.max_staleness, steps
+        self._lock = threading.Lock()  # of the ledger
+        self._begin(Count())
+
+    def _begin(self, sampled: Count) -> None:
+        self.ledger = Ledger(self.max_staleness)
+        self.ledger.leave(sampled)
+        self._left = sampled
         self._kept: dict[int, Scored] = {}  # from the checkpoint, by step
         self._dropped = 0  # samples that were too old when the run went on
         self._version: int | None = None  # that the generator holds; nobody has pushed any yet
-        self._lock = threading.Lock()  # of the ledger
-        self._ahead = Ahead(self._make, self.ledger.version_for, steps) if config.max_staleness else None
+        self._ahead = Ahead(self._make, self.ledger.version_for, self.steps) if self.max_staleness else None
+
+    def go_back(self) -> None:
+        """The run leaves its weights: no step is under way or ready any more, and what has been sampled is lost, but
+        for what `load_state_dict` knows of. Raises WorkerError if a step that is being made does not end."""
+        self.close()
+        self._begin(self.ledger.sampled)
 
     def next(self, step: int) -> Scored:
         """The next batch. Its prompts and seeds are functions of the position in the stream alone."""
@@ -169,6 +181,7 @@ class Rollouts:
         """Go on from there. Steps that are too old under today's `max_staleness` are dropped, and what the books call
         open and the state does not hold is lost, so that its prompts go out again."""
         self.ledger.load_state_dict(state)
+        self.ledger.leave(self._left)
         before, fresh = self.ledger.counts()["stale"].samples, True
         for step, made in sorted(state.get("ready", {}).items()):
             # The steps after one that is written anew come after it in the stream, too.

@@ -38,7 +38,7 @@ def spent_before(directory: RunDirectory) -> Spent:
         seconds.append(3600 * _number(row, "cost/hours"))
         device_hours.append(_number(row, "cost/device_hours"))
     for event in directory.read_events():  # a part that was killed before its first step
-        if event.get("event") == "resumed":
+        if event.get("event") in ("resumed", "rewound"):
             seconds.append(_number(event, "seconds"))
             device_hours.append(_number(event, "device_hours"))
     return Spent(max(seconds), max(device_hours))

@@ -177,10 +177,11 @@ class RunDirectory:
         """What summary.json says; {} where there is none that can be read."""
         return read_object(self.summary_file)
 
-    def rewind(self, step: int, **noted: Any) -> None:
+    def rewind(self, step: int, kind: str = "resumed", /, **noted: Any) -> None:
         """Forget what came after `step`, the step of the checkpoint the run goes on from.
 
-        The steps that follow will be run and written again; events stay, they did happen. `noted` goes into the event.
+        The steps that follow will be run and written again; events stay, they did happen. `noted` goes into the event,
+        of this kind.
         """
         gone = keep_lines(self.metrics_file, lambda row: isinstance(row.get("step"), int) and row["step"] <= step)
         for path in self.rollouts.glob("step_*.jsonl"):
@@ -188,7 +189,7 @@ class RunDirectory:
             if number.isdecimal() and int(number) > step:
                 path.unlink()
         self.summary_file.unlink(missing_ok=True)  # it told of an end that is no longer the end
-        self.event("resumed", step=step, metric_rows_dropped=gone, **noted)
+        self.event(kind, step=step, metric_rows_dropped=gone, **noted)
 
 
 def append_event(file: Path, kind: str, /, **fields: Any) -> None:

@@ -51,13 +51,23 @@ class Metrics(Observer):
         resume_step: int | None = None,
     ) -> None:
         self._run = run
+        self._config = dict(config or {})
         self._loggers: dict[str, Logger] = {}
         for name in loggers:
             if name not in LOGGERS:
                 raise ConfigError(f"loggers: {name!r} is unknown; it must be one of {', '.join(LOGGERS)}")
-            made = self._attempt(name, lambda name=name: LOGGERS[name](run, dict(config or {}), resume_step))
+        self._open(loggers, resume_step)
+
+    def _open(self, names: Sequence[str], resume_step: int | None) -> None:
+        for name in names:
+            made = self._attempt(name, lambda name=name: LOGGERS[name](self._run, self._config, resume_step))
             if made is not None:
                 self._loggers[name] = made
+
+    def rewind(self, step: int) -> None:
+        """As a resumed run does it: what they have of later steps is hidden or written over."""
+        self.close()
+        self._open(list(self._loggers), step)
 
     def step(self, record: StepRecord) -> None:
         self.log(record.step, record.metrics)

@@ -73,6 +73,9 @@ class Observer:
     def note(self, text: str) -> None:
         """A line for people: what is loaded, what was left out."""
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: those after it will be done, and told, once more."""
+
     def close(self) -> None:
         """The run ends, also after an error."""
 
@@ -146,6 +149,10 @@ class Observers:
 
     def note(self, text: str) -> None:
         self._tell(lambda observer: observer.note(text))
+
+    def rewind(self, step: int) -> None:
+        self._steps_done = step
+        self._tell(lambda observer: observer.rewind(step))
 
     def close(self) -> None:
         self._tell(lambda observer: observer.close())

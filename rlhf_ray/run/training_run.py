@@ -45,6 +45,16 @@ class ResumePoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Catching:
+    """A run that has gone back does steps once more. `until`: as many as were done; `began`: when it went back;
+    `seconds`: that this had taken by then, by name."""
+
+    until: int
+    began: float
+    seconds: Mapping[str, float]
+
+
 class TrainingRun:
     """The run directory, the checkpoints and the clock of one run, and all who are told of its steps."""
 
@@ -82,6 +92,8 @@ class TrainingRun:
         step = self.resume_point.step if self.resume_point else None
         self.workload = Workload()
         self._restarted: list[str] = []  # since the last step
+        self._attempt = 0  # the run goes back, and later steps are those of another attempt
+        self._catching: Catching | None = None
         self._spent_before = spent_before(directory) if directory.resumed else Spent()
         self.started = clock()
         if directory.resumed:
@@ -128,6 +140,7 @@ class TrainingRun:
 
         Raises KeyboardInterrupt in that case, once the step that was going on has ended.
         """
+        attempt = self._attempt
         self.stop.listen()
         try:
             for step in range(start, self.config.steps):
@@ -136,7 +149,37 @@ class TrainingRun:
             self.stop.heed()  # also what came while the last checkpoint, which is always made, was being written
             self.stop.go()
         finally:  # also where the loop leaves early
-            self.stop.forget()
+            if attempt == self._attempt:
+                self.stop.forget()
+
+    def go_back(self, seconds: Mapping[str, float]) -> None:
+        """To the newest whole checkpoint, or to the beginning: from here on it is a run that was resumed. `seconds`:
+        what the loss has cost so far, by name. Raises CheckpointError if there are checkpoints, and none is whole."""
+        self._attempt += 1
+        self.stop.forget()
+        found = self.checkpoints.latest()
+        self.resume_point = None if found is None else ResumePoint(*found)
+        step = self.resume_point.step if self.resume_point else 0
+        until = max(self.steps_done, self._catching.until if self._catching else 0)
+        where = f"the checkpoint of step {step}" if self.resume_point else "the beginning, for there is no checkpoint"
+        self.note(f"back to {where}; steps to do again: {until - step}")
+        told = {f"{name}_s": round(spent, 3) for name, spent in seconds.items()}
+        self.directory.rewind(step, "rewound", **asdict(self.spent), steps_again=until - step, **told)
+        self.directory.resumed = True
+        self.observers.rewind(step)
+        self.timer.take()
+        self.steps_done = step
+        self._catching = Catching(until, self.clock(), told)
+        self._say_if_caught_up()
+
+    def _say_if_caught_up(self) -> None:
+        if self._catching is None or self.steps_done < self._catching.until:
+            return
+        spent = {**self._catching.seconds, "replay_s": round(self.clock() - self._catching.began, 3)}
+        self._catching = None
+        self.directory.event("caught_up", step=self.steps_done, **spent)
+        parts = ", ".join(f"{name.removesuffix('_s')} {value:.1f} s" for name, value in spent.items())
+        self.note(f"step {self.steps_done}: as far as before the loss, which has cost: {parts}")
 
     def is_checkpoint_due(self, step: int) -> bool:
         """After `step` steps: by `checkpoint.every`, at the end, and before a stop. To be asked after each step, for
@@ -173,6 +216,7 @@ class TrainingRun:
         cost = {"cost/hours": spent.seconds / 3600, "cost/device_hours": spent.device_hours}
         self.steps_done, self._row = step, metrics
         self.observers.step(StepRecord(step, self.config.steps, {**metrics, **cost}, tuple(samples), tuple(failures)))
+        self._say_if_caught_up()
         if skipped := sum(int(metrics.get(name, 0)) for name in SKIPPED):
             reason = f"{skipped} optimiser step{'s' * (skipped > 1)} had no finite gradient and moved no weight"
             self.alarm("skipped", f"{reason}; look at the rewards and the learning rate if it comes again", step)

@@ -17,6 +17,7 @@ from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.loops.evaluate import Evaluator
 from rlhf_ray.loops.export import export
+from rlhf_ray.loops.rewind import through_losses
 from rlhf_ray.loops.rl import train
 from rlhf_ray.models.devices import Hardware
 from rlhf_ray.models.flops import peak_flops
@@ -86,17 +87,30 @@ def run_rl(
             try:
                 longest = max(map(len, train_prompts.token_ids)) + config.rollout.max_new_tokens
                 canary = _canary(config.sync, tokenizer, longest, hardware, config.seed)
-                result = train(config, roles, rollouts, evaluator, canary, run)
-                if evaluator.best is not None:
-                    result["best"] = evaluator.best.found
+                result = _learned(config, roles, rollouts, evaluator, canary, run)
             finally:
                 rollouts.close()
-            export(roles.learner, directory.model, directory.adapter if config.model.lora else None)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)
         raise
     return directory.read_summary()
+
+
+def _learned(
+    config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: TrainingRun
+) -> dict[str, Any]:
+    """The steps, and the model at their end; where ranks that learn are lost, again from the newest checkpoint."""
+    unlearned = roles.advantages.state_dict()
+
+    def attempt() -> dict[str, Any]:
+        roles.advantages.load_state_dict(unlearned)
+        result = train(config, roles, rollouts, evaluator, canary, run)
+        export(roles.learner, run.directory.model, run.directory.adapter if config.model.lora else None)
+        return result
+
+    result = through_losses(attempt, run, roles.rejoin, rollouts.go_back)
+    return result if evaluator.best is None else {**result, "best": evaluator.best.found}
 
 
 def _best(config: RunConfig, roles: Roles, directory: RunDirectory) -> BestPolicy | None:

@@ -68,8 +68,8 @@ def disturbed(folder: Path, host: str, sign: signal.Signals) -> Iterator[dict[st
     ("LearnerHost", signal.SIGKILL, r"learner rank [01] \(node", SHARDED),
     ("LearnerHost", signal.SIGSTOP, r"learner rank [01] \(node .* hangs", (*SHARDED, "ray.silence_s=15")),
 ], ids=["learner rank", "stopped learner rank"])  # fmt: skip
-def test_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, overrides):
-    config = tiny_config("executor=ray", "steps=100000", *overrides)
+def test_without_restarts_a_lost_worker_ends_the_run(tiny_config, tmp_path, host, sign, name, overrides):
+    config = tiny_config("executor=ray", "steps=100000", "ray.restarts=0", *overrides)
     with disturbed(tmp_path / "run", host, sign) as report, pytest.raises(RlhfRayError, match=name) as caught:
         run_rl(config, tmp_path / "run")
     assert f"pid {report['pid']})" in str(caught.value)

@@ -175,6 +175,7 @@ class Simulated:
     names: list[str]
     broken_loads: float = 0.0
     workers: dict[str, Worker] = field(default_factory=dict)
+    cohorts: dict[int, int] = field(default_factory=dict)  # pid -> which start of its group
     hangs: set[int] = field(default_factory=set)  # pids
     dead: set[int] = field(default_factory=set)
     cut: dict[str, float] = field(default_factory=dict)  # until when
@@ -220,8 +221,12 @@ class Simulated:
         else:
             yield Sign(name, "alive")
 
-    def restart(self, name):
-        self.later(self.rng.uniform(1, 40), name, Process(None, "10.0.0.1", next(self.numbers)), "loads")
+    def restart(self, names):
+        seconds, cohort = self.rng.uniform(1, 40), next(self.numbers)
+        for name in names:
+            pid = next(self.numbers)
+            self.cohorts[pid] = cohort
+            self.later(seconds + self.rng.random(), name, Process(None, "10.0.0.1", pid), "loads")
 
     def end(self, name):
         self.dead.add(self.workers[name].pid)
@@ -240,11 +245,21 @@ class Run:
         self.world, self.supervisor = world, supervisor
         self.left, self.calls = dict.fromkeys(world.names, calls), {}
 
+    def rejoin(self):
+        """What the loop does after a setback: the ranks do their last call once more, all of them."""
+        holders = [name for name in self.world.names if name in self.supervisor.holders]
+        for name in holders:
+            self.calls[name] = None
+        self.left |= dict.fromkeys(holders, 1 + max(self.left[name] for name in holders))
+        self.supervisor.rejoin()
+
     def look(self):
         now = self.world.time.now
+        if self.supervisor.setback is not None:
+            self.rejoin()
         for name, left in self.left.items():
             worker, call = self.world.workers[name], self.calls.get(name)
-            if not left:
+            if not left or (self.supervisor.setback is not None and name in self.supervisor.holders):
                 continue
             state = self.supervisor.seats[name].state
             if call is None and state is not State.HEALTHY:
@@ -253,6 +268,9 @@ class Run:
                 continue
             if call is None or (call.parked and self.supervisor.ready(call)):
                 assert state is State.HEALTHY, "only such a one gets work"
+                if name in self.supervisor.holders:
+                    peers = self.supervisor.peers(name)
+                    assert len({self.world.cohorts.get(self.world.workers[peer].pid) for peer in peers}) == 1
                 self.calls[name] = Asked(worker, worker.process, now + self.world.rng.uniform(0.1, 20))
             elif call.parked or call.process.pid in self.world.hangs - self.world.dead:
                 continue
@@ -266,6 +284,10 @@ class Run:
     def lost(self, call, error):
         if call.worker.name not in self.supervisor.replaceable:
             self.supervisor.lost = self.supervisor.lost or "the call itself raised"
+            return
+        if call.worker.name in self.supervisor.holders:
+            self.supervisor.report(call, error)
+            self.calls[call.worker.name] = None  # the run goes back; see `rejoin`
             return
         call.parked, call.cut_off = True, isinstance(error, CutError)
         self.supervisor.report(call, error)
@@ -290,11 +312,15 @@ def test_no_schedule_of_losses_leaves_a_run_waiting_for_ever(part):
     for seed in range(part, SCHEDULES, 10):
         rng = random.Random(f"{seed}")
         time = Time()
-        world = Simulated(time, rng, ["reward", "generator 0", "learner rank 0"], rng.choice([0, 0, 0.5]))
+        ranks = ["learner rank 0", "learner rank 1", "critic rank 0"]
+        world = Simulated(time, rng, ["reward", "generator 0", *ranks], rng.choice([0, 0, 0, 0.5]))
         told = []
         supervisor = Supervisor(world, world.names, LIMITS, time, lambda *said, told=told: told.append(said[:2]))
-        supervisor.built(["reward", "generator 0"] if rng.random() < 0.5 else world.names, ["generator 0"])
-        run, strikes = Run(world, supervisor, rng.randrange(1, 12)), rng.randrange(6)
+        if rng.random() < 0.3:
+            supervisor.built(["reward", "generator 0"], ["generator 0"])
+        else:
+            supervisor.built(world.names, ["generator 0"], [ranks], ranks)
+        run, strikes = Run(world, supervisor, rng.randrange(1, 12)), rng.randrange(5)
         while any(run.left.values()) and supervisor.lost is None:
             supervisor.step(0.5)
             run.look()
@@ -307,8 +333,9 @@ def test_no_schedule_of_losses_leaves_a_run_waiting_for_ever(part):
         if supervisor.lost is None:
             assert not any(run.left.values())
         elif not isinstance(supervisor.lost, str) and supervisor.lost.name in supervisor.replaceable:
-            name = supervisor.lost.name
-            assert lost[name] == LIMITS.restarts + 1, "as often as the budget allows, and once more"
+            peers = supervisor.peers(supervisor.lost.name)
+            times = sum(lost[peer] for peer in peers)
+            assert times == LIMITS.restarts + 1, "as often as the budget allows, and once more"
         assert all(restarted[name] <= min(lost[name], LIMITS.restarts) for name in world.names)
         ends[supervisor.lost is None] += 1
     assert ends[True] > ends[False] > 0, "both ends have been tried"

@@ -16,7 +16,7 @@ from rlhf_ray.remote.health import State
 from rlhf_ray.remote.host import Place
 from rlhf_ray.remote.loading import silent
 from rlhf_ray.remote.placement import Placement, plan_seats
-from rlhf_ray.remote.roles import _build, _handles
+from rlhf_ray.remote.roles import _build, _handles, _rank_steps
 from rlhf_ray.roles import generator_vllm
 from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.makers import Makers
@@ -72,7 +72,8 @@ def crew_of(tiny_config, monkeypatch) -> Callable[..., tuple[FakeCrew, Placement
 
 def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
     crew, plan, config = crew_of("ray.colocate=true")
-    _build(crew, plan, Makers.of(config, ON_GPU, "cuda_ipc"), {}, config.ray, None, silent)
+    makers = Makers.of(config, ON_GPU, "cuda_ipc")
+    _build(crew, plan, makers, {}, config.ray, _rank_steps(crew, makers, None, config.ray), silent)
     start = crew.log.index("generator 0: build")
     assert crew.log[start : start + 4] == ["generator 0: build", "--", "generator 0: sleep", "--"]
     rest = crew.log[start + 4 :]
@@ -81,7 +82,8 @@ def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
 
 def test_on_gpus_of_their_own_all_load_together(crew_of):
     crew, plan, config = crew_of()
-    _build(crew, plan, Makers.of(config, ON_GPU, "nccl"), {}, config.ray, None, silent)
+    makers = Makers.of(config, ON_GPU, "nccl")
+    _build(crew, plan, makers, {}, config.ray, _rank_steps(crew, makers, None, config.ray), silent)
     assert [line.endswith(": build") for line in crew.log[:6]] == [True] * 5 + [False]
     assert "generator 0: sleep" not in crew.log
 
