@@ -22,7 +22,7 @@ ROOMS = {
     "cli, api": "the two faces: the command line, and `import rlhf_ray`",
     "commands": "one file a command, or a folder where it takes more",
     "start": "what a run starts from: its tokenizer, policy and rows, and whether it fits; `--dry-run`",
-    "loops": "RL, supervised training, evaluation on the way",
+    "loops, scale": "RL, supervised training, evaluation on the way; `plan`: memory, time and layout before a run",
     "feedback": "pairs of answers, and who says which is better",
     "evaluation": "finished models compared",
     "rollout": "prompts become judged groups: order, choice, ledger, metrics",

@@ -23,6 +23,7 @@ from rlhf_ray.commands.init.command import init
 from rlhf_ray.commands.merge import merge
 from rlhf_ray.commands.pairs import pairs
 from rlhf_ray.commands.pipeline.command import pipeline
+from rlhf_ray.commands.plan import plan
 from rlhf_ray.commands.quickstart import quickstart
 from rlhf_ray.commands.replay import replay
 from rlhf_ray.commands.rl import rl
@@ -50,8 +51,8 @@ app = typer.Typer(
 )
 
 for command in (
-    quickstart, init, sft, rm, dpo, classifier, rl, merge, replay, evaluate, generate, pairs, pipeline, validate_data,
-    serve_reward, doctor,
+    quickstart, init, sft, rm, dpo, classifier, rl, merge, replay, evaluate, generate, pairs, pipeline, plan,
+    validate_data, serve_reward, doctor,
 ):  # fmt: skip
     app.command(name="eval" if command is evaluate else None)(command)
 

@@ -25,7 +25,7 @@ LINES = (
     ("cli", "api"),
     ("commands",),
     ("start",),
-    ("loops",),
+    ("loops", "scale"),
     ("feedback",),
     ("evaluation",),
     ("rollout",),

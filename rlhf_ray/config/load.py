@@ -43,7 +43,12 @@ def load_config(
     Raises:
         ConfigError: listing every unknown key (with the nearest valid one), wrong value and contradiction.
     """
-    tree = with_long_forms(read_yaml(Path(path)))
+    return config_of(read_yaml(Path(path)), overrides, schema, source=str(path))
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], schema: type[Config], source: str) -> Config:
+    """The same of settings that lie in no file; `source` begins the error. The tree is not kept as it was."""
+    tree = with_long_forms(tree)
     forget_preset(tree, [text.partition("=")[0] for text in overrides])
     problems = []
     for override in overrides:
@@ -51,7 +56,7 @@ def load_config(
             apply_override(tree, override)
         except ConfigError as error:
             problems.append(str(error))
-    return parse_config(tree, schema, source=str(path), problems=problems)
+    return parse_config(tree, schema, source=source, problems=problems)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.batch import Rows
 from rlhf_ray.run.directory import RunDirectory
@@ -65,6 +66,17 @@ class Passes:
     policy: int = 1
     critic: int = 0
     critic_alone: int = 0
+
+
+def passes_a_step(config: RunConfig) -> Passes:
+    """Of the run that these settings describe."""
+    critic = config.critic if config.uses_critic else None
+    return Passes(
+        forwards=1 + config.uses_reference + config.uses_old_logprobs,
+        policy=config.learner.epochs,
+        critic=critic.epochs if critic else 0,
+        critic_alone=critic.warmup_steps if critic else 0,
+    )
 
 
 @dataclass(frozen=True)

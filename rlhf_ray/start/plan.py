@@ -5,10 +5,10 @@ The models are built on the meta device (shapes without numbers), so this costs 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.config.load import on_device
 from rlhf_ray.config.schema import RunConfig
@@ -18,14 +18,11 @@ from rlhf_ray.config.supervised import ClassifierConfig, RMConfig, SupervisedCon
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.devices import Hardware, choose_hardware
 from rlhf_ray.models.loading import local_folder
+from rlhf_ray.models.memory import train_bytes
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.size import Size, saved_size, size_of
 from rlhf_ray.start.supervised_inputs import build_model
 from rlhf_ray.start.warm_start import make_tokenizer
-
-ADAM_BYTES = 8  # two moments a trained parameter, float32
-PACKED_BITS = 4.127  # with its share of doubly quantised scales (QLoRA, Dettmers et al. 2023, section 3.2)
-MASTER_BYTES = 4  # gradients, and the float32 copy of weights that are computed with in bfloat16
 
 
 @dataclass(frozen=True)
@@ -139,30 +136,6 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
     return [*roles, PlannedRole("reward", kind, config.reward.count, 1, held)]
 
 
-def train_bytes(size: Size, settings: TrainEngineConfig, dtype: torch.dtype) -> int:
-    """Bytes that one rank of a training engine needs, besides activations.
-
-    ZeRO (Rajbhandari et al. 2020, figure 1): stage 1 shards the optimiser state, 2 the gradients too, 3 the weights
-    too. What is offloaded lies in host memory and is not counted.
-    """
-    ranks = settings.world_size
-    stage = settings.zero_stage if settings.facts.shards else 0
-    gradients = size.trained * MASTER_BYTES
-    weights = (size.parameters - size.packed) * dtype.itemsize + math.ceil(size.packed * PACKED_BITS / 8)
-    # DeepSpeed keeps masters in float32 runs as well.
-    masters = size.trained * MASTER_BYTES if dtype != torch.float32 or settings.facts.shards else 0
-    optimiser = size.trained * ADAM_BYTES + masters
-    if settings.offload != "none":
-        optimiser = 0
-    if settings.offload == "parameters":
-        weights = 0
-    return (
-        weights // (ranks if stage == 3 else 1)
-        + gradients // (ranks if stage >= 2 else 1)
-        + optimiser // (ranks if stage >= 1 else 1)
-    )
-
-
 def _trainer(name: str, settings: TrainEngineConfig, hardware: Hardware, size: Size | None) -> PlannedRole:
     engine = f"{settings.engine} ZeRO-{settings.zero_stage}" if settings.facts.shards else settings.engine
     held = None if size is None else train_bytes(size, settings, hardware.dtype)
@@ -188,10 +161,18 @@ def model_size(config: RunConfig) -> Size | None:
     if not config.model.path.startswith("scratch:"):
         local_folder(config.model.path)
         return saved_size(config.model.path, "policy", config.model.lora)
+    return size_of(_scratch(config), config.model.lora)
+
+
+def built_shape(config: RunConfig) -> PreTrainedConfig:
+    """The config of a policy that is built on the spot."""
+    return _scratch(config).config
+
+
+def _scratch(config: RunConfig) -> PreTrainedModel:
     kind, vocab_size = config.model.path.removeprefix("scratch:"), _vocab_size(config)
     with torch.device("meta"):
-        model = build_scratch(kind, vocab_size=vocab_size, **config.model.scratch.model_dump())
-    return size_of(model, config.model.lora)
+        return build_scratch(kind, vocab_size=vocab_size, **config.model.scratch.model_dump())
 
 
 def _vocab_size(config: RunConfig) -> int:

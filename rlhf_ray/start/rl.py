@@ -26,7 +26,7 @@ from rlhf_ray.models.size import Size, saved_size
 from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.protocols import Roles, Sampling
 from rlhf_ray.rollout.source import Rollouts
-from rlhf_ray.run.cost import Passes, Workload
+from rlhf_ray.run.cost import Workload, passes_a_step
 from rlhf_ray.run.directory import RunDirectory, kept_only_if_used
 from rlhf_ray.run.observer import find_observer
 from rlhf_ray.run.resume import frozen_clock
@@ -130,16 +130,6 @@ def workload_of(config: RunConfig, assets: Assets, roles: Roles) -> Workload:
         critic = saved_size(config.critic.path)
     peak = None if roles.device_name is None else peak_flops(roles.device_name, assets.hardware.dtype)
     return Workload(policy, critic, roles.devices, peak, passes_a_step(config))
-
-
-def passes_a_step(config: RunConfig) -> Passes:
-    critic = config.critic if config.uses_critic else None
-    return Passes(
-        forwards=1 + config.uses_reference + config.uses_old_logprobs,
-        policy=config.learner.epochs,
-        critic=critic.epochs if critic else 0,
-        critic_alone=critic.warmup_steps if critic else 0,
-    )
 
 
 def sampling_of(rollout: RolloutConfig, stop: tuple[int, ...], temperature: float | None = None) -> Sampling:

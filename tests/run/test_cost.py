@@ -7,9 +7,8 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.models.flops import PEAK_TFLOPS, measured_flops, peak_flops
 from rlhf_ray.models.size import Size
 from rlhf_ray.roles.batch import Rows
-from rlhf_ray.run.cost import Spent, Workload, spent_before
+from rlhf_ray.run.cost import Spent, Workload, passes_a_step, spent_before
 from rlhf_ray.run.directory import RunDirectory
-from rlhf_ray.start.rl import passes_a_step
 
 # 10 tokens, prompts included.
 ROWS = Rows(
