@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[
+    run: Annotated[
         list[str] | None,
         typer.Argument(metavar="[CONFIG] [OVERRIDES]...", help="a YAML file of `rlhf-ray rl` and settings to change; "
                        "with --model also settings alone, as rollout.group_size=16"),
@@ -36,7 +36,7 @@ def plan(
     answer_tokens: Annotated[
         float | None, typer.Option(help="mean tokens of an answer; empty: rollout.max_new_tokens")
     ] = None,
-    rates: Annotated[Path | None, typer.Option(help="a YAML file of rates that you have measured (docs/plan.md)")] = None,
+    rates: Annotated[Path | None, typer.Option(help="a YAML file of rates that you measured: docs/plan.md")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:  # fmt: skip
     """Memory, time and cost of an RL run on devices that you may not have yet, and the layout to run it in."""
@@ -46,7 +46,7 @@ def plan(
     from rlhf_ray.scale.planner import plan_of
 
     quiet_libraries("cpu")
-    given = list(config or [])
+    given = list(run or [])
     file = given.pop(0) if given and "=" not in given[0] else None
     settings = settings_of(file, given, model)
     wishes = Wishes(device, devices, nodes, memory, host_memory, rates, prompt_tokens, answer_tokens)

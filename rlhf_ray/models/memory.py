@@ -85,7 +85,7 @@ def layer_bytes(shape: Architecture, longest: int, itemsize: int) -> int:
     norms = 2 * norm * shape.hidden
     if shape.normed_heads:  # what comes out of these goes to the rotation, which does not keep it
         norms += (4 + itemsize) * (shape.queries + shape.keys)
-    # Queries, keys and values (repeated for each query: a mask allows no grouping), output; and a sum a head in float32.
+    # Queries, keys, values (both once a query: a mask allows no grouping) and the output; a sum a head in float32.
     attention = 4 * itemsize * shape.queries + 4 * shape.heads + itemsize * longest
     mlp = (4 if shape.gated else 5) * itemsize * shape.mlp
     return norms + attention + mlp

@@ -49,7 +49,9 @@ def make_case(config: RunConfig, shape: PreTrainedConfig, policy: Size, wishes: 
     for name, mean in means.items():
         if mean is not None and not 0 < mean <= limits[name]:
             setting = "data.max_prompt_tokens" if name == "prompt" else "rollout.max_new_tokens"
-            raise ConfigError(f"--{name}-tokens {mean:g} is a mean, and {setting} allows 1 to {limits[name]}; change one")
+            raise ConfigError(
+                f"--{name}-tokens {mean:g} is a mean, and {setting} allows 1 to {limits[name]}; change one"
+            )
     host = (wishes.host_memory or HOST_GIB_A_DEVICE * min(device.in_a_node, wishes.devices)) * GIB
     return Case(
         config, policy, Architecture.of(shape, config.model.path), device, wishes.devices, int(host),

@@ -131,7 +131,7 @@ def _frozen(case: Case, layout: Layout) -> dict[str, dict[str, int]]:
             "weights": case.policy.base * width, "pass": forward_bytes(case.shape, tokens, width),
         }  # fmt: skip
     if layout.reward:
-        # Their shape is not the policy's, but their passes have no logits of a vocabulary: the policy's layer bounds it.
+        # Their shape is not known; their passes have no logits, and the policy's layer stands for theirs.
         roles["reward"] = {
             "weights": case.judges * width,
             "pass": forward_bytes(case.shape, max(layout.microbatch, case.longest), width, logits=False),

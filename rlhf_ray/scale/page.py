@@ -80,8 +80,8 @@ def _memory(case: Case, option: Option) -> list[str]:
         lines.append(f"  {need.role:<18} {need.devices:>4} x  {_gib(need.total):>6} of {_gib(need.room):>6}: {parts}")
     lines.append(f"  each generator holds the keys and values of {kv_tokens(case, option.layout):,} tokens")
     host = host_bytes(case, option.layout)
-    lines.append("  host, each machine:  " + ", ".join(f"{name} {_gib(count)}" for name, count in host.items() if count))
-    return lines
+    parts = ", ".join(f"{name} {_gib(count)}" for name, count in host.items() if count)
+    return [*lines, f"  host, each machine:  {parts}"]
 
 
 def _times(option: Option) -> list[str]:

@@ -1,4 +1,5 @@
-"""Chooses a layout: of all that the settings allow and the devices hold, the fastest; of about equal ones the smallest."""
+"""Chooses a layout: of all that the settings allow and the devices hold, the fastest; of about equal ones the
+smallest."""
 
 from __future__ import annotations
 

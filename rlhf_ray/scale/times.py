@@ -1,4 +1,4 @@
-"""How long each phase of a step takes in a layout, from rates: arithmetic where a device computes, bytes where it reads.
+"""How long each phase of a step takes in a layout: arithmetic where a device computes, bytes where it reads.
 
 Operations: 2 a parameter and token in a forward pass, 6 in training (Kaplan et al. 2020, section 2.1), and attention's
 4 x layers x width x context besides, halved because it looks back only. Decoding reads all weights at each step, and
@@ -78,7 +78,8 @@ def generate(case: Case, layout: Layout) -> Phase:
         seconds = rows * case.answer_tokens / (rates.generate_tokens_per_s * tensor_parallel)
         return Phase("generate", seconds, busy, "measured tokens a second")
     context = case.prompt_tokens + case.answer_tokens / 2
-    at_once = max(1, min(rows, config.generator.rows, int(kv_tokens(case, layout) // (2 * context - case.prompt_tokens))))
+    held = int(kv_tokens(case, layout) // (case.prompt_tokens + case.answer_tokens))
+    at_once = max(1, min(rows, config.generator.rows, held))
     tokens = rows * case.answer_tokens
     # The longest answer is written token by token, whatever the others do.
     steps = max(config.rollout.max_new_tokens, math.ceil(tokens / at_once))

@@ -28,7 +28,7 @@ def settled(config: RunConfig, layout: Layout) -> RunConfig:
 def test_a_full_answer_for_three_sizes_on_four_clusters(case_of, model, devices):
     case = case_of(model, devices, *STEP)
     if (model, devices) == ("llama-70b", 1):
-        with pytest.raises(ConfigError, match=r"70\.6B parameters do not fit 1 x H100 \(79 GiB each\).*With \d+ of them"):
+        with pytest.raises(ConfigError, match=r"70\.6B parameters do not fit 1 x H100 .*With \d+ of them it fits"):
             plan_of(case, as_written=False)
         return
     plan = plan_of(case, as_written=False)
