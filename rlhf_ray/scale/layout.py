@@ -16,7 +16,7 @@ class Layout:
     colocated: everybody shares the learner's devices and takes turns (`ray.colocate`).
     generators, tensor_parallel: how many, and devices of each.
     ranks, critic_ranks: devices of the learner and the critic; 0 where there is no critic.
-    reference, reward: devices of their own; 0 where there is none, or it needs none.
+    reference, reward: replicas on a device each; 0 where there is none, or it needs no device.
     zero_stage, offload, checkpointing, microbatch: of learner and critic.
     utilization: vLLM's share of a device's memory.
     """
@@ -49,8 +49,10 @@ class Layout:
         colocated = config.ray.colocate
         return cls(
             colocated, generator.count, generator.tensor_parallel, learner.world_size,
-            config.critic.world_size if config.uses_critic else 0, int(config.holds_reference),
-            int(config.judging.needs_gpu), learner.zero_stage if learner.facts.shards else 0, learner.offload,
+            config.critic.world_size if config.uses_critic else 0,
+            config.reference.count if config.holds_reference else 0,
+            config.reward.count if config.judging.needs_gpu else 0,
+            learner.zero_stage if learner.facts.shards else 0, learner.offload,
             learner.gradient_checkpointing, learner.tokens_per_microbatch,
             generator.gpu_memory_utilization or (SHARED if colocated else ALONE),
         )  # fmt: skip
@@ -58,6 +60,11 @@ class Layout:
     @property
     def trained(self) -> tuple[str, ...]:
         return ("learner", "critic") if self.critic_ranks else ("learner",)
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        """Replicas of the roles that do not learn, of those that have devices."""
+        return {name: getattr(self, name) for name in ("reference", "reward") if getattr(self, name)}
 
     def section(self, name: str) -> dict[str, Any]:
         """What this layout sets in the section `name`: learner or critic."""
@@ -86,6 +93,7 @@ class Layout:
             if section["engine"] == "torch":
                 del section["zero_stage"]  # says nothing there
             wanted |= {f"{name}.{key}": value for key, value in section.items()}
+        wanted |= {f"{name}.count": count for name, count in self.frozen.items()}
         if self.utilization == (SHARED if self.colocated else ALONE):
             del wanted["generator.gpu_memory_utilization"]
         return {name: value for name, value in wanted.items() if _setting(config, name) != value}

@@ -57,10 +57,10 @@ def needs_of(case: Case, layout: Layout) -> list[Need]:
             for name, (held, work) in trained.items()
         ]
         frozen = _frozen(case, layout)
-        return needs + [Need(name, getattr(layout, name), parts, whole) for name, parts in frozen.items()]
+        return needs + [Need(name, layout.frozen[name], parts, whole) for name, parts in frozen.items()]
     resident = {f"{name} {part}": count for name, (held, _) in trained.items() for part, count in held.items()}
     resident |= {f"{name} weights": parts["weights"] for name, parts in _frozen(case, layout).items()}
-    contexts = len(trained) + layout.reference + layout.reward  # the generator's own is in its share
+    contexts = len(trained) + len(layout.frozen)  # the generator's own is in its share
     resident["other processes"] = int(contexts * case.rates.context_gib * GIB)
     turns = [("generating", generator), *((f"{name} at work", work) for name, (_, work) in trained.items())]
     turns += [(f"{name} at work", {"pass": parts["pass"]}) for name, parts in _frozen(case, layout).items()]

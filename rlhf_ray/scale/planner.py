@@ -144,9 +144,12 @@ def _layouts(case: Case) -> Iterator[Layout]:
                 layout = replace(base, ranks=ranks, critic_ranks=ranks if config.uses_critic else 0)
                 if quantized and layout.section("learner")["engine"] != "torch":
                     continue  # ZeRO cannot cut packed weights
-                if layout.devices <= case.devices:
-                    yield layout
+                for replicas in sorted({1, -(-ranks // 4), -(-ranks // 2)}):
+                    separate = replace(layout, **dict.fromkeys(layout.frozen, replicas))
+                    if separate.devices <= case.devices and (layout.frozen or replicas == 1):
+                        yield separate
                 if ranks % tensor_parallel == 0 and not config.rollout.max_staleness:
+                    layout = replace(layout, **dict.fromkeys(layout.frozen, ranks))
                     for utilization in UTILIZATIONS if given is None else (given,):
                         yield replace(
                             layout, colocated=True, utilization=utilization, generators=ranks // tensor_parallel

@@ -51,12 +51,12 @@ def times_of(case: Case, layout: Layout) -> Times:
     writing = generate(case, layout)
     columns = []
     if layout.reference:
-        columns.append(_forward(case, "ref_logp", case.policy.base, 1, "one process, whatever the layout"))
+        columns.append(_forward(case, "ref_logp", case.policy.base, layout.reference))
     if layout.critic_ranks:
         columns.append(_forward(case, "values", case.critic.parameters, layout.critic_ranks))
     if config.uses_old_logprobs:
         columns.append(_forward(case, "old_logp", case.policy.parameters, layout.ranks))
-    reward = [_reward(case)] if case.judges or case.rates.reward_s else []
+    reward = [_reward(case, max(1, layout.reward))] if case.judges or case.rates.reward_s else []
     updates = [update(case, layout, "critic")] if layout.critic_ranks else []
     updates.append(update(case, layout, "learner"))
     sync = weight_sync(case, layout)
@@ -136,17 +136,17 @@ def weight_sync(case: Case, layout: Layout) -> Phase:
     return Phase("weight_sync", gathered + across, layout.devices, f"{sent / 1e9:.3g} GB to each generator")
 
 
-def _forward(case: Case, name: str, parameters: int, devices: int, why: str = "") -> Phase:
+def _forward(case: Case, name: str, parameters: int, devices: int) -> Phase:
     rows = math.ceil(case.rows / devices)
     operations = rows * case.tokens / case.rows * _operations(case, parameters, case.tokens / case.rows / 2)
     seconds = operations / (case.device.peak(case.dtype) * case.rates.forward_mfu)
-    return Phase(name, seconds, min(devices, case.rows), why or "a forward pass")
+    return Phase(name, seconds, min(devices, case.rows), "a forward pass")
 
 
-def _reward(case: Case) -> Phase:
-    operations = case.tokens * FORWARD * case.judges
+def _reward(case: Case, replicas: int) -> Phase:
+    operations = case.tokens * FORWARD * case.judges / replicas
     seconds = operations / (case.device.peak(case.dtype) * case.rates.forward_mfu) + case.rates.reward_s
-    return Phase("reward", seconds, 1, "one process, whatever the layout")
+    return Phase("reward", seconds, replicas, "networks that judge, and functions")
 
 
 def _operations(case: Case, parameters: int, context: float) -> float:
