@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_ray.errors import CheckpointError
+from rlhf_ray.errors import ModelError
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.lora import apply_lora
 from rlhf_ray.models.scratch import build_scratch
@@ -87,6 +87,6 @@ def test_a_diverged_model_is_not_exported_by_deepspeed_either(generator, engine_
     engine = engine_of("deepspeed")
     with torch.no_grad():
         next(p for p in engine.module.parameters() if not p.requires_grad).fill_(torch.nan)
-    with pytest.raises(CheckpointError, match=r"weights are not finite \(the first is model.embed_tokens.weight\)"):
+    with pytest.raises(ModelError, match=r"weights are not finite \(the first is \S*model.embed_tokens.weight\)"):
         engine.save_pretrained(tmp_path / "model", None)
     assert not (tmp_path / "model").exists()
