@@ -90,7 +90,7 @@ def hunt(work: Path, seed: int, runs: int, delay_ms: float, bound_s: float) -> l
     for number in range(seed, seed + runs):
         strikes = strikes_of(number, 1 + number % 3, tree["steps"], victims)
         folder = work / f"hunt-{number}-{int(time.time())}"
-        environment = {**AT_ONCE, "CHAOS_DELAY_MS": str(delay_ms)}
+        environment = {**AT_ONCE, "CHAOS_DELAY_MS": str(delay_ms), "CHAOS_SEED": str(number)}
         struck = run(folder, tree, strikes, bound_s=bound_s, environment=environment)
         problems = problems_of(struck, None) or [*open_books(folder, tree["rollout"]["group_size"])]
         row = {"run": folder.name, **told(struck), "problems": problems}

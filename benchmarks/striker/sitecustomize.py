@@ -21,6 +21,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -52,12 +53,14 @@ WORK = {
 }  # fmt: skip
 # Calls that every host answers beside its role's
 NO_WORK = frozenset({"place", "pulse", "use_gpus", "release_port", "release_memory", "build", "serve", "shut_down"})
+LONGEST_DELAY_MS = float(os.environ.get("CHAOS_DELAY_MS", "0"))
 LOOK_S = 0.01
 # How long a phase, or a call, is kept open for a victim that is just being started again.
 HOLD_S = 20.0
 
 seat = ""  # this process's name in the run
 rounds = 0  # of the training loop in this process; a step that has begun counts
+delays = random.Random()
 doing: dict[str, int] = {}  # the driver's: phases that are under way
 driver_lock = threading.RLock()
 
@@ -139,6 +142,7 @@ def hook_host(module: Any) -> None:
         global seat
         make(self, name, *rest)
         seat = name
+        delays.seed(f"{os.environ.get('CHAOS_SEED')} {name}")
         if waiting(name):
             threading.Thread(target=watch_idle, name="striker", daemon=True).start()
 
@@ -203,10 +207,9 @@ def strike_in(call: str) -> dict[str, Any] | None:
 
 
 def delayed() -> None:
-    """For the hunt after dead-locks: a call may take longer than it does, by chance."""
-    most = float(os.environ.get("CHAOS_DELAY_MS", "0"))
-    if most:
-        time.sleep(most / 1000 * (int.from_bytes(os.urandom(2), "little") / 65536) ** 4)
+    """For the hunt after dead-locks: a call may begin later than it does, by chance; most of them hardly do."""
+    if LONGEST_DELAY_MS:
+        time.sleep(LONGEST_DELAY_MS / 1000 * delays.random() ** 4)
 
 
 # ---- the driver -------------------------------------------------------------------------------------------------

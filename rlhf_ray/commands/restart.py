@@ -19,7 +19,7 @@ import typer
 
 from rlhf_ray import pulse
 from rlhf_ray.commands.options import interruptible
-from rlhf_ray.errors import AGAIN, INTERRUPTED
+from rlhf_ray.errors import AGAIN, INTERRUPTED, UNEXPECTED
 from rlhf_ray.run.checkpoint import Checkpoints
 from rlhf_ray.run.directory import append_event, folder_for
 from rlhf_ray.run.stopping import SIGNALS
@@ -63,6 +63,8 @@ def restarting(
         saved = _newest(folder)
         mode = "auto" if resume or failures else "never"
         ended = run([command, str(config), *overrides, "--run-dir", str(folder), "--resume", mode])
+        if ended.status == UNEXPECTED and _without_a_word(folder):
+            ended = Ended(AGAIN, "a library ended the process (Ray does so a minute after its head is gone)")
         if not ended.may_help:
             return ended.status if ended.status >= 0 else INTERRUPTED
         failures = 1 if _newest(folder) > saved else failures + 1
@@ -169,6 +171,12 @@ class Child:
 def watched(ray: RayConfig) -> AbstractContextManager[None]:
     """Signs of life inside, for `run_child`."""
     return pulse.given(ray.pulse_s, ray.silence_s, ray.start_deadline_s, ray.call_deadline_s)
+
+
+def _without_a_word(folder: Path) -> bool:
+    """Whether the run there began, and its process ended otherwise than by an error that Python saw: that is in its
+    summary, and a run that goes on has none."""
+    return (folder / "events.jsonl").exists() and not (folder / "summary.json").exists()
 
 
 def _newest(folder: Path) -> int:

@@ -55,6 +55,18 @@ def test_what_a_restart_would_not_change_is_the_end(ended, status):
     assert ended([status, 0])[0] == status
 
 
+@pytest.mark.parametrize(("left", "again"), [
+    ((), False), (("events.jsonl",), True), (("events.jsonl", "summary.json"), False)
+], ids=["before the run", "in its midst", "by an error"])  # fmt: skip
+def test_a_run_that_a_library_has_ended_goes_on(ended, tmp_path, left, again):
+    """Ray's C++ ends the driver with status 1, a minute after its head is gone: nobody could write a summary."""
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).touch()
+    status, commands, _ = ended([1, 0])
+    assert (status, len(commands)) == ((0, 2) if again else (1, 1))
+
+
 @pytest.mark.parametrize("status", [-signal.SIGTERM, -signal.SIGINT])
 def test_one_that_was_stopped_by_a_signal_was_interrupted(ended, status):
     assert ended([status, 0])[0] == 130
