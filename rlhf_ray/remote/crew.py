@@ -103,8 +103,8 @@ class Crew:
 
     def synced(self, worker: Worker) -> None:
         """A stale process has been sent the weights; returns when it is known."""
-        self.supervisor.synced(worker.name)
         while self.state(worker) is State.STALE:
+            self.supervisor.synced(worker.name)  # again, where it was under suspicion when that was heard
             self.check()
             time.sleep(0.05)
 

@@ -16,6 +16,7 @@ import ray
 from torch import Tensor
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.remote.calls import Worker
 from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.packed import Packed, Ragged, pack
@@ -155,6 +156,22 @@ class RankHost(RoleHost):
 
 
 class LearnerHost(RankHost):
+    @reported
+    @ray.method(concurrency_group="weights")
+    def send_again(self, generator: Worker) -> bool:
+        """Send the weights that were sent last to a process that takes the place of a lost one, also while the role
+        computes; from then on it is sent all that follow. Returns whether it has them: it may be lost, too, and before
+        the first sync there are none."""
+        sender, everybody = self.role.sender, self.role.generators
+        if everybody is None:  # a rank that has taken a seat itself
+            return False
+        one = everybody.only(generator)
+        with sender.turn:  # no update of all is under way, and none begins before this one belongs to all
+            sent = sender.send_again(one) and bool(one.generators)
+            if sent:
+                everybody.join(generator)
+        return sent
+
     @reported
     def shut_down(self) -> None:
         self.role.sender.close()

@@ -75,7 +75,7 @@ class Processes:
 
     def _start(self, name: str) -> ActorHandle:
         recipe = self._recipes[name]
-        remote = ray.remote(concurrency_groups={"watch": 1, "slices": 1})(recipe.host)
+        remote = ray.remote(concurrency_groups={"watch": 1, "slices": 1, "weights": 1})(recipe.host)
         # No restarts by Ray: a blank actor would answer with base weights, and a repeated update would count twice.
         return remote.options(max_restarts=0, max_task_retries=0, **recipe.options).remote(name, recipe.folder)
 

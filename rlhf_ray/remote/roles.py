@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.config.schema import RunConfig, SyncConfig
+from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.remote.batch import gather_remote
 from rlhf_ray.remote.calls import Call, Deadline
@@ -38,6 +38,7 @@ from rlhf_ray.roles.makers import Makers
 from rlhf_ray.roles.protocols import Critic, Generator, Learner, Reference, Reward, Roles
 from rlhf_ray.roles.reference import AdapterFreeReference
 from rlhf_ray.roles.sft_term import SFTRows
+from rlhf_ray.sync.canary import DEFAULT_BOUND
 
 HOSTS: dict[str, type[RoleHost]] = {
     "learner": LearnerHost,
@@ -71,6 +72,7 @@ def open_remote_roles(
     """
     require_portable(config.rewards)
     device = assets.hardware.device
+    bound = config.sync.canary_bound or DEFAULT_BOUND[str(assets.hardware.dtype).removeprefix("torch.")]
     transport = choose_transport(config.sync, config.generator, config.ray, device)
     plan = plan_seats(config, device, transport)
     with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
@@ -82,15 +84,15 @@ def open_remote_roles(
             for seat in plan.seats:
                 host = HOSTS[seat.name.split()[0]]
                 crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
-            makers = Makers.of(config, everywhere(assets), transport)
+            # Where weights go by way of the host's memory, they can be sent once more, to one alone.
+            replaced = transport == "shared_memory" and not plan.shared and config.ray.restarts > 0
+            makers = Makers.of(config, everywhere(assets), transport, keep=replaced)
             engines = {role: getattr(config, role).engine for role in ("generator", "learner", "critic")}
             ranks = _rank_steps(crew, makers, sft, config.ray)
             lent = _build(crew, plan, makers, engines, config.ray, ranks, note)
-            _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
-            # Where weights go by way of the host's memory, a learner that waits can send them to one alone. One that
-            # is ahead of its generators no longer has what they hold.
-            sends = transport == "shared_memory" and not plan.shared and not config.rollout.max_staleness
-            receivers = [worker.name for worker in crew.named("generator") if sends]
+            connect = partial(_connect, crew, config, replaced)
+            connect()
+            receivers = [worker.name for worker in crew.named("generator") if replaced]
             # On shared GPUs there is no room for a rank while a generator is awake.
             holders = [] if plan.shared else list(ranks)
             crew.built(_loads(crew, makers, lent) | {
@@ -99,11 +101,11 @@ def open_remote_roles(
 
             def rejoin() -> dict[str, float]:
                 seconds = crew.rejoin()
-                _connect(crew, config.generator.tensor_parallel, config.sync, config.ray)
+                connect()
                 return seconds
 
             yield dataclasses.replace(
-                _handles(crew, plan, config), rejoin=rejoin, **_devices(crew, plan, device)
+                _handles(crew, plan, config, bound), rejoin=rejoin, **_devices(crew, plan, device)
             )
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
@@ -184,11 +186,13 @@ def _loads(crew: Crew, makers: Makers, lent: Mapping[str, tuple[str, ...]]) -> d
     }
 
 
-def _connect(crew: Crew, tensor_parallel: int, sync: SyncConfig, workers: RayConfig) -> None:
-    """Tell the learner whom it sends its weights to."""
-    deadline = Deadline(sync.deadline_s, "sync.deadline_s")
-    client = GeneratorsClient(crew.named("generator"), workers_each=tensor_parallel, deadline=deadline)
-    start = Deadline(workers.start_deadline_s, "ray.start_deadline_s")
+def _connect(crew: Crew, config: RunConfig, replaced: bool) -> None:
+    """Tell the learner whom it sends its weights to. `replaced`: see `GeneratorsClient`."""
+    client = GeneratorsClient(
+        crew.named("generator"), workers_each=config.generator.tensor_parallel,
+        deadline=Deadline(config.sync.deadline_s, "sync.deadline_s"), replaced=replaced,
+    )  # fmt: skip
+    start = Deadline(config.ray.start_deadline_s, "ray.start_deadline_s")
     crew.results([worker.ask(Learner.connect, client, deadline=start) for worker in crew.named("learner")])
 
 
@@ -215,7 +219,8 @@ def _devices(crew: Crew, plan: Placement, device: str) -> dict[str, Any]:
     return {"devices": float(len({worker.node for worker in crew.workers})), "device_name": device}
 
 
-def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
+def _handles(crew: Crew, plan: Placement, config: RunConfig, bound: float = DEFAULT_BOUND["float32"]) -> Roles:
+    """`bound`: of the canary."""
     deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
 
     def group(role: str) -> Group:
@@ -228,7 +233,8 @@ def _handles(crew: Crew, plan: Placement, config: RunConfig) -> Roles:
     learner = proxy(Learner, group("learner"), divides=True, deadlines={"push_weights": pushing})
     generators = RemoteGenerators(
         crew, crew.named("generator"), config.generator.rows, workers_each=config.generator.tensor_parallel,
-        sync_deadline=Deadline(config.sync.deadline_s, "sync.deadline_s"), deadline=deadline, learner=learner,
+        sync_deadline=pushing, deadline=deadline, learner=crew.named("learner")[0],
+        bound=bound,
         neighbours=[worker for worker in crew.workers if plan.shared and not worker.name.startswith("generator")],
     )  # fmt: skip
     critic = proxy(Critic, group("critic"), divides=True) if config.uses_critic else None

@@ -77,6 +77,7 @@ class Sending:
     transport: str
     bucket_mb: int
     receivers: int
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def make_learner(
         bucket_mb=sending.bucket_mb,
         rank=rank.rank,
         receivers=sending.receivers,
+        keep=sending.keep,
         device=assets.hardware.device,
     )
     tokenizer = _tokenizer(assets)

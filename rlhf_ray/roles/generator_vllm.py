@@ -59,6 +59,7 @@ class VLLMGenerator:
             )
         self.max_model_len = max_model_len
         self.pad_token_id = pad_token_id
+        self.transport = transport
         self._asleep = False
         self._needs_weights = False
         self._session = SyncSession("vllm generator")
@@ -246,9 +247,20 @@ class VLLMGenerator:
                 f"vllm generator: {len(self._open)} requests are open, and this vLLM does not tell which weights wrote "
                 "a token; collect or cancel them before a sync, or install vLLM 0.32"
             )
+        if self._session.state == "updating":
+            self._give_up()
         self._session.start()
         with self._failing():
             self._llm.start_weight_update()
+
+    def _give_up(self) -> None:
+        """End an update whose sender was lost: vLLM begins no other before, and holds half of it until the next."""
+        ending = vllm_engine.given_up(self.transport)
+        if ending is None:
+            raise self._session.fail(f"the sender of one by {self.transport} was lost, and vLLM waits for the rest")
+        with self._failing():
+            self._llm.update_weights({"update_info": ending})
+            self._llm.finish_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._session.receive(update_info)

@@ -37,14 +37,15 @@ class Makers:
     reference: Callable[[], Reference] | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, assets: Assets, transport: str) -> Makers:
-        """`transport`: how weights go from the learner to the generators; `auto` is none."""
+    def of(cls, config: RunConfig, assets: Assets, transport: str, *, keep: bool = False) -> Makers:
+        """`transport`: how weights go from the learner to the generators; `auto` is none. `keep`: what it sent last can
+        be sent again."""
         generator, rollout = config.generator, config.rollout
         use = GeneratorUse(transport, config.longest_sequence, shares_gpu=config.ray.colocate)
         course = Course(config.seed, config.steps)
         # While only the critic learns, the policy's learning rate waits.
         own_course = Course(config.seed, config.steps, config.critic.warmup_steps if config.uses_critic else 0)
-        sending = Sending(transport, config.sync.bucket_mb, generator.count * generator.tensor_parallel)
+        sending = Sending(transport, config.sync.bucket_mb, generator.count * generator.tensor_parallel, keep)
         return cls(
             generator=partial(factory.make_generator, generator, assets, use),
             reward=partial(factory.make_reward, config.judging, assets),

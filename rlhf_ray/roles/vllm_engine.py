@@ -77,6 +77,13 @@ def _device_settings(
     }
 
 
+def given_up(transport: str) -> dict[str, Any] | None:
+    """The update by which one ends whose sender was lost; None where that one cannot be ended."""
+    from rlhf_ray.sync.vllm_transfer import GIVEN_UP
+
+    return GIVEN_UP.get(transport)
+
+
 def start(settings: dict[str, Any], transport: str) -> Any:
     """A `vllm.LLM` whose engine runs in this process, and its workers too unless tensor_parallel_size is above 1.
 

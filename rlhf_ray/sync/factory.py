@@ -24,6 +24,7 @@ def make_sender(
     address: str | None = None,
     directory: Path | None = None,
     device: torch.device | str = "cuda",
+    keep: bool = False,
 ) -> WeightSender:
     """The learner's sender; every learner rank makes one.
 
@@ -34,13 +35,14 @@ def make_sender(
         address: learner rank 0 as the generators reach it, for nccl; found out if None.
         directory: where shared-memory files go; /dev/shm if None.
         device: the learner's GPU, for nccl and cuda_ipc.
+        keep: whether what was sent last can be sent again (shared_memory).
     Raises ConfigError for an unknown transport.
     """
     capacity = bucket_bytes(bucket_mb)
     if transport == "in_process":
         return InProcessSender(capacity=capacity, rank=rank)
     if transport == "shared_memory":
-        return SharedMemorySender(capacity=capacity, rank=rank, directory=directory)
+        return SharedMemorySender(capacity=capacity, rank=rank, directory=directory, keep=keep)
     if transport in ("nccl", "cuda_ipc"):
         return CudaSender(transport, capacity=capacity, rank=rank, receivers=receivers, address=address, device=device)
     raise ConfigError(f"sync.transport={transport!r} is unknown; choose one of {', '.join(TRANSPORTS)}")

@@ -38,7 +38,9 @@ class SyncSession:
         self._complete: bool | None = None  # None: this transport does not number its buckets
 
     def start(self) -> None:
-        self.require_whole("start a weight update")
+        """Begin an update, also in the place of one that its sender was lost with: a whole one replaces all of it."""
+        if self.state == "broken":
+            self.require_whole("start a weight update")
         self.state = "updating"
         self._names, self._next_index, self._complete = set(), 0, None
 

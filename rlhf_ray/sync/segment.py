@@ -32,9 +32,14 @@ def default_directory() -> Path:
 
 
 class Segment:
-    """A shared buffer that this process owns: `flat` is its [N] uint8 view, `path` what others open."""
+    """A shared buffer that this process owns: `flat` is its [N] uint8 view, `path` what others open.
 
-    def __init__(self, nbytes: int, directory: Path) -> None:
+    Args:
+        nameless: where the system can open files of other processes, it has no name (a process that is killed leaves
+            nothing behind), and can be opened as long as this process holds it; elsewhere as long as it has its name.
+    """
+
+    def __init__(self, nbytes: int, directory: Path, *, nameless: bool = False) -> None:
         self.nbytes = nbytes
         handle, name = tempfile.mkstemp(prefix=f"{PREFIX}{os.getpid()}-", dir=directory)
         self.path = Path(name)
@@ -49,8 +54,12 @@ class Segment:
             raise SyncError(
                 f"weight sync: cannot reserve {nbytes / 2**20:.0f} MiB in {directory} ({error.strerror}; "
                 f"{free_bytes(directory) / 2**20:.0f} MiB free); make it larger (docker --shm-size, a memory "
-                "emptyDir on /dev/shm in Kubernetes), lower sync.bucket_mb, or use another sync.transport"
+                "emptyDir on /dev/shm in Kubernetes), lower sync.bucket_mb, set ray.restarts=0 (no copy of the weights "
+                "is kept for generators that take the place of a lost one), or use another sync.transport"
             ) from error
+        if nameless and Path("/proc/self/fd").is_dir():
+            self.path.unlink()
+            self.path = Path(f"/proc/{os.getpid()}/fd/{handle}")
 
     def close(self) -> None:
         """Unlink the file. Processes that have mapped it, this one too, keep their mapping."""
@@ -63,18 +72,33 @@ class AttachedSegments:
     KEEP = 4
 
     def __init__(self) -> None:
-        self._open: dict[str, Tensor] = {}
+        self._open: dict[str, tuple[_Identity, Tensor]] = {}
 
     def flat(self, path: str, nbytes: int) -> Tensor:
         """[N >= nbytes] uint8 view of the file. Raises SyncError if it is not there or too short."""
-        flat = self._open.pop(path, None)
-        self._open[path] = flat = attach(path, nbytes) if flat is None else flat
+        there, (known, flat) = _identity(path), self._open.pop(path, (None, None))
+        if flat is None or there not in (None, known):  # another file has taken the path of the one before
+            flat = attach(path, nbytes)
+            there = _identity(path)
+        self._open[path] = there or known, flat
         while len(self._open) > self.KEEP:
             del self._open[next(iter(self._open))]
         return flat
 
     def close(self) -> None:
         self._open.clear()
+
+
+_Identity = tuple[int, int] | None
+
+
+def _identity(path: str) -> _Identity:
+    """Of the file that is there now; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def attach(path: str, nbytes: int) -> Tensor:

@@ -61,6 +61,7 @@ class InProcessUpdate(WeightTransferUpdateInfo):
     tensors: list[Tensor]
     index: int
     last: bool
+    given_up: bool = False
 
 
 @dataclass
@@ -73,15 +74,28 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
     segment: str
     index: int
     last: bool
+    given_up: bool = False
+
+
+# The update whose sender was lost ends with this message, by transport; what it leaves is replaced by the next one.
+GIVEN_UP: dict[str, dict[str, Any]] = {
+    "in_process": {"names": [], "tensors": [], "index": 0, "last": True, "given_up": True},
+    "shared_memory": {
+        "names": [], "dtype_names": [], "shapes": [], "offsets": [], "nbytes": 0, "segment": "", "index": 0,
+        "last": True, "given_up": True,
+    },
+}  # fmt: skip
 
 
 class CheckpointEngine(WeightTransferEngine):
-    """Loads Hugging Face names through vLLM's layer-wise reload, and refuses to finish with a hole."""
+    """Loads Hugging Face names through vLLM's layer-wise reload, and refuses to finish with a hole, unless the update
+    was given up."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._expected = {name for name, _ in self.model.named_parameters()}
         self._loaded: set[str] = set()
+        self._given_up = False
 
     def init_transfer_engine(self, init_info: Any) -> None:
         pass
@@ -91,7 +105,7 @@ class CheckpointEngine(WeightTransferEngine):
         # between these two calls of the reload module.
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._loaded = set()
+        self._loaded, self._given_up = set(), False
         initialize_layerwise_reload(self.model)
 
     def load(self, pairs: Iterable[NamedTensor]) -> None:
@@ -103,13 +117,18 @@ class CheckpointEngine(WeightTransferEngine):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         missing = sorted(self._expected - self._loaded)
-        if missing:
+        if missing and not self._given_up:
             # vLLM would log a line and keep the old values.
             raise RuntimeError(f"{len(missing)} parameters were not sent, among them {missing[:3]}")
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
+        self._given_up = update_info.given_up
+        if not self._given_up:
+            self.load(self.pairs(update_info))
+
+    def pairs(self, update_info: Any) -> Iterable[NamedTensor]:
         raise NotImplementedError
 
     def shutdown(self) -> None:
@@ -125,8 +144,8 @@ class InProcessEngine(CheckpointEngine):
     init_info_cls = InProcessInit
     update_info_cls = InProcessUpdate
 
-    def receive_weights(self, update_info: InProcessUpdate) -> None:
-        self.load(zip(update_info.names, update_info.tensors, strict=True))
+    def pairs(self, update_info: InProcessUpdate) -> Iterable[NamedTensor]:
+        return zip(update_info.names, update_info.tensors, strict=True)
 
 
 class SharedMemoryEngine(CheckpointEngine):
@@ -140,12 +159,12 @@ class SharedMemoryEngine(CheckpointEngine):
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         check_same_memory(init_info.probe, init_info.nonce)
 
-    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+    def pairs(self, update_info: SharedMemoryUpdate) -> Iterable[NamedTensor]:
         shared = self._segments.flat(update_info.segment, update_info.nbytes)[: update_info.nbytes]
         # vLLM keeps references until a layer is complete, which may be buckets later; by then the sender has
         # filled the segment anew.
         own = shared.clone() if self.device.type == "cpu" else shared.to(self.device)
-        self.load(read(own, update_info.names, update_info.dtype_names, update_info.shapes, update_info.offsets))
+        return read(own, update_info.names, update_info.dtype_names, update_info.shapes, update_info.offsets)
 
     def shutdown(self) -> None:
         self._segments.close()

@@ -14,7 +14,7 @@ import torch
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.remote.calls import Call, Worker
 from rlhf_ray.remote.health import State
-from rlhf_ray.remote.hosts import GeneratorHost, RoleHost
+from rlhf_ray.remote.hosts import GeneratorHost, LearnerHost, RoleHost
 from rlhf_ray.roles.serving import WholeGroups
 
 DRIVER = "driver"
@@ -47,7 +47,7 @@ class InProcess:
         self.workers: list[Worker] = []
 
     def hire(self, name: str, role: Any) -> Worker:
-        kind = GeneratorHost if name.startswith("generator") else RoleHost
+        kind = {"generator": GeneratorHost, "learner": LearnerHost}.get(name.split()[0], RoleHost)
         host = kind.__new__(kind)  # without the socket and the folder of an actor's process
         host.name, host.role = name, role
         if isinstance(host, GeneratorHost):
@@ -87,14 +87,26 @@ class InProcess:
 
 
 class Actor:
+    """Pickles as a handle: whoever unpickles it has the same actor."""
+
+    handles: dict[int, Actor] = {}
+
     def __init__(self, world: InProcess, host: RoleHost) -> None:
         self.world, self.host = world, host
+        self.handles[id(self)] = self
         # Slices are cut beside the work, as in the actors.
         self.pools = {True: ThreadPoolExecutor(1), False: ThreadPoolExecutor(1)}
         world.ends += self.pools.values()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _actor, (id(self),)
+
     def __getattr__(self, method: str) -> Method:
         return Method(self, method, {"write": 2, "compute": 2}.get(method, 1))
+
+
+def _actor(handle: int) -> Actor:
+    return Actor.handles[handle]
 
 
 class Method:

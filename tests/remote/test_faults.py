@@ -107,7 +107,10 @@ def test_lost_generators_rewards_and_references_change_no_bit_of_the_result(
     assert Counter(event["worker"] for event in lost) == Counter(victim for _, victim in STRIKES.values())
     assert all(f"{event['worker']} (node " in event["reason"] and event["reason"] in said for event in lost)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and sum(row["fault/restarts"] for row in rows) == len(STRIKES)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    # Nobody waits for a successor that the others can do without: the run may end before it is there.
+    restarted = [event["worker"] for event in events if event["event"] == "worker_restarted"]
+    assert 0 < sum(row["fault/restarts"] for row in rows) <= len(restarted) <= len(STRIKES)
     require_no_actors()
 
 

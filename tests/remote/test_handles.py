@@ -15,6 +15,7 @@ from rlhf_ray.errors import ConfigError, DataError, DeadlineError, RequestError,
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.remote.batch import RemoteBatch
 from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.crew import GoneError
 from rlhf_ray.remote.handles import RemoteGenerators
 from rlhf_ray.remote.health import State
@@ -204,45 +205,113 @@ def test_two_callers_do_not_get_each_others_answers(world):
 
 class Versioned(Engine):
     version = 0
+    says: list[list[float]] = []
+
+    def logprobs(self, tokens) -> list[list[float]]:
+        return self.says
 
 
 class Pusher:
-    """A learner's side of the weight sync: the engines hear of the version alone."""
+    """A learner that holds a version, and a sender that sends no more than that."""
 
-    def __init__(self) -> None:
-        self.version = 0
+    def __init__(self, generators: RemoteGenerators) -> None:
+        self.version, self.sender, self.turn = 0, self, threading.Lock()
+        self.generators = GeneratorsClient(generators.generators, workers_each=1, deadline=SOON)
         self.sent: list[tuple[int, list[str]]] = []
-
-    def connect(self, generators) -> None:
-        self.generators = generators.generators
 
     def push_weights(self, version: int) -> None:
         self.version = version
-        self.sent.append((version, [worker.name for worker in self.generators]))
-        for worker in self.generators:
-            worker.actor.host.role.version = version
+        self.send_again(self.generators)
+
+    def send_again(self, client: GeneratorsClient) -> bool:
+        self.sent.append((self.version, [worker.name for worker in client.generators]))
+        for worker in client.generators:
+            worker.actor.host.role.version = self.version
+        return self.version > 0
 
 
-def test_a_successor_gets_the_weights_that_were_pushed_last(world, monkeypatch):
-    """Lost between a step's weight sync and its first request."""
-    stale = []
-    monkeypatch.setattr(world, "state", lambda worker: State.STALE if worker.name in stale else State.HEALTHY)
-    monkeypatch.setattr(world, "synced", lambda worker: stale.remove(worker.name), raising=False)
+def test_the_sleep_of_one_that_is_not_there_is_nobodys_business(with_successor):
+    """All are lost, and nothing has been sent that could be sent again: the first sync must not wait for them."""
+    found, generators = with_successor, with_successor.generators
+    found.stale += ["generator 0", "generator 1"]
+    generators.wake()
+    generators.sleep()
+    assert not generators.successors.sync(generators.generators[0]), "before the first sync there is nothing to have"
+    found.learner.version = 1
+    assert [one.worker.name for one in generators.replicas] == ["generator 0"]
+
+
+@pytest.fixture
+def with_successor(world, monkeypatch):
+    """Two generators and the learner that sends them their weights; names in `stale` are of those that have none."""
+    found = SimpleNamespace(stale=[], engines=[Versioned(), Versioned()], lost=[])
+    monkeypatch.setattr(world, "state", lambda worker: State.STALE if worker.name in found.stale else State.HEALTHY)
+    monkeypatch.setattr(world, "synced", lambda worker: found.stale.remove(worker.name), raising=False)
     monkeypatch.setattr(world, "check", lambda calls=(): None, raising=False)
-    engines, learner = [Versioned(), Versioned()], Pusher()
-    generators = opened(world, engines)
-    generators.learner = learner
-    learner.connect(generators)
-    learner.push_weights(1)
+    found.generators = opened(world, found.engines)
+    found.learner = Pusher(found.generators)
+    found.generators.successors.learner = world.hire("learner rank 0", found.learner)
+    world.choose = lambda calls: calls - 1  # the sending of weights, where there is one
+    return found
+
+
+def test_a_successor_gets_the_weights_that_were_pushed_last(with_successor):
+    """Lost between a step's weight sync and its first request."""
+    found, generators = with_successor, with_successor.generators
+    found.learner.push_weights(1)
     generators.generate(requests_of(2), SAMPLING)
-    learner.push_weights(2)
-    engines[1].version = 0
-    stale.append("generator 1")
+    found.learner.push_weights(2)
+    found.engines[1].version = 0
+    found.stale.append("generator 1")
     generators.generate(requests_of(2), SAMPLING)
-    assert [engine.version for engine in engines] == [2, 2] and generators.version == 2
+    assert [engine.version for engine in found.engines] == [2, 2] and generators.version == 2
     both = ["generator 0", "generator 1"]
-    assert learner.sent == [(1, both), (2, both), (2, ["generator 1"])]
-    assert [worker.name for worker in learner.generators] == both, "the next push goes to all again"
+    assert found.learner.sent == [(1, both), (2, both), (2, ["generator 1"])]
+    assert [worker.name for worker in found.learner.generators.generators] == both, "the next push goes to all again"
+
+
+def test_the_others_write_on_while_one_is_sent_the_weights(with_successor, world):
+    found, generators = with_successor, with_successor.generators
+    found.stale.append("generator 1")
+    world.choose = lambda calls: 0
+    with found.learner.turn:  # the learner pushes to others
+        assert answers_count(generators, 3) == 6
+    assert found.engines[1].submitted == [] and found.engines[0].submitted == [[0, 1, 2, 3, 4, 5]]
+
+
+def answers_count(generators, groups) -> int:
+    return len(generators.generate(requests_of(groups), SAMPLING))
+
+
+def test_a_successor_that_answers_otherwise_gets_no_work(with_successor, world, monkeypatch):
+    """The canary has asked the other one; the same tokens are nats apart here."""
+    found, generators = with_successor, with_successor.generators
+    found.learner.push_weights(3)
+    found.engines[0].says, found.engines[1].says = [[0.0, -1.5]], [[0.0, -1.25]]
+    assert generators.replicas[0].logprobs([[1, 2]]) == [[0.0, -1.5]]
+    found.stale.append("generator 1")
+
+    def report(call, error):
+        found.lost.append(str(error))
+        found.stale.clear()
+        monkeypatch.setattr(world, "state", lambda w: State.DEAD if w.name == "generator 1" else State.HEALTHY)
+
+    monkeypatch.setattr(world, "supervisor", SimpleNamespace(report=report), raising=False)
+    assert answers_count(generators, 3) == 6 and found.engines[1].submitted == []
+    [reason] = found.lost
+    assert "generator 1" in reason and "holds version 3" in reason and "differ by 0.25 nats" in reason
+    assert [replica.worker.name for replica in generators.replicas] == ["generator 0"]
+
+
+@pytest.mark.parametrize(("version", "says"), [(4, [[0.0, -1.25]]), (3, [[0.0, -1.5004]])], ids=["newer", "rounding"])
+def test_a_successor_with_newer_weights_or_other_rounding_is_taken(with_successor, version, says):
+    found, generators = with_successor, with_successor.generators
+    found.learner.push_weights(3)
+    found.engines[0].says, found.engines[1].says = [[0.0, -1.5]], says
+    generators.replicas[0].logprobs([[1, 2]])
+    found.learner.version = version
+    found.stale.append("generator 1")
+    assert generators.successors.sync(generators.generators[1]) and not found.stale
 
 
 @pytest.fixture

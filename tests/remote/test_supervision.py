@@ -18,6 +18,7 @@ from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.errors import DeadlineError, ForeignError, RlhfRayError, WorkerError
 from rlhf_ray.remote import calls, crew
 from rlhf_ray.remote.calls import Deadline
+from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.failures import LostError, reported
 from rlhf_ray.remote.health import Limits
@@ -75,6 +76,11 @@ class Toy(Host):
         while os.getpid() == pid:
             time.sleep(0.1)
         return os.getpid(), self.knows
+
+    @reported
+    def start_weight_update(self):
+        while self.knows == "nothing":
+            time.sleep(0.1)
 
     @reported
     def fail_after_a_peers_death(self, pid):
@@ -301,6 +307,31 @@ def test_a_call_that_is_late_gets_one_more_try_in_another_process(hire):
     with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 2 s"):
         team.result(call(team, 0, Toy.wait, 60, seconds=2))
     assert [kind for kind in kinds(told)[3:] if kind != "call_slow"] == ["worker_lost", "worker_restarted"]
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_who_does_not_follow_a_weight_update_is_left_out_where_another_takes_its_place(hire, replaced):
+    """It would hold half of the weights, and might answer again: it is ended."""
+    team = hire(2)
+    for rank, knows in enumerate(("nothing", "all")):
+        team.result(call(team, rank, Toy.learn, knows))
+    client = GeneratorsClient(
+        team.workers, workers_each=1, deadline=Deadline(3, "sync.deadline_s"), replaced=replaced
+    )  # fmt: skip
+    late, other = team.workers
+    if not replaced:
+        with pytest.raises(DeadlineError, match="start_weight_update of learner rank 0 .* sync.deadline_s"):
+            client.start_weight_update()
+        assert client.generators == [late, other] and not gone(late.pid)
+        return
+    client.start_weight_update()
+    assert client.generators == [other]
+    while not gone(late.pid):  # the test's time limit ends it
+        time.sleep(0.1)
+    client.start_weight_update()
+    client.join(team.workers[1])
+    assert client.generators == [other], "a seat is one of them once"
+    assert client.only(late).generators == [late] and client.only(late).replaced
 
 
 def test_a_seat_that_kills_everybody_ends_the_run(hire):

@@ -62,8 +62,8 @@ def require_lines_of_the_start(output: str) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
 def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch, capsys, strikes):
-    """The run starts its own Ray, learns something, and the generator follows each update to 1e-4. One that is killed
-    while it writes is replaced by another, which is sent the weights of both ranks."""
+    """The run starts its own Ray, learns something, and the generator follows each update to 1e-4. Both are killed
+    while they write, so that it waits for the first that takes a place, and is sent the weights of both ranks."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "compiled" / name))
@@ -79,14 +79,14 @@ def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch, capsys, str
     waiting = environments_of_workers(monkeypatch, "GOMP_SPINCOUNT")
     # At most 2 calls evaluate, and 4 are the first step's; at least 2 are any other's: the weights are no longer those
     # that it loads.
-    struck = strikes({("generator 1", "write"): (7, "generator 1")})
+    struck = strikes({(name, "write"): (7, name) for name in ("generator 0", "generator 1")})
     summary = run_rl(config, tmp_path / "run")
     require_lines_of_the_start(capsys.readouterr().out)
     assert len(waiting) >= 5, "two generators, two ranks, the reference, the reward"
     assert set(waiting.values()) == {"1000"}, f"a busy neighbour would cost more than its share: {waiting}"
     steps = metrics_of(tmp_path / "run")
     assert summary["status"] == "finished" and len(steps) == STEPS
-    assert struck and sum(step["fault/restarts"] for step in steps) == 1
+    assert len(struck) == 2 and 1 <= sum(step["fault/restarts"] for step in steps) <= 2
     for step in steps:
         assert step["sync/canary_absdiff"] < 1e-4
         assert step["mismatch/absdiff_max"] < 1e-4, "what it says it sampled with is what the learner computes"

@@ -401,6 +401,26 @@ def test_sleep_does_nothing_on_cpu(case):
     case.generator.wake()
 
 
+def test_an_update_whose_sender_was_lost_is_begun_again(case):
+    """vLLM has taken half of it: some layers are whole, one has some of its tensors, others none."""
+    count = len(list(plain_state(case.model)))
+    for place in (1, count // 2, count - 1):
+        perturb(case.model, place)
+
+        def cut(place=place):
+            for index, (name, tensor) in enumerate(plain_state(case.model)):
+                if index == place:
+                    raise RuntimeError("learner died")
+                yield name, torch.full_like(tensor, 7.0)
+
+        with pytest.raises(SyncError, match="learner died"):
+            case.sender.send(cut, case.generator, 99)
+        case.sync(case.model)
+        assert case.generator.version == case.version
+        rows = [[2, 5, 3, 8], [4, 4]]
+        assert largest_difference(case.generator.logprobs(rows), hf_logprobs(case.model, rows)) < 1e-4
+
+
 def test_update_cut_half_way_or_with_a_hole(case):
     """The last test of each engine: it breaks it."""
     names = [name for name, _ in plain_state(case.model)]

@@ -83,3 +83,16 @@ def test_calls_out_of_order():
     session.receive(bucket(0, True, "a"))
     with pytest.raises(SyncError, match="not a number"):
         session.finish("new")
+
+
+def test_an_update_whose_sender_was_lost_is_begun_again():
+    session = SyncSession("g")
+    session.start()
+    session.receive(bucket(0, False, "a"))
+    run(session, "1", bucket(0, False, "a"), bucket(1, True, "b"))
+    assert session.version == 1 and session.state == "ready"
+    session.start()
+    session.receive(bucket(0, False, "a"))
+    session.start()
+    with pytest.raises(SyncError, match="bucket 1 arrived where bucket 0 was due"):
+        session.receive(bucket(1, True, "b"))  # the rest of the one before

@@ -205,3 +205,75 @@ def test_short_segment_is_found(tmp_path):
     short.write_bytes(b"\0" * 64)
     with pytest.raises(SyncError, match="holds 64 bytes where 128 were announced"):
         attach(str(short), 128)
+
+
+def kept_sender(folder):
+    """Two buckets of tied(): embed and body.weight, then body.bias."""
+    return make_sender("shared_memory", bucket_mb=128 / 2**20, directory=folder, keep=True)
+
+
+def same(receiver, module) -> bool:
+    held = receiver._targets
+    return all(torch.equal(held[name], value) for name, value in module.state_dict().items())
+
+
+def test_what_was_sent_last_is_sent_again_to_one_that_missed_it(tmp_path, make_tied):
+    sender, first = kept_sender(tmp_path), HFReceiver(make_tied(0))
+    for version in (1, 2):
+        assert sender.send(lambda v=version: plain_state(make_tied(v)), first, version).buckets > 1
+        late = HFReceiver(make_tied(0))
+        assert sender.send_again(late)
+        assert late.version == version and same(late, make_tied(version))
+    # The next goes to the one that it always went to, and again to any other.
+    sender.send(lambda: plain_state(make_tied(3)), first, 3)
+    assert same(first, make_tied(3)) and first.version == 3 and late.version == 2
+    sender.send_again(late)
+    assert same(late, make_tied(3)) and late.version == 3
+    sender.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there files without a name can be opened")
+def test_what_is_kept_has_no_name(tmp_path, make_tied):
+    sender = kept_sender(tmp_path)
+    sender.send(lambda: plain_state(make_tied(1)), HFReceiver(make_tied(0)), 1)
+    assert not list(tmp_path.iterdir())
+    sender.close()
+
+
+def test_before_the_first_sync_there_is_nothing_to_send_again(tmp_path, make_tied, recorder):
+    sender = kept_sender(tmp_path)
+    assert not sender.send_again(recorder)
+    recorder.fail_at = 0
+    with pytest.raises(SyncError, match="cable pulled"):
+        sender.send(lambda: plain_state(make_tied(1)), recorder, 1)
+    recorder.calls.clear()
+    assert not sender.send_again(recorder) and recorder.order == [], "half of an update is none"
+    sender.close()
+
+
+def test_weights_that_are_sent_again_are_of_one_version(tmp_path, make_tied):
+    """Whoever sends them again holds the sender's turn: an update of all waits for it."""
+    sender, receiver = kept_sender(tmp_path), HFReceiver(make_tied(0))
+    sender.send(lambda: plain_state(make_tied(1)), receiver, 1)
+    with sender.turn:
+        push = threading.Thread(target=lambda: sender.send(lambda: plain_state(make_tied(2)), receiver, 2))
+        push.start()
+        push.join(0.1)
+        late = HFReceiver(make_tied(0))
+        sender.send_again(late)
+        assert late.version == 1 and same(late, make_tied(1)) and receiver.version == 1
+    push.join(20)
+    assert receiver.version == 2
+    sender.close()
+
+
+def test_another_file_at_the_path_of_a_known_one_is_mapped_anew(tmp_path):
+    """Paths of nameless files are used again: the number of a closed one is given to the next."""
+    attached = AttachedSegments()
+    path = tmp_path / "segment"
+    for byte in (1, 2):
+        path.unlink(missing_ok=True)
+        path.write_bytes(bytes([byte]) * 64)
+        assert attached.flat(str(path), 64)[0] == byte
+    path.unlink()
+    assert attached.flat(str(path), 64)[0] == 2, "one that has lost its name is known still"
