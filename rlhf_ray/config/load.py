@@ -309,7 +309,7 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
         if isinstance(item["input"], dict) and not is_typo:
             if (known := hints_in(dotted, item["input"], schema)) is not None:
                 return f"{dotted}: unknown key; {known}"
-        elif (known := hint_for(str(item["loc"][-1]), schema)) is not None:
+        elif (known := hint_for(dotted, schema)) is not None:
             return f"{dotted}: unknown key; here it is {known}"
         near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
         prefix = dotted.rpartition(".")[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config.algorithm import PASSES, AlgorithmConfig, passes_of
 from rlhf_ray.config.data import SFTDataConfig
@@ -176,6 +177,15 @@ class ReferenceConfig(Section):
 
 class JudgesConfig(Section):
     """The workers that compute `rewards`, `reward_model` and `safety`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_functions(cls, given: Any) -> Any:
+        if isinstance(given, str | list):
+            raise PydanticCustomError(
+                "workers_expected", "says how many workers judge; the functions that they call are listed in `rewards`"
+            )
+        return given
 
     count: int = Field(
         1, gt=0, le=MOST_WORKERS, description="replicas, each with all that judges; a step's answers go to them in "

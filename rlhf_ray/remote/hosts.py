@@ -20,7 +20,7 @@ from rlhf_ray.remote.calls import Worker
 from rlhf_ray.remote.failures import reported, reporting
 from rlhf_ray.remote.host import Host
 from rlhf_ray.remote.packed import Packed, Ragged, pack
-from rlhf_ray.remote.slices import Delivery, cut, received
+from rlhf_ray.remote.slices import COLUMN, Delivery, cut, received
 from rlhf_ray.roles.batch import Batch, Rows, batch_of
 from rlhf_ray.roles.division import RankBatch
 from rlhf_ray.roles.protocols import Engine, Estimate, Generator, Sampling
@@ -28,7 +28,6 @@ from rlhf_ray.roles.requests import Requests
 from rlhf_ray.roles.serving import WholeGroups
 
 BATCH = "<the batch>"  # stands in for it among the arguments of a call
-COLUMN = "column"  # a column that is a call's only result
 
 
 @dataclass(frozen=True)

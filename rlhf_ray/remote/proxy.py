@@ -26,9 +26,9 @@ import torch
 from rlhf_ray.remote.batch import Part, RemoteBatch, RemoteColumn
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.crew import Group
-from rlhf_ray.remote.hosts import BATCH, COLUMN, Answer
+from rlhf_ray.remote.hosts import BATCH, Answer
 from rlhf_ray.remote.replicas import Replica, Replicas
-from rlhf_ray.remote.slices import Sender
+from rlhf_ray.remote.slices import COLUMN, Sender
 from rlhf_ray.roles.division import Division, RankPart
 from rlhf_ray.roles.protocols import Divided, Estimate
 

@@ -6,6 +6,7 @@ rank, the reward), as one Ray object. The driver decides which rows go where and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from rlhf_ray.remote.crew import Crew
+
+
+COLUMN = "column"  # a column that is a call's only result
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,22 @@ class Sender:
             column = batch.values.get(name)
             if isinstance(column, RemoteColumn):
                 columns.setdefault(id(column.parts), (column.parts, {}))[1][column.key] = name
-        others = [cut for parts, names in columns.values() for cut in self._cut(parts, names, place)]
-        self.crew.results([refs for _, refs in [*tokens, *others] if isinstance(refs, Call)])
+        # A column may be read more than once. Its parts, which are the key, are kept as long as what was cut of them.
+        read = batch.sent.setdefault(f"{self.name}: columns", {})
+        keys = [(id(parts), tuple(names.items())) for parts, names in columns.values()]
+        cuts = {
+            key: self._cut(parts, names, place)
+            for key, (parts, names) in zip(keys, columns.values(), strict=True)
+            if key not in read
+        }
+        started = [*tokens, *itertools.chain.from_iterable(cuts.values())]
+        self.crew.results([refs for _, refs in started if isinstance(refs, Call)])
         new = [_pieces(*cut) for cut in tokens]
         known += new
-        return [*found, *new, *(_pieces(*cut) for cut in others)]
+        for key, (parts, _) in zip(keys, columns.values(), strict=True):
+            if key in cuts:
+                read[key] = (parts, [_pieces(*cut) for cut in cuts[key]])
+        return [*found, *new, *(pieces for key in keys for pieces in read[key][1])]
 
     def _cut(
         self, parts: Sequence[Part], names: Mapping[str, str], place: np.ndarray
@@ -152,6 +167,8 @@ class Sender:
         if self._own(parts, place):  # they computed it themselves: it does not move
             mine = [Incoming(names, place[i][part.rows]) for i, part in enumerate(parts)]
             return [(mine, [part.ref for part in parts])]
+        if len(place) == 1 and tuple(names) == (COLUMN,):  # one consumer takes what each of them holds whole
+            return [([Incoming(names, place[0][part.rows])], [part.ref]) for part in parts]
         by_worker: dict[str, list[Part]] = {}
         for part in parts:
             by_worker.setdefault(part.worker.name, []).append(part)

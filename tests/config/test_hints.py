@@ -59,6 +59,20 @@ def test_whoever_writes_a_foreign_name_is_told_ours(tmp_path, tiny_tree):
     assert "learner.lrr: unknown key; did you mean learner.lr?" in text
 
 
+@pytest.mark.parametrize(("override", "told"), [
+    ("reward.function=math", "reward.function: unknown key; here it is rewards"),
+    ("reward.path=x", "reward.path: unknown key; here it is reward_model.path"),
+    ("reward=math", "reward: says how many workers judge; the functions that they call are listed in `rewards`"),
+    ("reward=[{function: math}]", "reward: says how many workers judge; the functions"),
+])  # fmt: skip
+def test_whoever_takes_the_workers_that_judge_for_what_judges_is_told_better(tmp_path, tiny_tree, override, told):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree))
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, [override])
+    assert f"  - {told}" in str(refused.value)
+
+
 def test_a_hint_for_a_command_names_one_that_is_there():
     from rlhf_ray.cli import app
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.remote.calls import Worker
 from rlhf_ray.remote.crew import Group
 from rlhf_ray.remote.proxy import proxy
 from rlhf_ray.remote.replicas import Replicas
@@ -114,3 +115,28 @@ def test_arguments_by_name_arrive(world, alone):
     assert role.told(second=20, third=30, first=10, fourth=40) == [10, 20, 30, 40]
     batch = generators_of(world).generate(requests_of(2), SAMPLING)
     assert role.seen(batch, width=7) == role.seen(width=7, batch=batch) == [8, 7]
+
+
+@pytest.mark.parametrize(("ranks", "cuts"), [(1, 0), (2, 2)])
+def test_what_references_computed_is_cut_once_for_ranks_and_not_at_all_for_one(world, monkeypatch, ranks, cuts):
+    """However often a learner reads it: for the KL in the reward, and for what it measures."""
+    asked, cut = [], Worker.cut
+
+    def counted(worker, *given, **more):
+        asked.append(worker.name)
+        return cut(worker, *given, **more)
+
+    monkeypatch.setattr(Worker, "cut", counted)
+    batch = generators_of(world).generate(requests_of(), SAMPLING)
+    shared = replicas_of(world, Reference, "reference", [reference(), reference()], divides=True)
+    batch = batch.replace(logp_ref=shared.logprobs(batch), advantages=torch.ones(len(batch)))
+    keepers = [Keeper() for _ in range(ranks)]
+    for keeper in keepers:
+        keeper.division = Division(1, 24, seed=0, ranks=ranks)
+    learner = hired(world, Learner, "learner", keepers, divides=True)
+    for _ in range(2):
+        learner.learn(batch)
+    assert len([name for name in asked if name.startswith("reference")]) == cuts
+    assert all(keeper.batch.logp_ref.count_nonzero() for keeper in keepers)
+    learner.learn(batch.replace(logp_ref=shared.logprobs(batch)))
+    assert len([name for name in asked if name.startswith("reference")]) == 2 * cuts, "another column"
