@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -38,30 +37,29 @@ exit "$(cat status)"
 def slurm(simulated_hosts):
     if problem := toy_slurm.why_not():
         pytest.skip(problem)
-    with toy_slurm.running(simulated_hosts(2), cpus=2) as running:
+    folder = Path(f"/tmp/rlhf-ray-{toy_slurm.FIRST_JOB}")  # where the script puts Ray's files: each host its own
+    with toy_slurm.running(simulated_hosts(2, own=[str(folder)]), cpus=2) as running:
         yield running
+    folder.rmdir()
 
 
 @pytest.fixture
-def submit(slurm, tmp_path) -> Iterator[Callable[..., str]]:
+def submit(slurm, tmp_path) -> Callable[..., str]:
     """`submit("rl", "run.yaml", env=...)`: the script with these words, in a folder of its own; the job's number."""
-    script, jobs = ROOT / "cluster" / "slurm.sbatch", []
 
     def make(*words: str, env: Mapping[str, str]) -> str:
         command = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", f"--output={tmp_path}/job.out"]
-        jobs.append(slurm(*command, str(script), *words, env=env, cwd=tmp_path))
-        return jobs[-1]
+        return slurm(*command, str(ROOT / "cluster" / "slurm.sbatch"), *words, env=env, cwd=tmp_path)
 
-    yield make
-    for job in jobs:
-        shutil.rmtree(f"/tmp/rlhf-ray-{job}", ignore_errors=True)
+    return make
 
 
 def begins_again(slurm: toy_slurm.Slurm, job: str, times: int) -> None:
-    """Slurm would wait two minutes, in which a node might still be ending the job."""
+    """Slurm would wait two minutes. So long a node may refuse a job that it has ended, or not ended yet; it looks at
+    the second in which it has."""
     slurm.wait_for(f"Restarts={times}", "scontrol", "show", "job", job)
-    slurm.wait_for("JobState=PENDING", "scontrol", "show", "job", job)
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.wait_until_idle()
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
 
 def appears(file: Path) -> None:
@@ -69,6 +67,15 @@ def appears(file: Path) -> None:
     while not file.exists():
         assert time.monotonic() < until, f"no {file}; {told(file.parent)}"
         time.sleep(0.05)
+
+
+def asked(folder: Path, lines: int) -> list[str]:
+    """What the stand-ins were asked, once it is so many lines: nodes do not wait for one another."""
+    until = time.monotonic() + 60
+    while len(said := (folder / "asked").read_text().splitlines()) < lines:
+        assert time.monotonic() < until, f"{said}; {told(folder)}"
+        time.sleep(0.05)
+    return said
 
 
 def told(folder: Path) -> str:
@@ -80,10 +87,10 @@ def test_a_job_has_head_worker_and_run_and_begins_again_after_a_notice_or_a_faul
     path = commands(RAY.format(python=sys.executable), RUN_OF_STAND_INS)
     job = submit("rl", "run.yaml", "steps=7", env={"PATH": path, "REQUEUES": "2"})
     appears(tmp_path / "started")
-    head = f"10.91.0.1:{20000 + int(job)}"
-    asked = sorted((tmp_path / "asked").read_text().splitlines())
-    assert asked == [
-        f"h1: ray start --block --head --node-ip-address=10.91.0.1 --port={20000 + int(job)} --num-cpus=2 "
+    port = 20000 + int(job) % 10000
+    head = f"10.91.0.1:{port}"
+    assert sorted(asked(tmp_path, 3)) == [
+        f"h1: ray start --block --head --node-ip-address=10.91.0.1 --port={port} --num-cpus=2 "
         "--include-dashboard=false",
         f"h1: rlhf-ray rl run.yaml steps=7 executor=ray ray.address={head} --run-dir runs/rlhf-ray-{job} --resume auto",
         f"h2: ray start --block --address={head} --num-cpus=2",
@@ -91,7 +98,7 @@ def test_a_job_has_head_worker_and_run_and_begins_again_after_a_notice_or_a_faul
     (tmp_path / "started").unlink()
     slurm("scancel", "--batch", "--signal=USR1", job)
     begins_again(slurm, job, 1)
-    assert (tmp_path / "asked").read_text().splitlines()[3:] == ["noticed"]
+    assert asked(tmp_path, 4)[3] == "noticed"
     assert "rlhf-ray ended with status 130 after notice (requeue)" in told(tmp_path)
     # The same command again; something under it fails, and once more.
     appears(tmp_path / "started")
@@ -122,4 +129,3 @@ def test_the_lines_of_the_page(slurm, commands, tmp_path):
     shown = slurm.wait_for("JobState=FAILED", "scontrol", "show", "job", job)
     assert "ExitCode=130:0" in shown and "Restarts=1" in shown
     assert "rlhf-ray ended with status 130 after notice (end)" in (tmp_path / f"slurm-{job}.out").read_text()
-    shutil.rmtree(f"/tmp/rlhf-ray-{job}")

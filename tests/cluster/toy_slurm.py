@@ -14,6 +14,8 @@ from pathlib import Path
 from cluster.simulate import Host
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+# The number of the first job: another in each process that runs tests, for jobs have folders in /tmp.
+FIRST_JOB = os.getpid()
 # Where Debian puts what an administrator runs; a user's PATH may lack it.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 CONFIG = """ClusterName=toy
@@ -39,6 +41,7 @@ MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 MinJobAge=3600
+FirstJobId={job}
 SchedulerParameters=sched_interval=2
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -66,13 +69,21 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout.strip()
 
+    def wait_until_idle(self, seconds: float = 120.0) -> None:
+        """Every node is there and has nothing to do."""
+        until = time.monotonic() + seconds
+        ask = ["sinfo", "--noheader", "--format=%T"]  # a line for each state
+        while self.first.run(*ask, env=self.environment, capture_output=True).stdout != "idle\n":
+            assert time.monotonic() < until, self.logs()
+            time.sleep(0.2)
+
     def logs(self) -> str:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def wait_for(self, said: str, *command: str, seconds: float = 120.0) -> str:
-        """Ask until the answer holds `said`; returns it."""
+        """Ask until one line of the answer, or a word in it, is `said`; returns the answer."""
         until = time.monotonic() + seconds
-        while said not in (answer := self(*command)):
+        while said not in (answer := self(*command)).split():
             assert time.monotonic() < until, f"{command} says {answer!r}, not {said!r}\n{self.logs()}"
             time.sleep(0.2)
         return answer
@@ -87,7 +98,7 @@ def running(hosts: Sequence[Host], cpus: int) -> Iterator[Slurm]:
         slurm = Slurm(hosts, folder)
         nodes = "\n".join(NODE.format(name=host.name, address=host.address, cpus=cpus) for host in hosts)
         (folder / "slurm.conf").write_text(
-            CONFIG.format(first=hosts[0].name, address=hosts[0].address, folder=folder, nodes=nodes)
+            CONFIG.format(first=hosts[0].name, address=hosts[0].address, folder=folder, nodes=nodes, job=FIRST_JOB)
         )
         (folder / "gres.conf").write_text("".join(GPUS.format(name=host.name) for host in hosts))
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\nConstrainCores=no\nConstrainDevices=no\n")
@@ -112,8 +123,5 @@ def running(hosts: Sequence[Host], cpus: int) -> Iterator[Slurm]:
         start(hosts[0], "slurmctld", "-D")
         for host in hosts:
             start(host, "slurmd", "-D", "-N", host.name)
-        until = time.monotonic() + 60
-        while slurm.first.run("sinfo", "-h", "-o", "%T", env=slurm.environment, capture_output=True).stdout != "idle\n":
-            assert time.monotonic() < until, slurm.logs()
-            time.sleep(0.2)
+        slurm.wait_until_idle()
         yield slurm
