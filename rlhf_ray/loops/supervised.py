@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ class Trainer(Protocol):
     """What the loop asks; see `roles/supervised.py`."""
 
     devices: float  # accelerators that it occupies; on CPU, machines
+    rejoin: Callable[[], Mapping[str, float]]  # as in `roles.protocols.Roles`
 
     def step(self, rows: Sequence[int], lr: float) -> dict[str, float]: ...
     def evaluate(self, split: str, limit: int | None = None) -> SplitResult: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,12 @@ from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Placement, choose_transport, options_of, placed, plan_seats
 from rlhf_ray.remote.processes import Step
 from rlhf_ray.remote.proxy import proxy
+from rlhf_ray.remote.ranks import RankSteps, rank_steps
 from rlhf_ray.remote.replicas import Replicas
 from rlhf_ray.remote.store import RemoteStore
 from rlhf_ray.remote.supervisor import Tell, untold
 from rlhf_ray.roles.advantages import AdvantageEstimator
-from rlhf_ray.roles.factory import Assets, Rank
+from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.makers import Makers
 from rlhf_ray.roles.protocols import Critic, Generator, Learner, Reference, Reward, Roles
 from rlhf_ray.roles.reference import AdapterFreeReference
@@ -49,8 +50,6 @@ HOSTS: dict[str, type[RoleHost]] = {
 }
 # They give the same answer to the same call, whoever is asked: a lost one is replaced, and the call goes out again.
 STATELESS = ("reference", "reward")
-# What they hold is in the checkpoints alone. They go back to one together, so they are restarted together.
-LEARNING = ("learner", "critic")
 # The learner's own calls end by the sync's deadline; it needs a little longer to say which one did not.
 REPORT_S = 30.0
 
@@ -93,20 +92,22 @@ def open_remote_roles(
             connect = partial(_connect, crew, config, replaced)
             connect()
             receivers = [worker.name for worker in crew.named("generator") if replaced]
-            # On shared GPUs there is no room for a rank while a generator is awake.
+            # What they hold is in the checkpoints alone, to which all go back together: all are restarted together. On
+            # shared GPUs there is no room for a rank while a generator is awake.
             holders = [] if plan.shared else list(ranks)
             crew.built(_loads(crew, makers, lent) | {
                 name: [(GeneratorHost.build, (makers.generator,))] for name in receivers
             } | {name: ranks[name] for name in holders}, receivers, [holders] if holders else [], holders)  # fmt: skip
 
+            roles = _handles(crew, plan, config, bound)
+
             def rejoin() -> dict[str, float]:
                 seconds = crew.rejoin()
                 connect()
+                roles.generator.successors.proof = None  # versions that have been there come again, with other weights
                 return seconds
 
-            yield dataclasses.replace(
-                _handles(crew, plan, config, bound), rejoin=rejoin, **_devices(crew, plan, device)
-            )
+            yield dataclasses.replace(roles, rejoin=rejoin, **_devices(crew, plan, device))
             farewell = [(w, Host.shut_down) for w in crew.workers]
         finally:
             crew.dismiss(farewell)
@@ -120,28 +121,18 @@ def everywhere(assets: Assets) -> Assets:
     })  # fmt: skip
 
 
-def _rank_steps(
-    crew: Crew, makers: Makers, sft: SFTRows | None, workers: RayConfig
-) -> dict[str, Callable[[Mapping[str, Place]], list[Step]]]:  # fmt: skip
-    """What each rank that learns must do before it can take its seat, given where all of them are."""
+def _rank_steps(crew: Crew, makers: Makers, sft: SFTRows | None, workers: RayConfig) -> dict[str, RankSteps]:
+    """What each rank that learns must do before it can take its seat."""
     rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
-
-    def steps(role: str, number: int, names: Sequence[str], places: Mapping[str, Place]) -> list[Step]:
-        first = places[names[0]]
-        rank = Rank(number, len(names), first.node, first.port, workers.call_deadline_s)
-        more = [rows] if role == "learner" else []
-        return [(HOSTS[role].build, (getattr(makers, role), *more, rank))]
-
-    found = {}
-    for role in LEARNING:
-        names = [worker.name for worker in crew.named(role)]
-        found |= {name: partial(steps, role, number, names) for number, name in enumerate(names)}
-    return found
+    learner = rank_steps(
+        crew.named("learner"), LearnerHost.build, [makers.learner, rows], workers.call_deadline_s
+    )  # fmt: skip
+    return learner | rank_steps(crew.named("critic"), CriticHost.build, [makers.critic], workers.call_deadline_s)
 
 
 def _build(
     crew: Crew, plan: Placement, makers: Makers, engines: Mapping[str, str], workers: RayConfig,
-    ranks: Mapping[str, Callable[[Mapping[str, Place]], list[Step]]], note: Note,
+    ranks: Mapping[str, RankSteps], note: Note,
 ) -> dict[str, tuple[str, ...]]:  # fmt: skip
     """Load every model, all at the same time; on shared GPUs the generators first.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,8 +22,10 @@ from rlhf_ray.remote.hosts import RankHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import LEAST_CPUS, Placement, Seat, options_of, placed
 from rlhf_ray.remote.proxy import proxy
+from rlhf_ray.remote.ranks import RankSteps, rank_steps
 from rlhf_ray.remote.roles import everywhere
-from rlhf_ray.roles.factory import Assets, Rank
+from rlhf_ray.remote.supervisor import Tell, untold
+from rlhf_ray.roles.factory import Assets
 from rlhf_ray.roles.supervised import SupervisedTrainer
 from rlhf_ray.roles.supervised_factory import Splits, make_trainer
 
@@ -36,15 +38,17 @@ class SupervisedHost(RankHost):
 
 @contextmanager
 def open_remote_trainer(
-    config: SupervisedConfig, assets: Assets, splits: Splits, note: Note = silent
+    config: SupervisedConfig, assets: Assets, splits: Splits, note: Note = silent, tell: Tell = untold
 ) -> Iterator[SupervisedTrainer]:
     """Start `learner.world_size` ranks, and yield their handle; everything started here ends here.
 
-    `note` hears what is being started, and who is waited for.
+    `note` hears what is being started, and who is waited for; `tell`, in another thread, of ranks that are lost and
+    what is done about it.
 
     Raises:
         PlacementError: no cluster, or one that is too small.
         WorkerError, DeadlineError: a rank did not start; and from the handle later, naming the one that died or hangs.
+        RanksLostError: from the handle: one was lost, and other processes take the seats of all.
         RlhfRayError: what the trainer refused when it was built, as it would locally.
     """
     device = assets.hardware.device
@@ -52,17 +56,20 @@ def open_remote_trainer(
     with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
         plan, config.ray.start_deadline_s, colocated=False, note=note
     ) as group:
-        crew, farewell = Crew(Limits.of(config.ray), lambda kind, worker, text: note(text)), []
+        crew, farewell = Crew(Limits.of(config.ray), tell), []
         try:
             environment = worker_environment(config.ray.cpus_per_worker, device)
             for seat in plan.seats:
                 crew.hire(SupervisedHost, seat.name, options_of(seat, group, environment), os.getcwd())
             make = partial(make_trainer, config, everywhere(assets))
-            _build(crew, make, splits, config.learner.engine, config.ray, note)
-            crew.built()
+            rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
+            ranks = rank_steps(crew.named(ROLE), SupervisedHost.build, [make, rows], config.ray.call_deadline_s)
+            _build(crew, ranks, config.learner.engine, config.ray, note)
+            crew.built(ranks, together=[list(ranks)], holders=list(ranks))
             nodes = len({worker.node for worker in crew.workers})
             deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
             trainer = proxy(SupervisedTrainer, Group(crew, crew.named(ROLE), deadline))
+            trainer.rejoin = crew.rejoin
             trainer.devices = plan.total("GPU") if device == "cuda" else float(nodes)
             yield trainer
             farewell = [(worker, Host.shut_down) for worker in crew.workers]
@@ -78,8 +85,7 @@ def plan_ranks(config: SupervisedConfig, device: str) -> Placement:
 
 
 def _build(
-    crew: Crew, make: Callable[[Splits, Rank], SupervisedTrainer], splits: Splits, engine: str, workers: RayConfig,
-    note: Note,
+    crew: Crew, ranks: Mapping[str, RankSteps], engine: str, workers: RayConfig, note: Note
 ) -> None:  # fmt: skip
     """Every rank loads the model and gets the rows, all at the same time."""
     until = time.monotonic() + workers.start_deadline_s
@@ -89,12 +95,7 @@ def _build(
 
     note(f"starting {len(crew.workers)} workers")
     places = crew.locate(left())
-    ranks = crew.named(ROLE)
-    loading = Loading(note, ranks, {ROLE: engine})
-    first = places[ranks[0].name]
-    rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
-    calls = []
-    for number, worker in enumerate(ranks):
-        rank = Rank(number, len(ranks), first.node, first.port, workers.call_deadline_s)
-        calls.append(worker.start(SupervisedHost.build, make, rows, rank, deadline=left()))
+    loading, calls = Loading(note, crew.workers, {ROLE: engine}), []
+    for worker in crew.workers:
+        calls += [worker.start(method, *args, deadline=left()) for method, args in ranks[worker.name](places)]
     crew.results(calls, loading.done)

@@ -71,7 +71,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Setback:
-    """Seats whose processes held what only a checkpoint has now are being taken by others.
+    """Seats that are being taken by others; a setback of the run, where these held what only a checkpoint has now.
 
     Attributes:
         what: was lost first, in words.
@@ -108,7 +108,7 @@ class Supervisor:
         self.setback: Setback | None = None
         self.overcome: Setback | None = None  # the one before
         self._groups: dict[str, Sequence[str]] = {}
-        self._first_lost: dict[Sequence[str], str] = {}  # of a group that is being taken anew
+        self._vacant: dict[Sequence[str], Setback] = {}  # groups that are being taken anew
         self._unexplained: dict[str, tuple[float, Call, RlhfRayError]] = {}  # until when a cause may show
         self._said: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         for name in self.seats:
@@ -237,7 +237,9 @@ class Supervisor:
             text = f"{self.world.who(name)} has taken the place of the one that was lost"
         else:
             text = f"the places are taken again by {', '.join(str(self.world.who(peer)) for peer in peers)}"
-        self.tell("worker_restarted", self._first_lost.pop(peers, name), text)
+        loss = self._vacant.pop(peers)
+        seconds = f"it was noticed within {loss.detect_s:.1f} s, and took {self.clock() - loss.at:.1f} s to start"
+        self.tell("worker_restarted", loss.name, f"{text}; {seconds}")
 
     def _doubt(self, name: str) -> None:
         if self.seats[name].state in (State.HEALTHY, State.STALE):
@@ -276,14 +278,14 @@ class Supervisor:
         if name not in self.replaceable:
             self._give_up(name, error)
             return
+        loss = self._vacant.setdefault(peers, Setback(name, what, health.silent, self.clock()))
         if name in self.holders and self.setback is None:
-            self.setback = Setback(name, what, health.silent, self.clock())
+            self.setback = loss
         for peer in peers:
             if self.seats[peer].state is not State.DEAD:
                 self.seats[peer].lose()
             self._unexplained.pop(peer, None)
             self.world.end(peer)
-        self._first_lost.setdefault(peers, name)
         self.tell("worker_lost", name, what)
         if health.spent:
             self._give_up(name, partial(self._spent, error, health.restarts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ class SupervisedTrainer:
     """`splits` are lists of items by name; `train` is what `step` takes its rows from."""
 
     devices = 1.0
+    rejoin: Callable[[], Mapping[str, float]] = dict  # as in `roles.protocols.Roles`
 
     def __init__(
         self,

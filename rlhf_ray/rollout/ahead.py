@@ -78,12 +78,14 @@ class Ahead(Generic[T]):
             self._version = version
             self._changed.notify_all()
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Make no more steps. Returns whether the one that was under way has ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
+        return self._thread is None or not self._thread.is_alive()
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         self._changed.wait_for(lambda: condition() or self._error is not None)

@@ -15,7 +15,7 @@ from rlhf_ray.algo.policy_losses import combine_stats
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.errors import RewardError
+from rlhf_ray.errors import RewardError, WorkerError
 from rlhf_ray.roles.batch import gather
 from rlhf_ray.roles.protocols import HERE, BatchStore, Gather, Generator, Reward, Sampling
 from rlhf_ray.rollout.ahead import Ahead
@@ -83,7 +83,8 @@ class Rollouts:
     def go_back(self) -> None:
         """The run leaves its weights: no step is under way or ready any more, and what has been sampled is lost, but
         for what `load_state_dict` knows of. Raises WorkerError if a step that is being made does not end."""
-        self.close()
+        if self._ahead is not None and not self._ahead.close():
+            raise WorkerError("the step that is being written ahead does not end; resume with --resume auto")
         self._begin(self.ledger.sampled)
 
     def next(self, step: int) -> Scored:

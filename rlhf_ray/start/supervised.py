@@ -15,6 +15,7 @@ from rlhf_ray.config.supervised import DPOConfig, RMConfig, SFTConfig, Supervise
 from rlhf_ray.data.cleaning import CleaningReport
 from rlhf_ray.data.stream import Part, described
 from rlhf_ray.loops.export import export
+from rlhf_ray.loops.rewind import through_losses
 from rlhf_ray.loops.supervised import TRAIN_SAMPLE, Batches, SplitEvaluator, Trainer, train
 from rlhf_ray.roles.factory import Assets, Rank
 from rlhf_ray.roles.supervised_factory import make_trainer
@@ -70,21 +71,30 @@ def run_supervised(
         say_what_is_read(config, reports, splits, batches, run)
         start = starting_model(config, tokenizer, splits, directory.start)
         assets = Assets(*start, hardware, config.model.trust_remote_code)
-        with open_trainer(config, assets, splits, run.note) as trainer:
+        with open_trainer(config, assets, splits, run.note, run.fault) as trainer:
             run.workload = Workload(devices=trainer.devices)
-            if isinstance(config, DPOConfig) and config.dpo.needs_reference:
-                set_reference(config, trainer, batches, run)
-            result = train(config, trainer, batches, evaluator_of(config, tokenizer, splits), run)
+            evaluator = evaluator_of(config, tokenizer, splits)
+            result = through_losses(lambda: learned(config, trainer, batches, evaluator, run), run, trainer.rejoin)
             if isinstance(config, RMConfig):
                 doubt_judge(result, run)
-            # What a reward model or a classifier has learned is not all in its adapter: its head is new.
-            adapts = config.model.lora is not None and isinstance(config, SFTConfig | DPOConfig)
-            export(trainer, directory.model, directory.adapter if adapts else None)
         run.finish("finished", **result)
     except BaseException as error:
         run.fail(error)
         raise
     return directory.read_summary()
+
+
+def learned(
+    config: SupervisedConfig, trainer: Trainer, batches: Batches, evaluator: SplitEvaluator, run: SupervisedRun
+) -> dict[str, Any]:
+    """The steps, and the model at their end."""
+    if isinstance(config, DPOConfig) and config.dpo.needs_reference:
+        set_reference(config, trainer, batches, run)
+    result = train(config, trainer, batches, evaluator, run)
+    # What a reward model or a classifier has learned is not all in its adapter: its head is new.
+    adapts = config.model.lora is not None and isinstance(config, SFTConfig | DPOConfig)
+    export(trainer, run.directory.model, run.directory.adapter if adapts else None)
+    return result
 
 
 def say_what_is_read(
@@ -168,13 +178,15 @@ def doubt_judge(result: dict[str, Any], run: SupervisedRun) -> None:
 
 @contextmanager
 def open_trainer(
-    config: SupervisedConfig, assets: Assets, splits: Splits, note: Callable[[str], None]
-) -> Iterator[Trainer]:
-    """The trainer as this config places it; closed at the end, also after an error. `note` hears what it waits for."""
+    config: SupervisedConfig, assets: Assets, splits: Splits, note: Callable[[str], None],
+    fault: Callable[[str, str, str], None],
+) -> Iterator[Trainer]:  # fmt: skip
+    """The trainer as this config places it; closed at the end, also after an error. `note` hears what it waits for,
+    `fault` (kind, worker, text), in another thread, of ranks that are lost and started again."""
     if config.executor == "ray":
         from rlhf_ray.remote.supervised import open_remote_trainer
 
-        with open_remote_trainer(config, assets, splits, note) as trainer:
+        with open_remote_trainer(config, assets, splits, note, fault) as trainer:
             yield trainer
         return
     trainer = make_trainer(config, assets, splits, Rank(deadline_s=config.ray.call_deadline_s))

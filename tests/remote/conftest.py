@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import pytest
 
@@ -59,15 +59,16 @@ def tiny_config() -> MakeConfig:
     return make
 
 
-# (worker, method) -> in which of its calls, while it is under way, whose process is killed
+# (worker, method) -> in which of its calls, while it is under way, whose processes are killed
 Strikes = Mapping[tuple[str, str], tuple[int, str]]
 
 
 @pytest.fixture
-def strikes(monkeypatch) -> Callable[[Strikes], list[str]]:
-    """`strikes({("learner rank 0", "learn"): (3, "generator 0")})`: a list that fills with the calls that it struck."""
+def strikes(monkeypatch) -> Callable[..., list[str]]:
+    """`strikes({("learner rank 0", "learn"): (3, "generator 0")})`: a list that fills with the calls that it struck;
+    `"generator 0 & reward"` names two at once, and those `stopped` are sent SIGSTOP instead."""
 
-    def make(wanted: Strikes) -> list[str]:
+    def make(wanted: Strikes, stopped: Collection[tuple[str, str]] = ()) -> list[str]:
         struck, seen, workers, start = [], Counter(), {}, Call.start
 
         def strike(call: Call) -> None:
@@ -78,7 +79,8 @@ def strikes(monkeypatch) -> Callable[[Strikes], list[str]]:
             nth, victim = wanted.get(key, (0, ""))
             if seen[key] == nth:
                 struck.append(" ".join(key))
-                os.kill(workers[victim].pid, signal.SIGKILL)
+                for name in victim.split(" & "):
+                    os.kill(workers[name].pid, signal.SIGSTOP if key in stopped else signal.SIGKILL)
 
         monkeypatch.setattr(Call, "start", strike)
         return struck

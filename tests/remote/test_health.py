@@ -176,6 +176,7 @@ class Simulated:
     broken_loads: float = 0.0
     workers: dict[str, Worker] = field(default_factory=dict)
     cohorts: dict[int, int] = field(default_factory=dict)  # pid -> which start of its group
+    loaded: dict[str, float] = field(default_factory=dict)  # when
     hangs: set[int] = field(default_factory=set)  # pids
     dead: set[int] = field(default_factory=set)
     cut: dict[str, float] = field(default_factory=dict)  # until when
@@ -209,7 +210,7 @@ class Simulated:
                 self.dead.add(process.pid)
                 yield Sign(name, "died", RuntimeError("no memory"))
                 return
-            self.workers[name].process = process
+            self.workers[name].process, self.loaded[name] = process, self.time.now
             yield Sign(name, "loaded")
         elif process is not self.workers[name].process or process.pid in self.hangs:
             return
@@ -360,12 +361,85 @@ def test_a_lost_worker_is_replaced_and_said_so_in_plain_words(time):
     world, supervisor, told = supervised(time, ["reward"])
     world.dead.add(1)
     run_until(supervisor, time, 60)
+    # That all is loaded is heard at the end of the first look, after 0.5 s, and the first answer is due after 5 s.
+    seconds = f"it was noticed within 4.5 s, and took {world.loaded['reward'] - 5:.1f} s to start"
     assert told == [
         ("worker_lost", "reward", "reward (node 10.0.0.1, pid 1) died: killed"),
         ("worker_restarted", "reward", f"reward (node 10.0.0.1, pid {world.workers['reward'].pid}) has taken the place "
-         "of the one that was lost"),
+         f"of the one that was lost; {seconds}"),
     ]  # fmt: skip
     assert world.workers["reward"].pid != 1 and supervisor.lost is None
+
+
+RANKS = ["learner rank 0", "learner rank 1"]
+
+
+def ranks(time: Time, limits: Limits = LIMITS) -> tuple[Simulated, Supervisor, list]:
+    """Pids: learner rank 0: 1, learner rank 1: 2, reward: 3."""
+    world, told = Simulated(time, random.Random(1), [*RANKS, "reward"]), []
+    supervisor = Supervisor(world, world.names, limits, time, lambda *said: told.append(said))
+    supervisor.built(world.names, together=[RANKS], holders=RANKS)
+    return world, supervisor, told
+
+
+def test_ranks_are_lost_together_and_their_successors_get_no_work_before_the_run_has_gone_back(time):
+    world, supervisor, told = ranks(time)
+    world.dead.add(2)
+    run_until(supervisor, time, 60)
+    assert 1 in world.dead and 3 not in world.dead
+    assert [said[:2] for said in told] == [("worker_lost", "learner rank 1"), ("worker_restarted", "learner rank 1")]
+    pids = [world.workers[name].pid for name in RANKS]
+    assert all(f"learner rank {i} (node 10.0.0.1, pid {pid})" in told[1][2] for i, pid in enumerate(pids))
+    assert [supervisor.seats[name].state for name in RANKS] == [State.STALE] * 2 and supervisor.lost is None
+    setback = supervisor.setback
+    assert (setback.name, setback.detect_s, setback.at) == ("learner rank 1", 4.5, 5)
+    assert setback.start_s == max(world.loaded.values()) - 5
+    supervisor.rejoin()
+    supervisor.step(0.5)
+    assert [supervisor.seats[name].state for name in RANKS] == [State.HEALTHY] * 2 and supervisor.setback is None
+
+
+def test_a_rank_that_dies_while_its_peers_load_begins_it_all_again(time):
+    world, supervisor, told = ranks(time)
+    world.dead.add(1)
+    while world.loaded.keys() < set(RANKS):
+        supervisor.step(0.5)
+    world.dead.add(world.workers["learner rank 0"].pid)
+    supervisor.rejoin()
+    run_until(supervisor, time, time.now + 100)
+    assert [kind for kind, *_ in told] == ["worker_lost", "worker_restarted"] * 2
+    assert supervisor.setback is not None or supervisor.overcome is not None
+    assert len({world.cohorts[world.workers[name].pid] for name in RANKS}) == 1
+
+
+def test_the_cause_of_an_error_that_a_rank_reports_may_be_anothers_death(time):
+    world, supervisor, told = ranks(time)
+    worker = world.workers["learner rank 0"]
+    supervisor.report(Asked(worker, worker.process, 0), LostError("connection closed by peer"))
+    supervisor.step(0.5)
+    assert supervisor.setback is None, "its cause may show"
+    world.dead.add(2)
+    run_until(supervisor, time, 6)
+    assert told == [("worker_lost", "learner rank 1", "learner rank 1 (node 10.0.0.1, pid 2) died: killed")]
+
+
+def test_an_error_that_nothing_explains_is_the_ranks_own(time):
+    world, supervisor, told = ranks(time)
+    worker = world.workers["learner rank 0"]
+    supervisor.report(Asked(worker, worker.process, 0), LostError("no memory\ntraceback"))
+    run_until(supervisor, time, 7)
+    assert told == [("worker_lost", "learner rank 0", "no memory")]
+
+
+def test_ranks_whose_budget_is_spent_end_the_run(time):
+    world, supervisor, told = ranks(time)
+    world.broken_loads = 1.0
+    world.dead.add(2)
+    run_until(supervisor, time, 400)
+    assert [kind for kind, *_ in told] == ["worker_lost"] * 4
+    assert str(supervisor.lost.error("during learn")).endswith(
+        "it had been started again 3 times within an hour, and ray.restarts=3"
+    )
 
 
 def test_a_worker_that_is_cut_off_for_twenty_seconds_stays(time):

@@ -50,8 +50,9 @@ def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
 @pytest.mark.parametrize(("command", "stage", "more"), [
     ("sft", 3, []), ("dpo", 2, []), ("dpo", 3, ["dpo.kind=kto", "dpo.undesirable_weight=2"]),
 ], ids=["sft", "dpo", "kto"])  # fmt: skip
-def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage, more):
-    """Losses, validation, samples and weights, over two sources; the second half of the SFT runs is a resumed one."""
+def test_two_ranks_give_the_numbers_of_one_process(tmp_path, strikes, command, stage, more):
+    """Losses, validation, samples and weights, over two sources; the second half of the SFT runs is a resumed one, and
+    in that of the DPO run a rank is killed."""
     second = tmp_path / "more.jsonl"
     second.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + "+"}) + "\n" for row in ROWS[:9]))
     first = tmp_path / "pairs.jsonl"
@@ -59,11 +60,15 @@ def test_two_ranks_give_the_numbers_of_one_process(tmp_path, command, stage, mor
     ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
     adapts = command == "dpo" and not more
     lora = ["model.lora.r=2", "learner.lr=0.01"] if adapts else []
+    struck = strikes({("trainer rank 0", "step"): (4, "trainer rank 1")} if adapts else {})
     for name, overrides in (("local", lora), ("ray", [*lora, *ray])):
         if command == "sft":
             run_supervised(config(tmp_path, command, *sources, *overrides, "steps=2"), tmp_path / name)
         run_supervised(config(tmp_path, command, *sources, *overrides), tmp_path / name, resume=command == "sft")
     one, other = tmp_path / "local", tmp_path / "ray"
+    events = [json.loads(line) for line in (other / "events.jsonl").read_text().splitlines()]
+    back = [(event["step"], event["steps_again"]) for event in events if event["event"] == "rewound"]
+    assert (struck, back) == ((["trainer rank 0 step"], [(2, 1)]) if adapts else ([], []))
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     assert len(rows[0]) == len(rows[1]) == 4
     for a, b in zip(*rows, strict=True):

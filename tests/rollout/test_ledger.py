@@ -206,3 +206,22 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
+
+
+def test_what_was_sampled_for_steps_that_the_run_has_left_is_lost():
+    books = Ledger()
+    books.dispatch(2, step=0, sampled=4)
+    for position in (0, 1):
+        books.finish(position, sampled=10)
+        books.settle(position, "learned")
+    saved = books.state_dict()
+    books.dispatch(2, step=1, sampled=4)
+    books.finish(2, sampled=7)  # 8 samples more, of which 4 have 7 tokens
+    again = Ledger()
+    again.load_state_dict(saved)
+    again.leave(books.sampled)
+    counts = again.counts()
+    assert (counts["sampled"], counts["learned"], counts["lost"]) == (Count(16, 27), Count(8, 20), Count(8, 7))
+    assert again.position == 2, "the same prompts are asked again"
+    again.leave(Count())
+    assert again.counts() == counts, "a resumed run knows of nothing that was left"

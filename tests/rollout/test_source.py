@@ -11,6 +11,7 @@ from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.data.prompt_sources import joined, named
 from rlhf_ray.roles.batch import Batch
 from rlhf_ray.roles.protocols import Sampling, Scores
+from rlhf_ray.rollout.ledger import TERMS
 from rlhf_ray.rollout.measures import rollout_metrics, staleness
 from rlhf_ray.rollout.source import Rollouts
 from rlhf_ray.run.checkpoint import Checkpoints
@@ -299,6 +300,31 @@ def test_what_is_ready_is_learned_from_after_a_stop(overlapped, generator, promp
                 assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
             assert found.scores.texts == expected.scores.texts
         assert [[r.prompt_id for r in requests] for requests in generator.asked] == asked[stopped + 2 :], "no more"
+
+
+def test_what_runs_ahead_goes_back_with_the_run(overlapped, generator, tmp_path):
+    """Step 2 is learned from twice. Of the first time nothing comes later, and its answers are counted as lost."""
+    ahead = overlapped(2, steps=7)
+    for step in (0, 1):
+        push(ahead, generator, step)
+        ahead.next(step)
+    push(ahead, generator, 2)
+    state = saved(ahead, tmp_path)
+    first = ahead.next(2)
+    push(ahead, generator, 3)
+    sampled = ahead.ledger.sampled
+    ahead.go_back()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]
+    ahead.load_state_dict(state)
+    push(ahead, generator, 2)
+    again = ahead.next(2)
+    assert again.outcomes == first.outcomes and torch.equal(again.batch.tokens, first.batch.tokens)
+    for step in range(3, 7):
+        books = push(ahead, generator, step)
+        ahead.next(step)
+    assert books["ledger/learned"] == 6 * 6 and books["ledger/open"] == 6
+    assert books["ledger/lost"] == sampled.samples - state["sampled"][0] > 0
+    assert books["ledger/sampled"] == sum(books[f"ledger/{term}"] for term in TERMS)
 
 
 def test_with_a_smaller_bound_the_older_ones_are_dropped(overlapped, rollouts, generator, tmp_path):

@@ -19,6 +19,7 @@ from rlhf_ray.roles.protocols import Scores
 from rlhf_ray.run.cost import Workload
 from rlhf_ray.run.directory import RunDirectory
 from rlhf_ray.run.loggers import rollout_rows
+from rlhf_ray.run.observer import Observer
 from rlhf_ray.run.resume import frozen_clock
 from rlhf_ray.run.training_run import TrainingRun
 
@@ -156,6 +157,38 @@ def test_going_on_from_a_checkpoint(recorder, tmp_path):
     assert resumed.resume_point.step == 2 and resumed.resume_point.state == {"kl": 0.5}
     assert resumed.steps_done == 2
     assert [row["step"] for row in resumed.directory.read_metrics()] == [1, 2], "step 3 will be written again"
+
+
+def test_going_back_to_a_checkpoint_in_mid_run(recorder, clock, tmp_path):
+    """As a resumed run does, and observers hear of it. Then step 3 again, which is as far as it was, 2 s later."""
+    told: list[int] = []
+
+    class Watcher(Observer):
+        def rewind(self, step: int) -> None:
+            told.append(step)
+
+    run = recorder(steps=5, observers=[Watcher()])
+    run.remember("before", lambda: {"reward": 1.0})
+    for step in (1, 2, 3):
+        run.log(step, {}, ROWS, SCORES)
+        if step == 2:
+            run.checkpoints.save(2, weights, {"kl": 0.5})
+    run.go_back({"detect": 1.0, "start": 4.0})
+    assert (run.resume_point.step, run.resume_point.state, run.steps_done, told) == (2, {"kl": 0.5}, 2, [2])
+    assert [row["step"] for row in run.directory.read_metrics()] == [1, 2]
+    assert run.remember("before", lambda: {"reward": 2.0}) == {"reward": 1.0}
+    clock.now += 2
+    run.log(3, {}, ROWS, SCORES)
+    rewound, caught_up = [row for row in run.directory.read_events() if row["event"] in ("rewound", "caught_up")]
+    assert (rewound["step"], rewound["steps_again"]) == (2, 1)
+    assert [caught_up[f"{name}_s"] for name in ("detect", "start", "replay")] == [1, 4, 2]
+
+
+def test_a_run_without_a_checkpoint_goes_back_to_its_beginning(recorder):
+    run = recorder(steps=5)
+    run.log(1, {}, ROWS, SCORES)
+    run.go_back({})
+    assert (run.resume_point, run.steps_done, run.directory.read_metrics()) == (None, 0, [])
 
 
 def test_resume_without_a_checkpoint_starts_at_0(recorder):
