@@ -7,8 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from rlhf_ray.start.rl import run_rl
 from tests.remote.test_faults import require_no_actors
@@ -83,7 +81,6 @@ def require_all_struck(folder: Path, strikes: dict[str, int]) -> None:
 
 # One is stopped, not killed: the learner waits for its answer until the driver ends it.
 STRIKES = {
-    "start_weight_update-0": signal.SIGKILL,
     "update_weights-1": signal.SIGSTOP,
     "finish_weight_update-2": signal.SIGKILL,
     "logprobs-4": signal.SIGKILL,
@@ -103,27 +100,19 @@ def test_lost_in_a_weight_sync_or_the_canary_behind_it(tiny_config, tmp_path, en
 
 
 def test_lost_while_generation_overlaps_with_learning(tiny_config, tmp_path, engine, strikes):
-    """While it writes, while the learner is in the midst of a step, in a weight sync: each step is still written with
-    the version that it is due to, so even this run has every token of an undisturbed one. (Log-probabilities of a
-    generator, which the correction reads, are rounded by who is written side by side.)"""
-    options = (
-        "steps=6", "eval.size=2", "rollout.max_staleness=1", "algorithm.correction=truncate", "logging.rollouts=24",
-    )  # fmt: skip
-    run_rl(tiny_config("executor=ray", *options), tmp_path / "calm")
-    in_sync = {"update_weights-3": signal.SIGKILL}
+    """While the learner is in the midst of a step, and in a weight sync: each step is still written with the version
+    that it is due to, every prompt is learned from once, and the books are closed."""
+    options = ("steps=5", "eval.size=2", "rollout.max_staleness=1", "algorithm.correction=truncate")
+    in_sync = {"update_weights-2": signal.SIGKILL}
     setting = engine("make_hf_generator", in_sync)
-    calls = {("generator 1", "write"): (4, "generator 1"), ("learner rank 0", "learn"): (2, "generator 0")}
+    calls = {("learner rank 0", "learn"): (2, "generator 0")}
     struck = strikes(calls)
     run_rl(tiny_config(*TWO, setting, *options), tmp_path / "run")
     require_all_struck(tmp_path, in_sync)
     assert sorted(struck) == sorted(map(" ".join, calls))
-    for step in range(1, 7):
-        calm, run = ((tmp_path / name / "rollouts" / f"step_{step}.jsonl").read_text() for name in ("calm", "run"))
-        assert calm == run and len(run.splitlines()) == 24
-    calm, run = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("calm", "run"))
-    assert all(torch.allclose(calm[name], weights, atol=1e-4) for name, weights in run.items())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["staleness/max"] for row in rows] == [0, 1, 1, 1, 1, 1]
+    assert [(row["staleness/mean"], row["staleness/max"]) for row in rows] == [(0, 0), *[(1, 1)] * 4]
+    assert all(row["sync/canary_absdiff"] < 1e-5 for row in rows)
     last = rows[-1]
-    assert last["ledger/sampled"] == last["ledger/learned"] == 6 * 24 and last["ledger/open"] == 0
+    assert last["ledger/sampled"] == last["ledger/learned"] == 5 * 24 and last["ledger/open"] == 0
     require_no_actors()
