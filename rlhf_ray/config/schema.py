@@ -55,6 +55,10 @@ class DataConfig(SeveralSources, PromptsConfig):
 
     eval_path: RowsPath | None = Field(None, description="held-out prompts; a task has its own, else eval_size rows")
     eval_size: int = Field(256, ge=0, description="last prompts, held out where there is no eval_path and no task")
+    cache_dir: str | None = Field(
+        None, description="folder that keeps the prompts of large files (8 MiB and more) tokenized for the next start; "
+        "empty: rlhf_ray_prompts in the cache of `datasets`; none: nowhere"
+    )  # fmt: skip
     sources: list[PromptSourceConfig] = Field([], description="several sources, instead of `path`")
 
 

@@ -62,9 +62,31 @@ class Encoder:
 
     def prompt(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """(text, token ids) that the generator gets. Raises DataError for a prompt without tokens."""
+        chat, pieces = self._to_ask(prompt)
+        return self._asked(chat, pieces, self._encode(pieces, templated=chat is not None).token_ids)
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[tuple[str, tuple[int, ...], set[str]]]:
+        """`prompt` and then `take_unused` of each, tokenized together, which is faster."""
+        if not prompts:
+            return []
+        written = [self._to_ask(prompt) for prompt in prompts]
+        texts = [pieces[0].text for _, pieces in written]
+        plain = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        whole = plain if all(chat is not None for chat, _ in written) else self._tokenizer(texts)["input_ids"]
+        made = []
+        for (chat, pieces), first, with_specials in zip(written, plain, whole, strict=True):
+            ids = first if chat is not None else self._beginning(with_specials, first)
+            for piece in pieces[1:]:
+                ids = ids + self._continuation(piece.text)
+            made.append((*self._asked(chat, pieces, tuple(ids)), self.take_unused()))
+        return made
+
+    def _to_ask(self, prompt: Prompt) -> tuple[Chat | None, Sequence[Piece]]:
+        """(the conversation that a template writes, the prompt's text in pieces)"""
         chat = self._as_chat(prompt)
-        pieces = [Piece(self._plain(prompt))] if chat is None else self._template().prompt(chat)
-        ids = self._encode(pieces, templated=chat is not None).token_ids
+        return chat, [Piece(self._plain(prompt))] if chat is None else self._template().prompt(chat)
+
+    def _asked(self, chat: Chat | None, pieces: Sequence[Piece], ids: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         text = "".join(piece.text for piece in pieces)
         if not ids:
             raise DataError(f"the prompt {text!r} has no tokens; remove the row")
@@ -268,7 +290,9 @@ class Encoder:
         for number, piece in enumerate(pieces):
             if number == 0:
                 # A chat template has written its special tokens already: a second BOS would be wrong.
-                added = self._plain_ids(piece.text) if templated else self._beginning(piece.text)
+                added = self._plain_ids(piece.text)
+                if not templated:
+                    added = self._beginning(self._tokenizer(piece.text)["input_ids"], added)
             else:
                 added = self._continuation(piece.text)
             ids += added
@@ -294,12 +318,12 @@ class Encoder:
     def _plain_ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _beginning(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer puts before a text, but not those that it puts after it.
+    def _beginning(self, ids: list[int], plain: list[int]) -> list[int]:
+        """A text's tokens with the special ones that the tokenizer puts before it, but not those that it puts after it.
 
-        A text that somebody has rendered begins with them already, and gets no second ones.
+        `ids`: with all of them; `plain`: with none. A text that somebody has rendered begins with them already, and
+        gets no second ones.
         """
-        ids, plain = self._tokenizer(text)["input_ids"], self._plain_ids(text)
         eos = self._tokenizer.eos_token_id
         if ids and ids[-1] == eos and plain[-1:] != [eos]:
             ids = ids[:-1]

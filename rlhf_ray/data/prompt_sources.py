@@ -10,9 +10,10 @@ from datetime import datetime
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import DataConfig, PromptsConfig
-from rlhf_ray.data.prompts import PromptSet, load_prompts, prompt_options
+from rlhf_ray.data.prompts import Example, PromptSet, load_prompts, prompt_options
 from rlhf_ray.data.stream import apportion
 from rlhf_ray.data.tasks import is_task
+from rlhf_ray.data.token_rows import joined_rows, mapped
 from rlhf_ray.errors import ConfigError
 
 # The column that names a row's source to reward functions and to normalize_rewards=source, as in verl's data.
@@ -37,7 +38,7 @@ def load_split(
         named(
             load_prompts(
                 part.data.path, tokenizer, split=part.data.split, limit=part.data.limit,
-                reference_field=reference_field, **prompt_options(part.data, clock),
+                reference_field=reference_field, cache=data.cache_dir, **prompt_options(part.data, clock),
             ),
             part.name, part.weight,
         )
@@ -80,9 +81,12 @@ def named(prompts: PromptSet, name: str, weight: float | None = None) -> PromptS
     """The prompts as those of the source `name`, with a column that says so; '' is the only one, which says nothing."""
     if not name:
         return prompts
-    examples = tuple(
-        replace(example, source=name, columns={SOURCE_COLUMN: name, **example.columns}) for example in prompts.examples
-    )
+
+
+    def of_source(example: Example) -> Example:
+        return replace(example, source=name, columns={SOURCE_COLUMN: name, **example.columns})
+
+    examples = mapped(prompts.examples, of_source)
     return replace(prompts, examples=examples, label=f"{name} ({prompts.label})", name=name, weight=weight)
 
 
@@ -91,10 +95,10 @@ def joined(sets: Sequence[PromptSet]) -> PromptSet:
     if len(sets) == 1:
         return sets[0]
     return PromptSet(
-        tuple(example for prompts in sets for example in prompts.examples),
-        tuple(ids for prompts in sets for ids in prompts.token_ids),
+        joined_rows([prompts.examples for prompts in sets]),
+        joined_rows([prompts.token_ids for prompts in sets]),
         dict(sum((Counter(prompts.dropped) for prompts in sets), Counter())),
-        tuple(answers for prompts in sets for answers in prompts.answers),
+        joined_rows([prompts.answers for prompts in sets]),
         of=tuple(sets),
     )
 

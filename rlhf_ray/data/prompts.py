@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from dataclasses import field as attribute
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,36 +16,22 @@ from rlhf_ray.config.data import ColumnsConfig, DataType
 from rlhf_ray.config.schema import PromptsConfig
 from rlhf_ray.data.chat import Chat, Prompt
 from rlhf_ray.data.cleaning import explain_unused
-from rlhf_ray.data.columns import USUAL, Columns
+from rlhf_ray.data.columns import Columns
 from rlhf_ray.data.encoding import Encoder, Style
 from rlhf_ray.data.fingerprint import Fingerprint
-from rlhf_ray.data.rows import Row, placed, read_rows
+from rlhf_ray.data.prompt_cache import Kept, NotPlainError, Place, Record, Writer, opened, place_of
+from rlhf_ray.data.prompt_rows import Example, PromptRows
+from rlhf_ray.data.rows import placed, read_rows
 from rlhf_ray.data.stream import Part
 from rlhf_ray.data.tasks import is_task, load_task
 from rlhf_ray.data.templates import set_chat_template
-from rlhf_ray.data.types import detect, detect_asked, parse, prompt_column, prompt_of, prompts_in, texts_of
-from rlhf_ray.data.values import EmptyRowError, says_something, shown
-from rlhf_ray.data.words import segment_spans
+from rlhf_ray.data.token_rows import Made
+from rlhf_ray.data.types import detect, parse, prompt_of, texts_of
+from rlhf_ray.data.values import shown
 from rlhf_ray.errors import DataError
 
-_TAKEN_NAMES = ("prompts", "completions", "completion_ids")  # reward functions get these from the rollout
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt as the generator gets it, with the other columns of its row (they reach the reward functions).
-
-    `where` is `file:line`. `asked` is the prompt before any template: what people and judges read; `chat` the same as a
-    conversation, with what the settings give it, where a chat template has written the prompt. `source`: its
-    name, where there are several.
-    """
-
-    prompt: str
-    columns: dict[str, Any]
-    where: str = ""
-    asked: Prompt = ""
-    chat: Chat | None = None
-    source: str = ""
+BATCH = 512  # prompts that are tokenized together
+KEPT_FROM = 10_000  # with a limit below, so little of a large file is read that it is not kept
 
 
 @dataclass(frozen=True)
@@ -52,14 +40,15 @@ class PromptSet:
 
     `read` is the fingerprint of the rows that they come from, as they stand in the data; `label` says where that is.
     Prompts of several sources stand one source after the other; `of` holds them by source, with names and weights.
+    Those of a large file lie on disk, and each is made when it is asked for (data/prompt_cache.py).
     """
 
-    examples: tuple[Example, ...]
-    token_ids: tuple[tuple[int, ...], ...]
+    examples: Sequence[Example]
+    token_ids: Sequence[tuple[int, ...]]
     dropped: dict[str, int]
-    answers: tuple[tuple[tuple[int, ...], ...], ...] = ()  # token ids of each prompt's reference answers, if asked for
+    answers: Sequence[tuple[tuple[int, ...], ...]] = ()  # token ids of each prompt's reference answers, if asked for
     read: str = ""
-    unused: Mapping[str, int] = field(default_factory=dict)  # rows by column or key of messages that nothing reads
+    unused: Mapping[str, int] = attribute(default_factory=dict)  # rows by column or key of messages that nothing reads
     label: str = ""
     name: str = ""
     weight: float | None = None
@@ -108,6 +97,7 @@ def load_prompts(
     system_prompt: str | None = None,
     chat_template_args: Mapping[str, Any] | None = None,
     clock: datetime | None = None,
+    cache: str | None = "none",
 ) -> PromptSet:
     """Prompts of a file, a Hugging Face dataset or a built-in task (`task:arithmetic`).
 
@@ -115,102 +105,130 @@ def load_prompts(
     names the column instead. `prompt_words` cuts each text to that many words; texts with nothing left to write are
     dropped and counted. A prompt of more than `max_prompt_tokens` is refused, or dropped and counted. `limit` keeps
     the first rows only. `reference_field` names the column with good answers. `template` and what belongs to
-    it are those of data/encoding.py; the tokenizer gets the chat template.
+    it are those of data/encoding.py; the tokenizer gets the chat template. `cache`: folder in which the prompts of a
+    large file are kept (None: the usual one; `none`: nowhere).
     Raises DataError, which names file and line.
     """
     set_chat_template(tokenizer, chat_template)
     encoder = Encoder(
         tokenizer, style=template, system_prompt=system_prompt, chat_template_args=chat_template_args, clock=clock
     )
-    rows = PromptRows(encoder, field, prompt_words, max_prompt_tokens, overlong)
-    read, dropped = Fingerprint(), rows.dropped
-    examples, ids, answers = [], [], []
-    for prompt, columns, where in _asked(source, rows, split, read):
-        if (made := rows.example(prompt, columns, where)) is None:
-            continue
-        example, tokens = made
-        examples.append(example)
-        ids.append(tokens)
-        if reference_field is not None:
-            with placed(where):
-                answers.append(_reference_answers(example.asked, columns.get(reference_field), encoder))
-        if len(examples) == limit:
-            break
-    if not examples:
-        raise DataError(f"{source}: no usable prompt ({_explain(dropped)}); check the file and data.* limits")
-    counts = {why: count for why, count in dropped.items() if count}
-    return PromptSet(tuple(examples), tuple(ids), counts, tuple(answers), read.value, rows.unused, source)
+
+    def reading() -> Reading:
+        rows = PromptRows(encoder, field, prompt_words, max_prompt_tokens, overlong)
+        return Reading(source, split, rows, encoder, limit, reference_field)
+
+    settings = {
+        "split": split, "limit": limit, "field": field, "prompt_words": prompt_words, "overlong": overlong,
+        "max_prompt_tokens": max_prompt_tokens, "reference_field": reference_field, "template": template,
+        "system_prompt": system_prompt, "args": dict(chat_template_args or {}), "clock": str(clock),
+    }  # fmt: skip
+    large = limit is None or limit >= KEPT_FROM
+    place = place_of(source, tokenizer, settings, cache) if large else None
+    kept = place and (opened(place) or _keep(place, reading()))
+    return reading().all() if kept is None else _of_cache(kept, source, encoder, reference_field is not None)
 
 
-class PromptRows:
-    """Rows as a policy is asked them. The first one decides the type, unless `field` names the prompt's column.
+def _keep(place: Place, reading: Reading) -> Kept | None:
+    """Read a source into a cache; None where it cannot be kept: JSON has no word for a row, or the disk takes none."""
+    writer = None
+    try:
+        writer = Writer(place)
+        for made in reading.batches():
+            writer.add([ids for _, ids, _ in made], [
+                Record(example.prompt, example.columns, example.where, example.asked, answers)
+                for example, _, answers in made
+            ])  # fmt: skip
+        reading.require_some(writer.rows)
+        writer.finish(reading.about())
+        return opened(place)
+    except (NotPlainError, OSError):
+        return None
+    finally:
+        if writer is not None:
+            writer.close()
 
-    Counts what it leaves out in `dropped`, by reason, and what has no use in `unused`, by name. Without an encoder
-    prompts are read and cut, and not tokenized.
-    """
 
-    def __init__(
-        self,
-        encoder: Encoder | None,
-        field: str | None = None,
-        prompt_words: int | None = None,
-        max_prompt_tokens: int | None = None,
-        overlong: str = "error",
-        names: ColumnsConfig = USUAL,
-        kind: DataType | None = None,
-    ):
-        self._encoder, self._words, self._limit, self._overlong = encoder, prompt_words, max_prompt_tokens, overlong
-        self._names = names if field is None else ColumnsConfig(prompt=field)
-        self.kind = kind if field is None else "prompt"
-        self.dropped: Counter[str] = Counter(short=0, long=0, empty=0)
-        self.unused: Counter[str] = Counter()
+def _of_cache(kept: Kept, source: str, encoder: Encoder, answered: bool) -> PromptSet:
+    def example(record: Record) -> Example:
+        return Example(record.prompt, record.columns, record.where, record.asked, encoder.chat_of(record.asked))
 
-    def asked(self, row: Row) -> list[tuple[Prompt, dict[str, Any]]]:
-        """(prompt, the row's other columns) of each prompt of a row. Raises DataError, which names file and line."""
-        self.kind = self.kind or detect_asked(row, self._names)
-        copied = prompt_column(row, self.kind, self._names)
-        columns = {name: value for name, value in row.fields.items() if name not in (copied, *_TAKEN_NAMES)}
-        try:
-            prompts = prompts_in(row, self.kind, self._names, self.unused)
-        except EmptyRowError:
-            if self.kind != "preference":
-                raise
-            self.dropped["empty"] += 1  # one of its two answers: nobody's mistake, and no reason to stop
-            return []
-        self.unused.update(name for name in _TAKEN_NAMES if name != copied and says_something(row.fields.get(name)))
-        return [(prompt, columns) for prompt in prompts]
+    records, about = kept.records, kept.about
+    examples = Made(lambda index: example(records[index]), range(len(records)))
+    answers = Made(lambda index: records[index].answers, range(len(records) if answered else 0))
+    return PromptSet(
+        examples, kept.tokens, about["dropped"], answers if answered else (), about["read"], about["unused"], source
+    )
 
-    def example(
-        self, prompt: Prompt, columns: dict[str, Any], where: str
-    ) -> tuple[Example, tuple[int, ...]] | None:
-        """A prompt with its token ids; None where it is left out. Raises DataError, which names file and line."""
-        if self._words is not None:
-            if not isinstance(prompt, str):
-                raise DataError(f"{where}: data.prompt_words cuts plain texts, and this is none; remove prompt_words")
-            columns = {**columns, "text": prompt}
-            prompt = first_words(prompt, self._words)
-            if prompt is None:
-                self.dropped["short"] += 1
-                return None
-        if self._encoder is None:
-            return Example("", columns, where, prompt), ()
-        with placed(where):
-            text, tokens = self._encoder.prompt(prompt)
-        self.unused.update(self._encoder.take_unused())
-        if not self._fits(tokens, where):
-            self.dropped["long"] += 1
-            return None
-        return Example(text, columns, where, prompt, self._encoder.chat_of(prompt)), tokens
 
-    def _fits(self, tokens: Sequence[int], where: str) -> bool:
-        if self._limit is None or len(tokens) <= self._limit:
-            return True
-        if self._overlong == "drop":
-            return False
-        raise DataError(
-            f"{where}: the prompt has {len(tokens)} tokens, the limit is {self._limit}; "
-            "raise data.max_prompt_tokens, shorten the prompt, or set data.overlong_prompts=drop"
-        )
+Asked: TypeAlias = tuple[Example, tuple[int, ...], tuple[tuple[int, ...], ...]]  # tokens, and those of its answers
+
+
+@dataclass
+class Reading:
+    """A source on its way to prompts: once."""
+
+    source: str
+    split: str
+    rows: PromptRows
+    encoder: Encoder
+    limit: int | None
+    reference_field: str | None
+
+    def __post_init__(self) -> None:
+        self.read, self.count = Fingerprint(), 0
+
+    def all(self) -> PromptSet:
+        made = [one for batch in self.batches() for one in batch]
+        self.require_some(len(made))
+        examples, ids, answers = zip(*made, strict=True)
+        about = self.about()
+        return PromptSet(
+            examples, ids, about["dropped"], answers if self.reference_field is not None else (), about["read"],
+            self.rows.unused, self.source,
+        )  # fmt: skip
+
+    def batches(self) -> Iterator[list[Asked]]:
+        """Prompts with their tokens and reference answers, as they come. A row that cannot be read ends it as late as
+        if each were read by itself."""
+        asked = _asked(self.source, self.rows, self.split, self.read)
+        while True:
+            wanted = BATCH if self.limit is None else min(BATCH, self.limit - self.count)
+            found, problem = [], None
+            try:
+                for one in itertools.islice(asked, wanted):  # no row is read that the limit leaves out
+                    found.append(one)
+            except DataError as error:
+                problem = error
+            made = self._made(found)
+            self.count += len(made)
+            if made:
+                yield made
+            if problem is not None:
+                raise problem
+            if len(found) < wanted or self.count == self.limit:
+                return
+
+    def _made(self, asked: Sequence[tuple[Prompt, dict[str, Any], str]]) -> list[Asked]:
+        found = []
+        for made in filter(None, self.rows.examples(asked)):
+            answers: tuple[tuple[int, ...], ...] = ()
+            if self.reference_field is not None:
+                with placed(made[0].where):
+                    value = made[0].columns.get(self.reference_field)
+                    answers = _reference_answers(made[0].asked, value, self.encoder)
+            found.append((*made, answers))
+        return found
+
+    def require_some(self, count: int) -> None:
+        if not count:
+            why = _explain(self.rows.dropped)
+            raise DataError(f"{self.source}: no usable prompt ({why}); check the file and data.* limits")
+
+    def about(self) -> dict[str, Any]:
+        """Of all rows, once they are read."""
+        dropped = {why: count for why, count in self.rows.dropped.items() if count}
+        return {"dropped": dropped, "unused": dict(self.rows.unused), "read": self.read.value}
 
 
 def prompt_options(data: PromptsConfig, clock: datetime | None) -> dict[str, Any]:
@@ -282,12 +300,6 @@ def _beside_texts(records: Sequence[Any]) -> set[str]:
     chats = [chat for record in records if isinstance(chat := prompt_of(record), Chat)]
     names = {"tools": "tools", "template_args": "chat_template_kwargs"}
     return {name for key, name in names.items() if any(getattr(chat, key) for chat in chats)}
-
-
-def first_words(text: str, count: int) -> str | None:
-    """The first `count` words (characters, where a script has no blanks), or None where no word comes after them."""
-    spans = list(segment_spans(text))
-    return " ".join(text[: spans[count - 1][1]].split()) if len(spans) > count else None
 
 
 def _asked(

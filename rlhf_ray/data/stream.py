@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
+import numpy as np
+
 from rlhf_ray.errors import ConfigError
 
 # Weights are kept exactly where their shares fit a cycle of so many positions, else to one part in so many.
 LONGEST_CYCLE = 10_000
+_AT_ONCE = 65_536  # digests that stand side by side as Python objects
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class PromptStream:
         if position < 0:
             raise IndexError(f"a stream has no position {position}: positions count from 0")
         epoch, place = divmod(position, self.n_examples)
-        return epoch, self._order(epoch)[place]
+        return epoch, int(self._order(epoch)[place])
 
     def take(self, position: int, count: int) -> list[tuple[int, int]]:
         return [self[p] for p in range(position, position + count)]
@@ -225,9 +228,13 @@ def by_turns(names: Sequence[str]) -> list[int]:
     return sorted(range(len(names)), key=lambda i: (turns[i], i))
 
 
-def _epoch_order(n_examples: int, seed: int | str, epoch: int) -> tuple[int, ...]:
+def _epoch_order(n_examples: int, seed: int | str, epoch: int) -> np.ndarray:
     # Sorting by a keyed hash is a uniform shuffle that no library version can change under a resumed run.
-    def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=16).digest()
-
-    return tuple(sorted(range(n_examples), key=rank))
+    ranks = np.empty((n_examples, 2), ">u8")
+    for start in range(0, n_examples, _AT_ONCE):
+        end = min(start + _AT_ONCE, n_examples)
+        digests = b"".join(
+            hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=16).digest() for index in range(start, end)
+        )
+        ranks[start:end] = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    return np.lexsort((ranks[:, 1], ranks[:, 0])).astype(np.int32)

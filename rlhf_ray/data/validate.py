@@ -20,7 +20,7 @@ from rlhf_ray.data.columns import NamedColumns
 from rlhf_ray.data.datasets import labelled, make_encoder
 from rlhf_ray.data.examples import LabelledAnswer, LabelledText, TokenizedExample, TokenizedPair
 from rlhf_ray.data.fingerprint import Fingerprint
-from rlhf_ray.data.prompts import PromptRows
+from rlhf_ray.data.prompt_rows import PromptRows
 from rlhf_ray.data.quality import NOTHING_MORE, QualityWatch, QualityWishes
 from rlhf_ray.data.rows import Row, read_rows
 from rlhf_ray.data.trees import TreeForm, tree_form

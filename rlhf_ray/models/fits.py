@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from rlhf_ray.config.schema import GeneratorConfig
 from rlhf_ray.config.vllm_limits import Shape, shape_problems
+from rlhf_ray.data.token_rows import Bounds, joined_rows
 from rlhf_ray.errors import ConfigError, DataError, ModelError
 from rlhf_ray.models.loading import load_shape
 
@@ -82,8 +83,8 @@ def require_policy_fits(limits: Limits, tokenizer: PreTrainedTokenizerBase, prom
             f"{limits.path} holds packed (quantised) weights, and the generators could not take the numbers that the "
             "learner sends; name the full-precision model, and to train it in 4 bits set model.lora.quantize=nf4"
         )
-    require_room(limits, max(map(len, prompts)), new, "rollout.max_new_tokens")
-    require_tokens(limits, tokenizer, [*prompts, [tokenizer.eos_token_id]])
+    require_room(limits, Bounds.of(prompts).longest, new, "rollout.max_new_tokens")
+    require_tokens(limits, tokenizer, joined_rows([prompts, [[tokenizer.eos_token_id]]]))
 
 
 def require_critic_fits(limits: Limits, tokenizer: PreTrainedTokenizerBase, longest_prompt: int, new: int) -> None:
@@ -137,7 +138,7 @@ def require_tokens(
     limits: Limits, tokenizer: PreTrainedTokenizerBase, rows: Rows, setting: str = "model.tokenizer.path"
 ) -> None:
     """An embedding for each token. `setting`: says which tokenizer. Raises ModelError."""
-    highest = max(map(max, rows))
+    highest = Bounds.of(rows).highest
     if limits.embeddings is not None and highest >= limits.embeddings:
         raise ModelError(
             f"token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {limits.embeddings} "

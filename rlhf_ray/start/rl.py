@@ -13,6 +13,7 @@ from rlhf_ray.config.rewards import right_by
 from rlhf_ray.config.schema import RolloutConfig, RunConfig, SyncConfig
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.stream import described
+from rlhf_ray.data.token_rows import Bounds
 from rlhf_ray.data.turn_end import with_turn_ends
 from rlhf_ray.loops.best import BestPolicy, measure_of
 from rlhf_ray.loops.evaluate import Evaluator
@@ -85,7 +86,7 @@ def run_rl(
             )  # fmt: skip
             rollouts = _rollouts(config, roles, train_prompts, sampling_of(config.rollout, stop), run)
             try:
-                longest = max(map(len, train_prompts.token_ids)) + config.rollout.max_new_tokens
+                longest = Bounds.of(train_prompts.token_ids).longest + config.rollout.max_new_tokens
                 canary = _canary(config.sync, tokenizer, longest, hardware, config.seed)
                 result = _learned(config, roles, rollouts, evaluator, canary, run)
             finally:

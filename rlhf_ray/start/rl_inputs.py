@@ -10,6 +10,7 @@ from rlhf_ray.config.schema import EvalConfig, RunConfig
 from rlhf_ray.data.fingerprint import CHAT_TEMPLATE, fingerprint_of_template
 from rlhf_ray.data.prompt_sources import load_split
 from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.token_rows import Bounds, joined_rows
 from rlhf_ray.models.fits import limits_of, require_critic_fits, require_end, require_policy_fits, require_served
 from rlhf_ray.models.loading import load_shape, load_tokenizer
 from rlhf_ray.rewards.compose import reward_of
@@ -43,7 +44,7 @@ def check_inputs(
     require_end(tokenizer, config.model.tokenizer.path or config.model.path, "completion")
     train, held_out = load_data(config, tokenizer)
     prompt_stream(train, config.rollout.order, config.seed)
-    prompts, new = [*train.token_ids, *held_out.token_ids], config.rollout.max_new_tokens
+    prompts, new = joined_rows([train.token_ids, held_out.token_ids]), config.rollout.max_new_tokens
     path, trust = config.model.path, config.model.trust_remote_code
     require_policy_fits(limits_of(path, trust_remote_code=trust), tokenizer, prompts, new)
     require_served(
@@ -52,7 +53,7 @@ def check_inputs(
     )  # fmt: skip
     if config.uses_critic and config.critic.path is not None:
         critic = limits_of(config.critic.path, trust_remote_code=trust)
-        require_critic_fits(critic, tokenizer, max(map(len, prompts)), new)
+        require_critic_fits(critic, tokenizer, Bounds.of(prompts).longest, new)
     sft = config.sft_data and load_sft_data(
         config.sft_data, config.model, tokenizer, seed=config.seed, clock=config.clock
     )

@@ -15,8 +15,9 @@ from rlhf_ray.config.schema import DataConfig, RunConfig, WarmStartConfig
 from rlhf_ray.config.sections import ModelConfig
 from rlhf_ray.data.cleaning import explain_unused
 from rlhf_ray.data.examples import TokenizedExample
+from rlhf_ray.data.prompt_rows import first_words
 from rlhf_ray.data.prompt_sources import held_out_counts, load_split
-from rlhf_ray.data.prompts import PromptSet, first_words, load_texts, located_texts, vocabulary_texts
+from rlhf_ray.data.prompts import PromptSet, load_texts, located_texts, vocabulary_texts
 from rlhf_ray.data.stream import Part
 from rlhf_ray.data.tasks import is_task, load_task, supervised_pairs
 from rlhf_ray.data.templates import set_chat_template

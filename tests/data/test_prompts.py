@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.data.prompts import first_words, load_prompts, load_texts, vocabulary_texts
+from rlhf_ray.data.prompt_rows import first_words
+from rlhf_ray.data.prompts import load_prompts, load_texts, vocabulary_texts
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.tokenizers import char_tokenizer
 

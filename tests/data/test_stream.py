@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.data import stream
 from rlhf_ray.data.stream import (
     LONGEST_CYCLE,
     Part,
@@ -155,3 +158,11 @@ def test_a_mixture_is_described():
     )
     without = described([Part("a", 3), Part("b", 1)])
     assert without.endswith("b 25.0% (1 rows); no weights, so each row comes once an epoch")
+
+
+def test_an_epochs_order_is_that_of_its_keyed_hashes(monkeypatch):
+    """As a list of Python's sorts it, also where the digests are made in several portions."""
+    monkeypatch.setattr(stream, "_AT_ONCE", 7)
+    by_digest = sorted(range(100), key=lambda i: hashlib.blake2b(f"3/1/{i}".encode(), digest_size=16).digest())
+    positions = PromptStream(100, seed=3).take(100, 100)
+    assert positions == [(1, index) for index in by_digest] and type(positions[0][1]) is int
