@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 # A result that is ready is a few numbers: longer than this, and its node is gone.
 FETCH_S = 60.0
+NAMED_PROMPTS = 5
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -105,6 +106,7 @@ class Call:
         process: to whom it was sent.
         elsewhere: whoever waits for it sends it to another seat if it is lost.
         others: seats that may do it in the place of its own.
+        prompts: those that it is about now, by prompt_id: what to look at if it never ends.
         late: it did not return in time.
         told_slow: somebody has been told that half of the time is gone.
     """
@@ -114,6 +116,7 @@ class Call:
         self.name = name
         self.deadline = deadline
         self.tries = 0
+        self.prompts: Callable[[], Iterable[int]] = tuple
         self.needs_no_weights = name == "cut"  # of a generator: a process that has loaded can do it
         self.elsewhere = False
         self.others: Sequence[Worker] = ()
@@ -136,6 +139,19 @@ class Call:
     def park(self, *, cut_off: bool) -> None:
         """It was lost, and will be sent again when somebody can do it. `cut_off`: the same process may do it, too."""
         self.parked, self.cut_off = True, cut_off
+
+    def about(self, prompts: Callable[[], Iterable[int]]) -> Call:
+        self.prompts = prompts
+        return self
+
+    @property
+    def prompts_in_words(self) -> str:
+        """Nothing, or `, with prompts 3, 4, 7 and 21 more,`."""
+        ids = sorted(set(self.prompts()))
+        first, more = ", ".join(map(str, ids[:NAMED_PROMPTS])), len(ids) - NAMED_PROMPTS
+        if not ids:
+            return ""
+        return f", with prompt{'s' * (len(ids) > 1)} {first}" + (f" and {more} more," if more > 0 else ",")
 
     def __str__(self) -> str:
         return f"{self.name} of {self.worker}"
@@ -172,8 +188,8 @@ def value_of(call: Call) -> Any:
     DeadlineError if it did not return in time."""
     if call.late:
         raise DeadlineError(
-            f"{call} did not return within {call.deadline.seconds:.0f} s: it hangs, or the work is too much; look at "
-            f"that process, raise {call.deadline.setting}, or resume with --resume auto"
+            f"{call}{call.prompts_in_words} did not return within {call.deadline.seconds:.0f} s: it hangs, or the work "
+            f"is too much; look at that process, raise {call.deadline.setting}, or resume with --resume auto"
         )
     _require_ray()
     try:

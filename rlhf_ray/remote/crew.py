@@ -73,7 +73,10 @@ class Crew:
         places = dict(zip((worker.name for worker in self.workers), self.results(calls), strict=True))
         for worker in self.workers:
             worker.process = Process(worker.actor, places[worker.name].node, places[worker.name].pid)
-        self.supervisor = Supervisor(self.processes, self.processes.workers, self.limits, time.monotonic, self.tell)
+        here = ray.util.get_node_ip_address()
+        self.supervisor = Supervisor(
+            self.processes, self.processes.workers, self.limits, time.monotonic, self.tell, here
+        )  # fmt: skip
         self._watcher = threading.Thread(target=self._watch, name="crew-watch", daemon=True)
         self._watcher.start()
         return places
@@ -212,8 +215,9 @@ class Crew:
         under_way = call.deadline.seconds - (call.until - time.monotonic())
         if not (call.parked or call.told_slow) and under_way > call.deadline.seconds / 2:
             call.told_slow = True
-            text = f"{call} has been under way for {under_way:.0f} s; its limit is {call.deadline.seconds:.0f} s"
-            self.tell("call_slow", call.worker.name, f"{text} ({call.deadline.setting})")
+            text = f"{call}{call.prompts_in_words} has been under way for {under_way:.0f} s"
+            limit = f"its limit is {call.deadline.seconds:.0f} s ({call.deadline.setting})"
+            self.tell("call_slow", call.worker.name, f"{text}; {limit}")
 
     def _cause_of(self, error: WorkerError, calls: Sequence[Call]) -> RlhfRayError:
         """The death behind an error, if there is one: the error may be only what others noticed of it."""

@@ -230,6 +230,7 @@ class _Writing:
         call = self.workers[number].start(
             GeneratorHost.write, requests, self.sampling, self.least, deadline=self.deadline
         )
+        call.about(lambda: self.asked.prompts_of(self.dispatch.open.get(number, ())))  # all that it has open by then
         self.calls[number].append(call)
 
     def _wait(self) -> None:
@@ -312,6 +313,10 @@ class _Asked:
         """Tokens that the group may cost: its prompt once, and its answers at their longest."""
         given = sum(row in self.requests.answers for row in group) if self.requests.answers else 0
         return len(self.requests.tokens[self.requests.prompt[group.start]]) + (len(group) - given) * new_tokens
+
+    def prompts_of(self, groups: Sequence[int]) -> list[int]:
+        """By prompt_id."""
+        return [int(self.requests.prompt_id[self.groups[group].start]) for group in groups]
 
     def of_groups(self, groups: Sequence[int]) -> Requests:
         """What a generator is told of these groups."""

@@ -91,17 +91,21 @@ class Health:
         if self._state is State.SUSPECT:
             self._to(self._before)
 
+    def excuse(self) -> None:
+        """Its machine was cut off, and is there again: its silence counts as if the suspicion had just begun."""
+        self._heard = max(self._heard, self.clock() - self.limits.pulse_s - self.limits.suspect_s)
+
     def doubt(self) -> None:
         """It could not be reached."""
         if self._state in (State.HEALTHY, State.STALE):
             self._before = self._state
             self._to(State.SUSPECT)
 
-    def look(self) -> State:
-        """What has become of it in the meantime."""
+    def look(self, patience: float = 1.0) -> State:
+        """What has become of it in the meantime. `patience`: that many times as long a silence is no loss yet."""
         if self.silent > self.limits.pulse_s + self.limits.suspect_s:
             self.doubt()
-        if self._state is State.SUSPECT and self.silent > self.limits.pulse_s + self.limits.silence_s:
+        if self._state is State.SUSPECT and self.silent > self.limits.pulse_s + patience * self.limits.silence_s:
             self.lose()
         if self._state is State.RESTARTING and self.clock() > self._load_until:
             self.lose()
@@ -111,6 +115,11 @@ class Health:
         """Its process has died, or will be ended."""
         self._to(State.DEAD)
         self._died = self.clock()
+
+    @property
+    def starting_s(self) -> float:
+        """Seconds since the last restart; 0 where there was none."""
+        return self.clock() - self._restarts[-1] if self._restarts else 0.0
 
     @property
     def spent(self) -> bool:

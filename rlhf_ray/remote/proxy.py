@@ -96,8 +96,8 @@ class _Forward:
             parts = self._parts(batch)
             sent = self.sender.send(batch, parts, getattr(method, "reads", ()), self.divides)
             started = [
-                rank.compute(method, args, keywords, delivery, slices, deadline=deadline)
-                for rank, (delivery, slices) in zip(self.group.ranks, sent, strict=True)
+                rank.compute(method, args, keywords, delivery, slices, deadline=deadline).about(_prompts(batch, part))
+                for rank, part, (delivery, slices) in zip(self.group.ranks, parts, sent, strict=True)
             ]
             answers = self.group.finish(started)
         return _assembled(self.group.ranks, answers, [call.kept[0] for call in started], parts)
@@ -137,13 +137,13 @@ class _ForwardToOne:
         parts = [part for piece in pieces for part in piece]
         sent = iter(self.sender.send(batch, parts, getattr(method, "reads", ()), self.divides))
 
-        def start(deliveries: Sequence[Any], replica: Replica) -> list[Call]:
+        def start(piece: Sequence[RankPart], deliveries: Sequence[Any], replica: Replica) -> list[Call]:
             return [
-                seat.compute(method, args, keywords, delivery, slices, deadline=deadline)
-                for seat, (delivery, slices) in zip(replica, deliveries, strict=True)
+                seat.compute(method, args, keywords, delivery, slices, deadline=deadline).about(_prompts(batch, part))
+                for seat, part, (delivery, slices) in zip(replica, piece, deliveries, strict=True)
             ]
 
-        done = self.replicas.compute([partial(start, [next(sent) for _ in piece]) for piece in pieces])
+        done = self.replicas.compute([partial(start, piece, [next(sent) for _ in piece]) for piece in pieces])
         workers = [seat for piece in done for seat in piece.replica]
         answers = [value for piece in done for value in piece.values]
         return _assembled(workers, answers, [call.kept[0] for piece in done for call in piece.calls], parts)
@@ -155,6 +155,10 @@ class _ForwardToOne:
         if self._division is None:
             self._division = self(Divided.division.fget, (), {})
         return self._division.pieces(batch.rows, PIECES * len(self.replicas.replicas))
+
+
+def _prompts(batch: RemoteBatch, part: RankPart) -> Callable[[], Sequence[int]]:
+    return lambda: batch.rows.prompt_id[part.rows].tolist()
 
 
 def _assembled(

@@ -22,6 +22,10 @@ from rlhf_ray.remote.health import Health, Limits, State
 # How long the cause of an error may take to show: a rank hears "connection closed" before Ray reports the death.
 CAUSE_S = 5.0
 
+# A link that was cut for some seconds may be silent for as long again: TCP doubles the time between its attempts. Of a
+# machine that is gone Ray says so itself.
+CUT_PATIENCE = 2.0
+
 # (kind of event, worker, a sentence for people)
 Tell = Callable[[str, str, str], None]
 
@@ -91,12 +95,15 @@ class Supervisor:
     """
     Args:
         tell: hears of every fault and what was done about it, in the thread that calls `step`.
+        here: this process's own machine. One of the others may be cut off.
     """
 
     def __init__(
-        self, world: World, names: Iterable[str], limits: Limits, clock: Clock, tell: Tell = untold
+        self, world: World, names: Iterable[str], limits: Limits, clock: Clock, tell: Tell = untold,
+        here: str | None = None,
     ) -> None:  # fmt: skip
         self.world = world
+        self.here = here
         self.limits = limits
         self.clock = clock
         self.tell = tell
@@ -110,6 +117,7 @@ class Supervisor:
         self._groups: dict[str, Sequence[str]] = {}
         self._vacant: dict[Sequence[str], Setback] = {}  # groups that are being taken anew
         self._unexplained: dict[str, tuple[float, Call, RlhfRayError]] = {}  # until when a cause may show
+        self._told_waiting: set[str] = set()  # seats whose next process has no machine yet
         self._said: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         for name in self.seats:
             world.feel(name)
@@ -184,6 +192,8 @@ class Supervisor:
             suspected, silent = health.state is State.SUSPECT, health.silent
             health.heard()
             if suspected:
+                for other in self._on_its_machine(name) if self._is_elsewhere(name) else ():
+                    self.seats[other].excuse()
                 self.tell("worker_answers", name, f"{self.world.who(name)} answers again, after {silent:.0f} s")
         else:
             return self._doubt(name)
@@ -192,7 +202,7 @@ class Supervisor:
     def _look(self, name: str) -> None:
         health = self.seats[name]
         before, silent = health.state, health.silent
-        state = health.look()
+        state = health.look(self._patience(name) if before is State.SUSPECT else 1.0)
         if state is State.SUSPECT and before is not State.SUSPECT:
             self._tell_silence(name)
         elif state is State.DEAD and before is State.RESTARTING:
@@ -204,10 +214,26 @@ class Supervisor:
         elif state is not State.DEAD and self.clock() >= self._unexplained.get(name, (math.inf,))[0]:
             _, call, error = self._unexplained.pop(name)
             self._lose(name, _first_line(error), lambda when: error)
+        elif state is State.RESTARTING and health.starting_s > self.limits.suspect_s and name not in self._told_waiting:
+            self._tell_waiting(name)
         elif name in self.replaceable and self._are_due(self.peers(name)):
             for peer in self.peers(name):
                 self.seats[peer].restart()
+                self._told_waiting.discard(peer)
             self.world.restart(self.peers(name))
+
+    def _is_elsewhere(self, name: str) -> bool:
+        return self.here is not None and self.world.who(name).node != self.here
+
+    def _patience(self, name: str) -> float:
+        """More, where nobody on its machine says anything."""
+        there = [self.seats[other].state for other in self._on_its_machine(name)]
+        silent = not any(state in (State.HEALTHY, State.STALE) for state in there)
+        return CUT_PATIENCE if silent and self._is_elsewhere(name) else 1.0
+
+    def _on_its_machine(self, name: str) -> list[str]:
+        node = self.world.who(name).node
+        return [other for other in self.seats if self.world.who(other).node == node]
 
     def _are_due(self, names: Sequence[str]) -> bool:
         return all(self.seats[name].due for name in names)
@@ -249,7 +275,21 @@ class Supervisor:
     def _tell_silence(self, name: str) -> None:
         most = self.limits.pulse_s + self.limits.silence_s
         text = f"{self.world.who(name)} gives no sign of life; it is waited for, up to {most:.0f} s (ray.silence_s)"
+        if self._is_elsewhere(name):
+            longest = self.limits.pulse_s + CUT_PATIENCE * self.limits.silence_s
+            text += f", or {longest:.0f} s where nobody on its machine gives one"
         self.tell("worker_silent", name, text)
+
+    def _tell_waiting(self, name: str) -> None:
+        """Its place was on a machine that is lost, and no other has room; or a worker's start takes long."""
+        if self.world.who(name).pid:
+            return  # it runs, and loads
+        self._told_waiting.add(name)
+        text = (
+            f"{name} waits for a machine with room for it, up to {self.limits.start_s:.0f} s (ray.start_deadline_s); "
+            "look at `ray status`"
+        )
+        self.tell("worker_waits", name, text)
 
     def _failed(self, call: Call, error: RlhfRayError) -> None:
         name = call.worker.name

@@ -91,6 +91,20 @@ def test_a_small_step_keeps_every_generator_busy(world):
     assert answers(world, batch) == [0, 1, 2, 3, 4, 5] and batch.rows.prompt_id.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_call_knows_the_prompts_that_its_generator_has_open(world, monkeypatch):
+    """What is told of a call that does not end."""
+    seen, next_done = [], world.next_done
+
+    def looked(calls):
+        seen.append({call.worker.name: sorted(call.prompts()) for call in calls})
+        return next_done(calls)
+
+    monkeypatch.setattr(world, "next_done", looked)
+    opened(world, [Engine(), Engine()], rows=1024).generate(requests_of(3), SAMPLING)
+    assert seen[0] == {"generator 0": [0, 2], "generator 1": [1]}
+    assert all(prompts in ([0, 2], [0], [2], [1], []) for look in seen for prompts in look.values()) and len(seen) > 1
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_models_write_the_same_tokens_whoever_is_given_what(count):
     """Groups of odd sizes; each generator writes five rows side by side, and they answer in an order that changes."""

@@ -207,11 +207,19 @@ def test_a_worker_that_computes_is_not_taken_for_a_hung_one(hire):
 def test_deadline_of_a_call(hire):
     told = []
     team = hire(1, tell=lambda *said: told.append(said))
-    with pytest.raises(DeadlineError, match="wait of learner rank 0 .* within 3 s: .* raise ray.call_deadline_s"):
-        team.result(call(team, 0, Toy.wait, 30, seconds=3))
+    says = "wait of learner rank 0 .*, with prompts 3, 5, 9, did not return within 3 s: .* raise ray.call_deadline_s"
+    with pytest.raises(DeadlineError, match=says):
+        team.result(call(team, 0, Toy.wait, 30, seconds=3).about(lambda: [9, 3, 3, 5]))
     [(kind, name, text)] = told
     assert (kind, name) == ("call_slow", "learner rank 0") and text.endswith("its limit is 3 s (ray.call_deadline_s)")
-    assert text.startswith(f"wait of {team.workers[0]} has been under way for")
+    assert text.startswith(f"wait of {team.workers[0]}, with prompts 3, 5, 9, has been under way for")
+
+
+def test_prompts_of_a_call_are_counted_where_they_are_many():
+    stuck = calls.Call(calls.Worker("generator 0", None), "write", lambda actor: "ref", Deadline(60, "no setting"))
+    assert stuck.prompts_in_words == ""
+    assert stuck.about(lambda: [7]).prompts_in_words == ", with prompt 7,"
+    assert stuck.about(lambda: range(40)).prompts_in_words == ", with prompts 0, 1, 2, 3, 4 and 35 more,"
 
 
 def test_a_group_that_loses_a_rank_is_killed_whole(hire):
