@@ -32,7 +32,10 @@ from rlhf_ray.sync.canary import Canary
 def train(
     config: RunConfig, roles: Roles, rollouts: Rollouts, evaluator: Evaluator, canary: Canary | None, run: TrainingRun
 ) -> dict[str, Any]:
-    """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples."""
+    """Run `config.steps` steps from where `run` stands; the evaluation before and after, and their samples.
+
+    Raises RanksLostError where ranks that learn are lost: `loops/rewind.py` calls it again, from the newest checkpoint.
+    """
     start, kl = restore(new_controller(config.algorithm, config.steps * config.samples_per_step), roles, rollouts, run)
     push_weights(start, roles, rollouts, canary, run)
     before = run.remember("before", lambda: evaluator.evaluate(start))

@@ -55,7 +55,7 @@ def test_lost_ranks_change_no_bit_of_the_result(tiny_config, tmp_path, strikes, 
     options = ("algorithm.name=ppo", "steps=5", "eval.size=2", "checkpoint.every=2")
     run_rl(tiny_config(*options), tmp_path / "calm")
     struck = strikes(STRIKES, STOPPED)
-    limits = ("ray.restarts=9", "ray.pulse_s=1", "ray.silence_s=9")
+    limits = ("ray.restarts=9", "ray.pulse_s=1", "ray.silence_s=15")
     run_rl(tiny_config("executor=ray", *options, *limits), tmp_path / "run")
     assert sorted(struck) == sorted(map(" ".join, STRIKES))
     events = require_same_run(tmp_path)
