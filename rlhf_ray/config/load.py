@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import reprlib
 import warnings
@@ -31,7 +32,21 @@ Run = TypeVar("Run", bound=RunConfig | SupervisedConfig)
 
 _OF_SOURCES = ("data", "sft_data")  # sections that may be lists of sources
 _LONGEST = 2000  # characters of one problem
-_SHOWN = reprlib.Repr()  # of a wrong value: a section in its place may hold thousands
+
+
+class _Shown(reprlib.Repr):
+    """Only what is shown is looked at: behind aliases, a value in YAML may be larger than any memory."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        shown = itertools.islice(x.items(), self.maxdict + 1)
+        known = {key: redacted_settings({key: value})[key] if isinstance(value, str) else value for key, value in shown}
+        return super().repr_dict(known, level)
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redacted_settings(x), level)
+
+
+_SHOWN = _Shown()  # of a wrong value: a section in its place may hold thousands
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
 
 
@@ -316,13 +331,19 @@ def _describe(item: Any, schema: type[BaseModel]) -> str:
         hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{dotted}: unknown key; {hint}"
     if item["type"] == "invalid_key":
-        return f"{dotted}: a key must be text (got {_SHOWN.repr(item['input'])})"
+        return f"{dotted}: a key must be text (got {_shown(item)})"
     if item["type"] == "missing":
         return f"{dotted}: required and not set"
     if item["input"] is None:
         return f"{dotted}: is empty; give it a value, or remove the line"
     message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{dotted}: {message} (got {_SHOWN.repr(item['input'])})"
+    return f"{dotted}: {message} (got {_shown(item)})"
+
+
+def _shown(item: Any) -> str:
+    """The wrong value, without what is secret by its name or the names in it."""
+    name, value = str(item["loc"][-1]) if item["loc"] else "", item["input"]
+    return _SHOWN.repr(redacted_settings({name: value})[name] if isinstance(value, str) else value)
 
 
 def _valid_keys(schema: type[BaseModel], loc: Sequence[Any]) -> list[str]:

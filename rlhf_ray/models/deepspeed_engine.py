@@ -199,11 +199,13 @@ class DeepSpeedEngine:
         return self._deepspeed.optimizer.state
 
     def _agree(self, problem: str | None, kind: type[Exception] = CheckpointError) -> None:
-        """Raise `kind` on every rank if any has a problem: one that raised alone would leave the
-        others waiting for it in the next collective."""
-        anywhere = self.all_reduce(torch.tensor(0 if problem is None else 1), "max")
-        if anywhere.item():
-            raise kind(problem or "another learner rank failed; its error says why, and what to do")
+        """Raise the first rank's problem on every rank, if any has one: who raised alone would leave the others
+        waiting for it in the next collective."""
+        problems: list[str | None] = [problem] * self.world_size
+        torch.distributed.all_gather_object(problems, problem)
+        for rank, found in enumerate(problems):
+            if found is not None:
+                raise kind(found if all(problems) else f"rank {rank}: {found}")
 
     def save_pretrained(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, what: Export = "model", ends: Sequence[int] = ()

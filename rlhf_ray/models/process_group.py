@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -33,6 +34,7 @@ def join_ranks(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    began = time.monotonic()
     try:
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -43,8 +45,9 @@ def join_ranks(
         )
     except RuntimeError as error:
         raise WorkerError(
-            f"learner rank {rank} of {world_size} could not meet the others at {address}:{port} within "
-            f"{timeout_s:.0f} s ({error}); check that the port is free and that rank 0 is reachable"
+            f"learner rank {rank} of {world_size} could not meet the others at {address}:{port}, and gave up after "
+            f"{time.monotonic() - began:.0f} of {timeout_s:.0f} s ({error}); check that rank 0 is reachable, also "
+            "by the interface that Gloo or NCCL takes (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from error
     # Threads of a group that still stands when the interpreter ends can abort the process after its work is done.
     atexit.register(_leave)

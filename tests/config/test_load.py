@@ -437,3 +437,12 @@ def test_what_is_vllms_waits_for_the_device(load, monkeypatch):
         "sync.transport=nccl ends in vLLM, and generator.engine=hf receives by shared_memory only; "
         "set sync.transport=shared_memory (or auto), or generator.engine=vllm",
     ]
+
+
+@pytest.mark.parametrize("value", [
+    "{api_key: k-123}", "[{password: k-123}]", "{url: 'https://me:k-123@host/'}", "'https://host/?token=k-123'",
+])  # fmt: skip
+def test_a_wrong_value_is_quoted_without_its_secrets(load, value):
+    with pytest.raises(ConfigError, match=r"learner.lr: .*\(got .*\*\*\*") as error:
+        load(f"learner.lr={value}")
+    assert "k-123" not in str(error.value)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_ray.errors import WorkerError
+from rlhf_ray.errors import CheckpointError, WorkerError
 from rlhf_ray.models.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.lora import apply_lora
@@ -332,3 +332,16 @@ def test_a_taken_port_is_an_error_that_names_it() -> None:
         port = other.getsockname()[1]
         with pytest.raises(WorkerError, match=f"127.0.0.1:{port}.*port is free"):
             lonely(port)
+
+
+def test_a_problem_of_one_rank_is_raised_by_all_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank that is asked has none itself; its error is as good to read as the other's."""
+    engine = object.__new__(DeepSpeedEngine)
+    engine.world_size = 3
+
+    def gather(said: list[str | None], problem: str | None) -> None:
+        said[:] = [problem, "lacks a file", None]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(CheckpointError, match="^rank 1: lacks a file$"):
+        engine._agree(None)
