@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_ray.errors import DeadlineError, RlhfRayError
+from rlhf_ray.errors import DeadlineError, RlhfRayError, SyncError
 from rlhf_ray.remote.calls import Deadline, Worker, next_done, value_of
 from rlhf_ray.remote.failures import LostError
 from rlhf_ray.remote.processes import kill
 from rlhf_ray.roles.protocols import WeightReceiver
 from rlhf_ray.sync.cuda_sender import shift_ranks
+
+LOST = (LostError, DeadlineError)
 
 
 class GeneratorsClient:
@@ -49,7 +51,9 @@ class GeneratorsClient:
         self._all(WeightReceiver.init_weight_transfer_engine, [(info,) for info in infos])
 
     def start_weight_update(self) -> None:
-        self._all(WeightReceiver.start_weight_update, [()] * len(self.generators))
+        # One that refuses was left in the midst of an update, by a learner that was lost: it holds half of the weights,
+        # and is lost, too.
+        self._all(WeightReceiver.start_weight_update, [()] * len(self.generators), lost=(*LOST, SyncError))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._all(WeightReceiver.update_weights, [(update_info,)] * len(self.generators))
@@ -57,7 +61,11 @@ class GeneratorsClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all(WeightReceiver.finish_weight_update, [(weight_version,)] * len(self.generators))
 
-    def _all(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
+    def _all(
+        self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]],
+        lost: tuple[type[RlhfRayError], ...] = LOST,
+    ) -> None:  # fmt: skip
+        """`lost`: errors after which a generator is replaced, where one can be."""
         waiting = [
             worker.ask(method, *args, deadline=self.deadline)
             for worker, args in zip(self.generators, arguments, strict=True)
@@ -68,7 +76,7 @@ class GeneratorsClient:
             try:
                 value_of(call)
             except RlhfRayError as error:
-                if self.replaced and isinstance(error, LostError | DeadlineError):
+                if self.replaced and isinstance(error, lost):
                     self._leave_out(call.worker)
                 elif call.worker.name in str(error):
                     raise

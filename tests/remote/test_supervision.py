@@ -15,7 +15,7 @@ import ray
 
 from rlhf_ray import errors
 from rlhf_ray.config.sections import RayConfig
-from rlhf_ray.errors import DeadlineError, ForeignError, RlhfRayError, WorkerError
+from rlhf_ray.errors import DeadlineError, ForeignError, RlhfRayError, SyncError, WorkerError
 from rlhf_ray.remote import calls, crew
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.client import GeneratorsClient
@@ -36,8 +36,8 @@ OWN.remove(errors.EngineError)  # of an engine that is dead: it travels as LostE
 
 
 class Toy(Host):
-    def ask(self, name, args):
-        return getattr(self, name)(*args)  # it is its own role
+    def ask(self, name, args, keywords):
+        return getattr(self, name)(*args, **keywords)  # it is its own role
 
     @reported
     def echo(self, value):
@@ -81,6 +81,8 @@ class Toy(Host):
     def start_weight_update(self):
         while self.knows == "nothing":
             time.sleep(0.1)
+        if self.knows == "half":
+            raise SyncError("an earlier weight update was cut off half-way")
 
     @reported
     def fail_after_a_peers_death(self, pid):
@@ -317,12 +319,13 @@ def test_a_call_that_is_late_gets_one_more_try_in_another_process(hire):
     assert [kind for kind in kinds(told)[3:] if kind != "call_slow"] == ["worker_lost", "worker_restarted"]
 
 
-@pytest.mark.parametrize("replaced", [True, False])
-def test_who_does_not_follow_a_weight_update_is_left_out_where_another_takes_its_place(hire, replaced):
-    """It would hold half of the weights, and might answer again: it is ended."""
+@pytest.mark.parametrize(("knows", "replaced"), [("nothing", True), ("half", True), ("nothing", False)])
+def test_who_does_not_follow_a_weight_update_is_left_out_where_another_takes_its_place(hire, knows, replaced):
+    """It would hold half of the weights, and might answer again: it is ended. Also one that was left in the midst of an
+    update before, by a learner that is lost."""
     team = hire(2)
-    for rank, knows in enumerate(("nothing", "all")):
-        team.result(call(team, rank, Toy.learn, knows))
+    for rank, what in enumerate((knows, "all")):
+        team.result(call(team, rank, Toy.learn, what))
     client = GeneratorsClient(
         team.workers, workers_each=1, deadline=Deadline(3, "sync.deadline_s"), replaced=replaced
     )  # fmt: skip
