@@ -104,15 +104,16 @@ def costs_of(words: Mapping[str, Any], struck: Struck) -> dict[str, Any]:
     the struck phase of that step was over; and how it was mended."""
     at, events = words["time"], struck.events
     own = [event for event in events if is_of(event.get("worker", ""), words["seat"])]
-    # The whole run; what comes after the next strike is that one's.
+    # What comes after the next strike is that one's.
     next_at = min((other["time"] for other in struck.words if other["time"] > at), default=math.inf)
-    again = first([event for event in events if event["time"] < next_at], "restarted", at)
+    until_next = [event for event in events if event["time"] < next_at]
+    again = first(until_next, "restarted", at)  # the whole run
     noticed = first(own, "worker_lost", at) if words["seat"] != "driver" else again
     back, remedy = first(own, "worker_restarted", at), "replaced"
     if back is None or again is not None:
         back, remedy = again and first(of_loop(struck), "step", again), "run started again"
         noticed = again if noticed is None else noticed
-    elif (first(events, "rewound", at) or math.inf) < (first(events, "worker_lost", back) or math.inf):
+    elif first(until_next, "rewound", at) is not None:
         remedy = "replaced, and back to the checkpoint"
     seconds: dict[str, Any] = {}
     if noticed is not None:

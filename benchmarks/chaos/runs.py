@@ -57,9 +57,11 @@ OVERLAPPED: dict[str, Any] = {"rollout": {"max_staleness": 1}, "algorithm": {"co
 CALM_S = 300.0
 SILENCE_S = TREE["ray"]["pulse_s"] + TREE["ray"]["silence_s"]
 
-# Other every time: times, speeds, sizes, and what was done about faults.
+# Other every time: times, speeds, sizes, what was done about faults; and the last bits of what generators say of their
+# own tokens, for these depend on what they write side by side.
 PASSED_OVER = (
-    "time/", "cost/", "perf/", "sync/gb_per_s", "fault/", "ledger/lost", "ledger/sampled", "dropped_stale",
+    "time/", "cost/", "perf/", "sync/gb_per_s", "fault/", "ledger/lost", "ledger/sampled", "dropped_stale", "mismatch/",
+    "sync/canary",
 )  # fmt: skip
 
 
