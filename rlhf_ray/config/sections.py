@@ -206,6 +206,10 @@ class CheckpointConfig(Section):
     """What a run can be resumed from."""
 
     every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    background: bool = Field(
+        False, description="true: the next step begins as soon as the state is copied, and the copy is written behind "
+        "it; it costs the memory of the state once more, and a failure before the end of that step the checkpoint"
+    )  # fmt: skip
     keep: int = Field(2, gt=0, description="how many of the newest checkpoints stay; older ones are deleted")
     best_by: str | None = Field(
         None, description="a number in the rows of metrics.jsonl, such as eval/reward or val/loss: the checkpoints of "

@@ -127,7 +127,7 @@ def new_controller(algorithm: AlgorithmConfig, span: int) -> KLController:
 def save(step: int, kl: KLController, roles: Roles, rollouts: Rollouts, run: TrainingRun) -> None:
     """A complete checkpoint: nothing else is needed to go on bit for bit."""
     with run.timer("ckpt"):
-        writers = {"learner": roles.learner.save} | ({} if roles.critic is None else {"critic": roles.critic.save})
+        writers = {"learner": roles.learner} | ({} if roles.critic is None else {"critic": roles.critic})
         state = {"kl": kl, "advantages": roles.advantages, "rollouts": rollouts}
         run.save(step, writers, {name: part.state_dict() for name, part in state.items()})
 

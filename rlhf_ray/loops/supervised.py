@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.config.supervised import SupervisedConfig, ValidationConfig
 from rlhf_ray.data.stream import Part, Stream, stream_over
+from rlhf_ray.roles.protocols import Saves
 from rlhf_ray.roles.supervised import SplitResult
 from rlhf_ray.roles.training import scheduled_rate
 from rlhf_ray.run.supervised_run import SupervisedRun
@@ -29,7 +30,7 @@ TRAIN_SAMPLE = 512
 FOLDER = "trainer"
 
 
-class Trainer(Protocol):
+class Trainer(Saves, Protocol):
     """What the loop asks; see `roles/supervised.py`."""
 
     devices: float  # accelerators that it occupies; on CPU, machines
@@ -38,8 +39,6 @@ class Trainer(Protocol):
     def step(self, rows: Sequence[int], lr: float) -> dict[str, float]: ...
     def evaluate(self, split: str, limit: int | None = None) -> SplitResult: ...
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]: ...
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -160,6 +159,7 @@ def train(
         improved = config.eval.keep_best and seen.best_step != best_before
         if run.is_checkpoint_due(step + 1) or improved:
             save(step + 1, seen, trainer, run)
+    run.saver.finish()
     kept = run.steps_done
     if config.eval.keep_best and seen.best_step not in (None, kept):
         kept = seen.best_step
@@ -179,7 +179,7 @@ def save(step: int, seen: Validated, trainer: Trainer, run: SupervisedRun) -> No
     """A complete checkpoint: nothing else is needed to go on bit for bit. The one with the best weights stays."""
     protect = () if seen.best_step is None else (seen.best_step,)
     with run.timer("ckpt"):
-        run.save(step, {FOLDER: trainer.save}, asdict(seen), protect)
+        run.save(step, {FOLDER: trainer}, asdict(seen), protect)
 
 
 def restore(config: SupervisedConfig, trainer: Trainer, run: SupervisedRun) -> tuple[int, Validated]:

@@ -7,18 +7,20 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError
+from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError, StorageError
 from rlhf_ray.models.devices import with_index
 from rlhf_ray.models.pretrained import Export, exported_state, not_finite, write_pretrained
 from rlhf_ray.models.process_group import join_ranks
-from rlhf_ray.models.train_state import Held, TrainState, pieces, write_meta, write_pieces
+from rlhf_ray.models.saving import Saving
+from rlhf_ray.models.train_state import Held, Piece, TrainState, copied, pieces, write_state
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -26,7 +28,7 @@ from rlhf_ray.models.trainable import (
     enable_gradient_checkpointing,
     switch_dropout_off,
 )
-from rlhf_ray.models.written import Written, together, written
+from rlhf_ray.models.written import Written, together
 from rlhf_ray.models.zero_state import fixed_here, show_masters, trained_here
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class DeepSpeedEngine:
         self.steps = 0
         self._has_gradients = self._was_cut_off = False
         self.rank, self.world_size = join_ranks(self.device, rank, world_size, master_address, master_port, timeout_s)
+        self._saving: Saving | None = None
         self._dtype = dtype
         self._layout = {
             "engine": "deepspeed", "world_size": self.world_size, "zero_stage": zero_stage, "dtype": str(dtype),
@@ -165,15 +168,37 @@ class DeepSpeedEngine:
             yield from exported_state(self.module, what, gather)
 
     def save(self, folder: Path) -> Written:
-        folder.mkdir(parents=True, exist_ok=True)
+        self.begin_save(folder, background=False)
+        return self.saved()
+
+    def begin_save(self, folder: Path, background: bool = True) -> None:
+        if self._saving is not None:
+            self._saving.wait()  # nobody asks for its end any more
         # What every rank holds whole is dealt out, so that all have as much to write.
         trained, fixed = self._trained(self.world_size), fixed_here(self.module, self.rank, self.world_size)
-        paths = [write_pieces(folder, self.rank, pieces(trained, self._optimizer_state, fixed))]
-        if self.rank == 0:
-            paths += write_meta(folder, self._layout, self.module, self.steps)
-        weights = (getattr(p, "ds_tensor", p).data for p in self.module.parameters())  # of ZeRO-3 this rank's shards
-        parts = [written(folder, paths, weights, self._layout)] * self.world_size
-        torch.distributed.all_gather_object(parts, parts[0])
+        held: Iterable[Piece] = pieces(trained, self._optimizer_state, fixed)
+        if background:
+            held = copied(held)
+        write = partial(write_state, folder, self.rank, held, self.module, self._layout, self.steps)
+        self._saving = Saving(write, background)
+
+    def is_saved(self) -> bool:
+        waiting = self._saving is not None and not self._saving.done()
+        return not self.all_reduce(torch.tensor(int(waiting)), "max").item()
+
+    def saved(self) -> Written:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            raise StepError("nothing is being saved: `begin_save` comes first")
+        mine: Written | str
+        try:
+            mine = saving.result()
+        except Exception as error:  # the other ranks are waiting
+            mine = f"rank {self.rank} could not write its part of a checkpoint ({error})"
+        parts = [mine] * self.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        if failed := [part for part in parts if isinstance(part, str)]:
+            raise StorageError(f"{failed[0]}; make room on the disk of the run directory, then --resume auto")
         return together(parts)
 
     def load(self, folder: Path) -> None:

@@ -75,7 +75,8 @@ class TrainEngine(Protocol):
     def save(self, folder: Path) -> Written | None:
         """Write all that bit-equal continuation needs: weights, fp32 masters, moments, step. Collective.
 
-        Returns what all ranks have written; of an engine in one process None means what lies in `folder`.
+        Returns what all ranks have written; of an engine in one process None means what lies in `folder`. An engine
+        that can go on while a copy is written has `begin_save`, `is_saved` and `saved` besides: roles/checkpointed.py.
         """
 
     def load(self, folder: Path) -> None:

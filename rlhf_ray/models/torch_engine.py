@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.errors import ModelError
+from rlhf_ray.errors import ModelError, StepError
 from rlhf_ray.models.pretrained import Export, exported_state, not_finite, plain_state, write_pretrained
-from rlhf_ray.models.train_state import Held, TrainState, fixed_tensors, pieces, write_meta, write_pieces
+from rlhf_ray.models.saving import Saving
+from rlhf_ray.models.train_state import Held, Piece, TrainState, copied, fixed_tensors, pieces, write_state
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -20,7 +22,7 @@ from rlhf_ray.models.trainable import (
     enable_gradient_checkpointing,
     switch_dropout_off,
 )
-from rlhf_ray.models.written import Written, written
+from rlhf_ray.models.written import Written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +57,7 @@ class TorchEngine:
         self.device = torch.device(device)
         self.max_grad_norm = max_grad_norm
         self.steps = 0
+        self._saving: Saving | None = None
         self._dtype = dtype
         self._layout = {"engine": "torch", "world_size": 1, "zero_stage": 0, "dtype": str(dtype)}
         for parameter in module.parameters():
@@ -135,10 +138,25 @@ class TorchEngine:
         return plain_state(self.module)
 
     def save(self, folder: Path) -> Written:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = pieces(self._trained(), self._optimizer.state, self._fixed())
-        paths = [write_pieces(folder, 0, held), *write_meta(folder, self._layout, self.module, self.steps)]
-        return written(folder, paths, self.module.parameters(), self._layout)
+        self.begin_save(folder, background=False)
+        return self.saved()
+
+    def begin_save(self, folder: Path, background: bool = True) -> None:
+        if self._saving is not None:
+            self._saving.wait()  # nobody asks for its end any more
+        held: Iterable[Piece] = pieces(self._trained(), self._optimizer.state, self._fixed())
+        if background:
+            held = copied(held)
+        self._saving = Saving(partial(write_state, folder, 0, held, self.module, self._layout, self.steps), background)
+
+    def is_saved(self) -> bool:
+        return self._saving is None or self._saving.done()
+
+    def saved(self) -> Written:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            raise StepError("nothing is being saved: `begin_save` comes first")
+        return saving.result()
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.models.trainable import is_packed
+from rlhf_ray.models.written import Written, written
 
 META = "engine.json"
 # What is trained: its float32 master and AdamW's moments. What is not: its values.
@@ -115,6 +116,24 @@ def pieces(trained: Iterable[Held], optimizer: OptimizerState, fixed: Iterable[H
                 yield Piece(moment, held.name, held.start, held.read(state[moment]), float(state[STEP]))
     for held in fixed:
         yield Piece(FIXED, held.name, held.start, held.read())
+
+
+def copied(held: Iterable[Piece]) -> list[Piece]:
+    """In this process's own memory: the next step may change what they were made of."""
+    return [replace(piece, values=piece.values.to("cpu", copy=True)) for piece in held]
+
+
+def write_state(
+    folder: Path, rank: int, held: Iterable[Piece], module: nn.Module, layout: Mapping[str, Any], steps: int
+) -> Written:
+    """Writes the pieces of this rank, rank 0 what describes them too; what was written, forced to disk and hashed.
+
+    `module`: its names, shapes and settings, which training does not change.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = list(held)
+    paths = [write_pieces(folder, rank, held), *(write_meta(folder, layout, module, steps) if rank == 0 else [])]
+    return written(folder, paths, (piece.values for piece in held if piece.kind in (MASTER, FIXED)), layout)
 
 
 def write_pieces(folder: Path, rank: int, held: Iterable[Piece]) -> Path:

@@ -267,7 +267,22 @@ class Ranks(TokenWork, Divided, Protocol):
     """Processes that train one network together."""
 
 
-class Critic(Ranks, Protocol):
+class Saves(Protocol):
+    """A network in training on disk: roles/checkpointed.py says more."""
+
+    def save(self, folder: Path) -> Written | None:
+        """All that a bit-equal continuation needs; what was written."""
+
+    def begin_save(self, folder: Path) -> None:
+        """As `save`, but back as soon as the state is copied: `saved` has the rest."""
+
+    def is_saved(self) -> bool: ...
+    def saved(self) -> Written | None: ...
+    def load(self, folder: Path) -> None:
+        """Undo `save`."""
+
+
+class Critic(Ranks, Saves, Protocol):
     @reads()
     def values(self, batch: Batch) -> Tensor:
         """[B, T] value before each token is chosen."""
@@ -282,11 +297,9 @@ class Critic(Ranks, Protocol):
     def finish(self) -> dict[str, float]:
         """As `Learner.finish`."""
 
-    def save(self, folder: Path) -> Written | None: ...
-    def load(self, folder: Path) -> None: ...
 
 
-class Learner(Ranks, Protocol):
+class Learner(Ranks, Saves, Protocol):
     @property
     def version(self) -> int:
         """The weight version that it sent last; 0 before the first."""
@@ -321,8 +334,6 @@ class Learner(Ranks, Protocol):
     def canary_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Like `Generator.logprobs`, under the weights that were pushed."""
 
-    def save(self, folder: Path) -> Written | None: ...
-    def load(self, folder: Path) -> None: ...
     def export_model(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""
 

@@ -24,7 +24,7 @@ from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.fits import positions_of
 from rlhf_ray.models.loading import load_policy
 from rlhf_ray.models.trainable import SkippedSteps
-from rlhf_ray.models.written import Written
+from rlhf_ray.roles.checkpointed import Checkpointed
 from rlhf_ray.roles.division import Microbatches, split_items
 from rlhf_ray.roles.objectives import Measured, Objective, language_model_inputs, pad_examples
 from rlhf_ray.roles.preferences import ReferencedPair, answer_logprobs
@@ -45,7 +45,7 @@ class SplitResult:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class SupervisedTrainer:
+class SupervisedTrainer(Checkpointed):
     """`splits` are lists of items by name; `train` is what `step` takes its rows from."""
 
     devices = 1.0
@@ -214,16 +214,6 @@ class SupervisedTrainer:
             )  # fmt: skip
             answers.append(written[0, len(prompt) :].tolist())
         return CompletionText(self.tokenizer).decode(answers)
-
-    def save(self, folder: Path) -> Written | None:
-        """Everything a bit-equal continuation needs. Collective."""
-        self._skipped.save(folder, self.engine.rank)
-        return self.engine.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Undo `save`. Raises CheckpointError. Collective."""
-        self.engine.load(folder)
-        self._skipped.load(folder)
 
     def export_model(self, folder: Path) -> None:
         """A plain Hugging Face folder with the tokenizer, which says what ends a turn. Collective."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,9 @@ from rlhf_ray.errors import ConfigError, StepError
 from rlhf_ray.models.devices import peak_memory_gb
 from rlhf_ray.models.engine import TrainEngine
 from rlhf_ray.models.trainable import SkippedSteps
-from rlhf_ray.models.written import Written
 from rlhf_ray.roles.advantages import answer_kl, token_advantages
 from rlhf_ray.roles.batch import Batch
+from rlhf_ray.roles.checkpointed import Checkpointed
 from rlhf_ray.roles.division import Division, RankBatch, Share
 from rlhf_ray.roles.forward import over_shares
 from rlhf_ray.roles.protocols import Estimate
@@ -80,7 +79,7 @@ class Step:
     dummy: MicroBatch | None = None
 
 
-class TrainingRole:
+class TrainingRole(Checkpointed):
     """Takes steps, each in optimiser steps and micro-batches; base of `Learner` and `Critic`."""
 
     def __init__(
@@ -293,17 +292,8 @@ class TrainingRole:
     def learning_rate(self, step: int) -> float:
         return scheduled_rate(self.config, step - self.first_step, self.total_steps - self.first_step)
 
-    def save(self, folder: Path) -> Written | None:
-        """All that a bit-equal continuation needs; what all ranks wrote. Collective. Raises StepError inside a step."""
-        self.require_no_step("save")
-        self._skipped.save(folder, self.engine.rank)
-        return self.engine.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Undo `save`. Collective. Raises CheckpointError, and StepError inside a step."""
-        self.require_no_step("load")
-        self.engine.load(folder)
-        self._skipped.load(folder)
+    def _require_rest(self, call: str) -> None:
+        self.require_no_step(call)
 
 
 def dummy_of(batch: Batch) -> MicroBatch:

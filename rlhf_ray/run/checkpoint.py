@@ -15,7 +15,8 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +42,17 @@ class Ranking:
     by: str
     keep: int  # so many of the best stay, beside the newest
     higher: bool = True
+
+
+@dataclass(frozen=True)
+class Unsealed:
+    """A checkpoint that is being written, under a name that nobody takes for one."""
+
+    step: int
+    folder: Path
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Checkpoints:
@@ -78,25 +90,46 @@ class Checkpoints:
             ConfigError: somebody has written to a disk that this process does not see.
             DivergenceError: the weights are no longer finite. Nobody could go on from them, so nothing is kept of them.
         """
-        temporary = self.folder / f"step_{step}.tmp-{uuid.uuid4().hex[:8]}"
-        try:
-            with explained(f"checkpoint step_{step} (the ones before it are untouched)", self.folder):
-                temporary.mkdir(parents=True)
-                told = _told(writer(temporary) or {})
-                self._require_finite(step, told)
-                files = {name: file for written in told.values() for name, file in written.files.items()}
-                require_seen(temporary, files)
-                _save_state(temporary / STATE, state)
-                value = metrics.get(self.ranking.by) if self.ranking else None
-                layout = {part: dict(written.layout) for part, written in told.items()}
-                _seal(temporary, {"format": FORMAT, "step": step, "metric": value, "parts": layout}, files)
-                final = self._publish(temporary, step)
-                write_atomically(self.folder / "latest", f"{final.name}\n")
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs these bytes back
-            raise
+        told: dict[str, Written | None] = {}
+        unsealed = self.begin(step, lambda folder: told.update(writer(folder) or {}), state)
+        return self.seal(unsealed, lambda: told, protect, metrics)
+
+    def begin(self, step: int, fill: Callable[[Path], None], state: Mapping[str, Any]) -> Unsealed:
+        """The first half of `save`: `fill` may leave others who go on writing into the folder that it is given."""
+        unsealed = Unsealed(step, self.folder / f"step_{step}.tmp-{uuid.uuid4().hex[:8]}")
+        with self._or_nothing(unsealed):
+            unsealed.folder.mkdir(parents=True)
+            fill(unsealed.folder)
+            _save_state(unsealed.folder / STATE, state)
+        return unsealed
+
+    def seal(
+        self, unsealed: Unsealed, told: Callable[[], Mapping[str, Written | None]], protect: Collection[int] = (),
+        metrics: Mapping[str, float] = {},
+    ) -> Path:  # fmt: skip
+        """The second half, when all have written. `told()` is what they say that they wrote."""
+        step = unsealed.step
+        with self._or_nothing(unsealed):
+            parts = _told(told())
+            self._require_finite(step, parts)
+            files = {name: file for written in parts.values() for name, file in written.files.items()}
+            require_seen(unsealed.folder, files)
+            value = metrics.get(self.ranking.by) if self.ranking else None
+            layout = {part: dict(written.layout) for part, written in parts.items()}
+            _seal(unsealed.folder, {"format": FORMAT, "step": step, "metric": value, "parts": layout}, files)
+            final = self._publish(unsealed.folder, step)
+            write_atomically(self.folder / "latest", f"{final.name}\n")
         self._prune(step, protect)
         return final
+
+    @contextmanager
+    def _or_nothing(self, unsealed: Unsealed) -> Iterator[None]:
+        try:
+            with explained(f"checkpoint step_{unsealed.step} (the ones before it are untouched)", self.folder):
+                yield
+        except BaseException:
+            unsealed.remove()  # a full disk needs these bytes back
+            raise
 
     def latest(self) -> tuple[int, Path, dict[str, Any]] | None:
         """(step, folder, state) of the newest whole checkpoint; None where there is none at all.

@@ -15,9 +15,8 @@ from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.redacted import redacted_settings
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import StorageError
-from rlhf_ray.models.written import Written
 from rlhf_ray.roles.batch import Rows
-from rlhf_ray.roles.protocols import Scores
+from rlhf_ray.roles.protocols import Saves, Scores
 from rlhf_ray.run.checkpoint import Checkpoints, Ranking
 from rlhf_ray.run.cost import Spent, Workload, spent_before
 from rlhf_ray.run.directory import RunDirectory, ended_by
@@ -25,6 +24,7 @@ from rlhf_ray.run.loggers import Metrics, Recorder, rollout_rows
 from rlhf_ray.run.observer import Alarm, Observer, Observers, StepRecord
 from rlhf_ray.run.progress import Screen
 from rlhf_ray.run.resume import BEGINNING, changes_to_say, refuse_other_beginnings
+from rlhf_ray.run.saver import Saver
 from rlhf_ray.run.stopping import Stop
 from rlhf_ray.run.storage import opened, read_object, sealed, to_json, write_atomically
 from rlhf_ray.run.timer import Timer
@@ -77,6 +77,7 @@ class TrainingRun:
             directory.checkpoints, settings.keep, on_event=lambda kind, fields: directory.event(kind, **fields),
             ranking=settings.best_by and Ranking(settings.best_by, settings.keep_best, settings.best_is == "highest"),
         )  # fmt: skip
+        self.saver = Saver(self.checkpoints)
         if directory.resumed:
             refuse_other_beginnings(config, directory, checkpoint=bool(self.checkpoints.steps()))
         found = self.checkpoints.latest() if directory.resumed else None
@@ -145,6 +146,7 @@ class TrainingRun:
         try:
             for step in range(start, self.config.steps):
                 yield step
+                self.saver.look()
                 self.stop.go()
             self.stop.heed()  # also what came while the last checkpoint, which is always made, was being written
             self.stop.go()
@@ -157,6 +159,7 @@ class TrainingRun:
         what the loss has cost so far, by name. Raises CheckpointError if there are checkpoints, and none is whole."""
         self._attempt += 1
         self.stop.forget()
+        self.saver.drop()  # some of those who were writing are gone
         found = self.checkpoints.latest()
         self.resume_point = None if found is None else ResumePoint(*found)
         step = self.resume_point.step if self.resume_point else 0
@@ -263,20 +266,22 @@ class TrainingRun:
         return kept.get(name, found or None if self.steps_done and not kept else None)
 
     def save(
-        self, step: int, parts: Mapping[str, Callable[[Path], Written | None]], state: Mapping[str, Any],
+        self, step: int, roles: Mapping[str, Saves], state: Mapping[str, Any],
         protect: Collection[int] = (),
     ) -> None:  # fmt: skip
-        """A checkpoint; `parts` write into folders of their names. Raises as `Checkpoints.save` does."""
+        """A checkpoint; `roles` write into folders of their names, with checkpoint.background behind the next step.
+        Raises as `Checkpoints.save` does, or `steps` then does at the end of a later step."""
 
-        def write(folder: Path) -> dict[str, Written | None]:
+        def fill(folder: Path) -> None:
             write_atomically(folder / BEGINNING, to_json(self._beginning))
-            return {name: save(folder / name) for name, save in parts.items()}
 
         best_by = self.config.checkpoint.best_by
         if best_by is not None and best_by not in self._row:
             reason = f"checkpoint.best_by={best_by} is no number of this step"
             self.directory.event("checkpoint_not_ranked", step=step, reason=reason)
-        self.checkpoints.save(step, write, state, protect, self._row)
+        # What nothing follows has nothing to wait behind it.
+        behind = self.config.checkpoint.background and step < self.config.steps and not self.stop.heed()
+        self.saver.save(step, roles, fill, state, protect, self._row, behind=behind)
 
     def finish(self, status: str, **details: Any) -> None:
         """summary.json, and the loggers closed."""

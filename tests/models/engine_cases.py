@@ -246,7 +246,10 @@ class Rank:
             said = engine.save(folder)
             there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
             named = said.files.keys() == there and said.finite
+            engine.begin_save(self.folder / f"behind-{dtype}-{stage}")
             history = train(engine, [2, 3])
+            engine.is_saved()
+            named &= engine.saved() == said  # what was there before those two steps
             end = snapshot(engine)
             engine.load(folder)  # back, in the same process
             rewound = train(engine, [2, 3]) == history and equal(snapshot(engine), end)

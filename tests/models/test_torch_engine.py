@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from rlhf_ray.errors import CheckpointError, ConfigError, ModelError
+from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError
+from rlhf_ray.models import torch_engine
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.scratch import build_scratch
@@ -160,6 +162,30 @@ def test_resume_is_bit_equal(tmp_path: Path, dtype: torch.dtype) -> None:
     assert resumed.steps == 2
     assert train(resumed, [2, 3]) == history
     assert equal(snapshot(resumed), snapshot(engine))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_behind_the_next_step_is_what_was_there_before_it(tmp_path: Path, dtype, monkeypatch) -> None:
+    engine = TorchEngine(tiny(), dtype=dtype)
+    train(engine, [0, 1])
+    at_once = engine.save(tmp_path / "at once")
+    may_write, write = threading.Event(), torch_engine.write_state
+    monkeypatch.setattr(torch_engine, "write_state", lambda *args: may_write.wait() and write(*args))
+    engine.begin_save(tmp_path / "behind")
+    train(engine, [2])
+    assert not engine.is_saved() and not (tmp_path / "behind").exists()
+    may_write.set()
+    assert engine.saved() == at_once and engine.is_saved()  # size and sha256 of every file
+    with pytest.raises(StepError, match="nothing is being saved"):
+        engine.saved()
+
+
+def test_a_thread_that_cannot_write_says_so_to_whoever_asks(tmp_path: Path) -> None:
+    engine = TorchEngine(tiny())
+    (tmp_path / "file").touch()
+    engine.begin_save(tmp_path / "file")
+    with pytest.raises(FileExistsError):
+        engine.saved()
 
 
 def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -51,19 +51,20 @@ def config(folder: Path, command: str, *overrides: str) -> SupervisedConfig:
     ("sft", 3, []), ("dpo", 2, []), ("dpo", 3, ["dpo.kind=kto", "dpo.undesirable_weight=2"]),
 ], ids=["sft", "dpo", "kto"])  # fmt: skip
 def test_two_ranks_give_the_numbers_of_one_process(tmp_path, strikes, command, stage, more):
-    """Losses, validation, samples and weights, over two sources; the second half of the SFT runs is a resumed one, and
-    in that of the DPO run a rank is killed."""
+    """Losses, validation, samples and weights, over two sources; the second half of the SFT runs is a resumed one, of
+    which one process has computed the first, and in that of the DPO run a rank is killed."""
     second = tmp_path / "more.jsonl"
     second.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + "+"}) + "\n" for row in ROWS[:9]))
     first = tmp_path / "pairs.jsonl"
     sources = [f"data.sources=[{{path: {first}, weight: 2}}, {{path: {second}, weight: 1}}]", "data.path=null", *more]
     ray = ["executor=ray", "learner.engine=deepspeed", "learner.world_size=2", f"learner.zero_stage={stage}"]
+    ray += ["checkpoint.every=1", "checkpoint.background=true"] if command == "sft" else []
     adapts = command == "dpo" and not more
     lora = ["model.lora.r=2", "learner.lr=0.01"] if adapts else []
     struck = strikes({("trainer rank 0", "step"): (4, "trainer rank 1")} if adapts else {})
     for name, overrides in (("local", lora), ("ray", [*lora, *ray])):
         if command == "sft":
-            run_supervised(config(tmp_path, command, *sources, *overrides, "steps=2"), tmp_path / name)
+            run_supervised(config(tmp_path, command, *sources, *lora, "steps=2"), tmp_path / name)
         run_supervised(config(tmp_path, command, *sources, *overrides), tmp_path / name, resume=command == "sft")
     one, other = tmp_path / "local", tmp_path / "ray"
     events = [json.loads(line) for line in (other / "events.jsonl").read_text().splitlines()]
@@ -77,6 +78,11 @@ def test_two_ranks_give_the_numbers_of_one_process(tmp_path, strikes, command, s
         assert a["grad_norm"] > 0 and (a["source/pairs/count"], a["source/more/count"]) == (4, 2)
     ends = [json.loads((run / "summary.json").read_text())["after"] for run in (one, other)]
     assert ends[0].get("samples") == ends[1].get("samples")
+    if command == "sft":
+        manifest = json.loads((other / "checkpoints" / "step_4" / "manifest.json").read_text())
+        wrote = {"engine": "deepspeed", "world_size": 2, "zero_stage": 3, "dtype": "torch.float32"}
+        assert manifest["parts"] == {"trainer": wrote}
+        assert (other / "checkpoints" / "step_3" / "manifest.json").is_file()
     weights = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (one, other)]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-5, rtol=0)

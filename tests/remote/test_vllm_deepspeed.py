@@ -102,3 +102,16 @@ def test_vllm_and_two_zero_ranks(tiny_config, tmp_path, monkeypatch, capsys, str
     for one, two in zip(metrics_of(tmp_path / "alone"), steps, strict=True):
         for name in ("loss/policy", "loss/kl", "grad_norm", "entropy", "reward/mean", "kl_ref"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), (name, one["step"])
+
+    # Both go on in one process with one generator: where there were two of each, nothing is missing.
+    more = ("generator.engine=hf", f"steps={STEPS + 1}")
+    for name in ("alone", "run"):
+        run_rl(tiny_config(*settings, *more), tmp_path / name, resume=True)
+    last = [metrics_of(tmp_path / name)[-1] for name in ("alone", "run")]
+    assert last[0]["step"] == STEPS + 1
+    for name in ("loss/policy", "loss/kl", "grad_norm", "entropy", "reward/mean", "kl_ref"):
+        assert last[1][name] == pytest.approx(last[0][name], abs=1e-4), name
+    events = {name: (tmp_path / name / "events.jsonl").read_text().splitlines() for name in ("alone", "run")}
+    said = {name: [line for line in lines if '"layout_changed"' in line] for name, lines in events.items()}
+    assert said["alone"] == [] and len(said["run"]) == 1
+    assert "learner.engine deepspeed -> torch, learner.world_size 2 -> 1; weights" in said["run"][0]
