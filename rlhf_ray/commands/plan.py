@@ -51,7 +51,7 @@ def plan(
     settings = settings_of(file, given, model)
     wishes = Wishes(device, devices, nodes, memory, host_memory, rates, prompt_tokens, answer_tokens)
     case = make_case(settings, *model_of(settings), wishes)
-    found = plan_of(case, as_written=file is not None)
+    found = plan_of(case, as_written=file is not None and settings.executor == "ray")  # one process has no layout
     if as_json:
         import json
 

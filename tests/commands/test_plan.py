@@ -22,14 +22,16 @@ def test_a_config_and_json(rlhf_ray, tmp_path, tiny_tree):
     path, rates = tmp_path / "run.yaml", tmp_path / "rates.yaml"
     path.write_text(yaml.safe_dump(tiny_tree))
     rates.write_text("price_per_device_hour: 2.5\n")
-    status, out, _ = rlhf_ray("plan", str(path), "device=cuda", "steps=7", "--devices", "2", "--rates", str(rates),
-                              "--json")  # fmt: skip
+    told = ("device=cuda", "executor=ray", "steps=7", "--devices", "2", "--rates", str(rates), "--json")
+    status, out, _ = rlhf_ray("plan", str(path), *told)
     assert status == 0
     plan = json.loads(out)
     assert plan["model"]["parameters"] < 10_000_000 and plan["devices"]["count"] == 2
     assert plan["recommended"]["device_hours"] == pytest.approx(7 * plan["recommended"]["device_hours_a_step"])
     assert plan["written"]["does_not_fit"] == [] and plan["rates"]["price_per_device_hour"] == 2.5
-    assert plan["recommended"]["settings"]["executor"] == "ray"
+    status, out, _ = rlhf_ray("plan", str(path), "device=cuda", "--devices", "2", "--json")
+    local = json.loads(out)
+    assert local["recommended"]["settings"]["executor"] == "ray" and local["written"] is None
 
 
 @pytest.mark.parametrize(
