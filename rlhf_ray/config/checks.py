@@ -47,7 +47,7 @@ def contradictions(config: RunConfig, device: str | None = None) -> list[str]:
         *_generation(config, device),
         *generator_problems(config, device),
         *transport_problems(config, device),
-        *replica_problems(config),
+        *replica_problems(config, device),
         *placement_problems(config, device),
     ]
 

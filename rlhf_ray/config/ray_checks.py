@@ -53,18 +53,42 @@ def shared_gpu_problems(ray: RayConfig, groups: Mapping[str, int]) -> list[str]:
     ]
 
 
-def replica_problems(config: RunConfig) -> list[str]:
+def replica_problems(config: RunConfig, device: str) -> list[str]:
     """Workers of a role that stand alone, and share its work."""
-    problems = [
-        f"executor=local has one {name}, {name}.count={count}; set executor=ray or {name}.count=1"
-        for name, count in (("reference", config.reference.count), ("reward", config.reward.count))
-        if config.executor == "local" and count > 1
-    ]
-    if config.reference.count > 1 and not config.holds_reference:
+    numbers = {
+        "reference.count": config.reference.count, "reference.world_size": config.reference.world_size,
+        "reward.count": config.reward.count, "reward.world_size": config.reward.world_size,
+    }  # fmt: skip
+    several = {name: number for name, number in numbers.items() if number > 1}
+    problems = []
+    if config.executor == "local":
+        problems += [
+            f"executor=local is one process, {name}={number} is not; set executor=ray or {name}=1"
+            for name, number in several.items()
+        ]
+    if not config.holds_reference:
         reason = "a LoRA policy without its adapter is its own" if config.uses_reference else "algorithm.kl_coef=0"
+        problems += [
+            f"{name}={number}, and this run holds no reference ({reason}); remove it"
+            for name, number in several.items()
+            if name.startswith("reference")
+        ]
+    if config.reward.world_size > 1 and not config.judging.networks:
         problems.append(
-            f"reference.count={config.reference.count}, and this run holds no reference ({reason}); remove it"
+            f"reward.world_size={config.reward.world_size} ranks hold reward_model and safety together, and there is "
+            "neither; set it to 1, and reward.count for more workers"
         )
+    if config.reference.world_size > 1 and config.model.path == "scratch:lstm":
+        problems.append(
+            f"reference.world_size={config.reference.world_size}: ZeRO-3 cannot take the layers of scratch:lstm apart; "
+            "set it to 1"
+        )
+    if device == "mps":
+        problems += [
+            f"{name}={number} needs DeepSpeed, which has no MPS backend; set it to 1"
+            for name, number in several.items()
+            if name.endswith("world_size")
+        ]
     return problems
 
 
@@ -77,6 +101,9 @@ def placement_problems(config: RunConfig, device: str) -> list[str]:
         groups = {"learner.world_size": ranks, "generator.tensor_parallel": each}
         if config.uses_critic:
             groups["critic.world_size"] = config.critic.world_size
+        if config.holds_reference:
+            groups["reference.world_size"] = config.reference.world_size
+        groups["reward.world_size"] = config.reward.world_size
         return shared_gpu_problems(config.ray, groups)
     problems = []
     if config.generator.count * each > ranks or ranks % each:
@@ -85,10 +112,12 @@ def placement_problems(config: RunConfig, device: str) -> list[str]:
             f"{ranks} ranks, which must be at least as many and a multiple of tensor_parallel; raise "
             "learner.world_size, or lower generator.count or generator.tensor_parallel"
         )
-    on_gpus = {"reference": config.reference.count, "reward": config.reward.count * config.judging.needs_gpu}
+    on_gpus = {
+        "reference.count * reference.world_size": config.reference.count * config.reference.world_size,
+        "reward.count * reward.world_size": config.reward.count * config.reward.world_size * config.judging.needs_gpu,
+    }
     problems += [
-        f"ray.colocate: {name}.count={count} exceeds learner.world_size={ranks}, so two replicas would share a GPU; "
-        "lower it"
+        f"ray.colocate: {name}={count} exceeds learner.world_size={ranks}, so two of these would share a GPU; lower it"
         for name, count in on_gpus.items()
         if count > ranks
     ]

@@ -177,6 +177,10 @@ class ReferenceConfig(Section):
     """The frozen policy that the KL is measured against, where a run holds one."""
 
     count: int = Field(1, gt=0, le=MOST_WORKERS, description="replicas that share a step's answers (ray)")
+    world_size: int = Field(
+        1, gt=0, le=MOST_WORKERS, description="processes (ranks) of each, which hold a part of its weights each: "
+        "DeepSpeed's ZeRO-3 (ray)"
+    )  # fmt: skip
 
 
 class JudgesConfig(Section):
@@ -194,6 +198,10 @@ class JudgesConfig(Section):
     count: int = Field(
         1, gt=0, le=MOST_WORKERS, description="replicas, each with all that judges; a step's answers go to them in "
         "parcels (ray)"
+    )  # fmt: skip
+    world_size: int = Field(
+        1, gt=0, le=MOST_WORKERS, description="processes (ranks) of each, which hold a part of the weights of "
+        "reward_model and safety each: DeepSpeed's ZeRO-3; functions run in the first (ray)"
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -299,7 +299,42 @@ def _deepspeed_config(
     return config
 
 
+def keep_shares(dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """What makes whole parameters this rank's shares of them (ZeRO-3). Collective, but nothing is sent."""
+    deepspeed, config = _deepspeed(), _reading_config(dtype)
+    return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+
+def reading_engine(module: nn.Module, dtype: torch.dtype) -> Any:
+    """DeepSpeed's engine of a module whose parameters are shares, without an optimiser. Collective."""
+    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    with _quiet():
+        engine, *_ = _deepspeed().initialize(model=module, config=_reading_config(dtype), dist_init_required=False)
+    for part, name, buffer in buffers:  # it has cast them, and rotary frequencies must not be rounded
+        part._buffers[name] = buffer
+    engine.eval()
+    return engine
+
+
+def _reading_config(dtype: torch.dtype) -> dict[str, Any]:
+    # By default whatever is used again within the next 10^9 elements stays whole, which may be the model.
+    zero = {"stage": 3, "stage3_max_reuse_distance": 0}
+    return {"train_micro_batch_size_per_gpu": 1, "steps_per_print": None, "zero_optimization": zero} | (
+        {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
+    )
+
+
 def _initialize(module: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
+    deepspeed = _deepspeed()
+    with _quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=groups, config=config, dist_init_required=False
+        )
+    return engine
+
+
+def _deepspeed() -> Any:
+    """The library, for the device of the process group."""
     cpu = torch.distributed.get_backend() == "gloo"
     if cpu:
         # Read when DeepSpeed is first imported (by accelerate, if not by us).
@@ -322,11 +357,7 @@ def _initialize(module: nn.Module, groups: list[dict[str, Any]], config: dict[st
     if cpu:
         # A collective of DeepSpeed's own, for its inference only: every fresh machine would compile it for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with _quiet():
-        engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=groups, config=config, dist_init_required=False
-        )
-    return engine
+    return deepspeed
 
 
 @contextlib.contextmanager

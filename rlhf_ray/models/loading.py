@@ -58,6 +58,20 @@ def load_policy(
     return model.to(device).eval()
 
 
+def load_empty_policy(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `load_policy` on the meta device: shapes without numbers. Raises ModelError."""
+    with torch.device("meta"):
+        return network_kinds().AutoModelForCausalLM.from_config(
+            load_shape(path, trust_remote_code=trust_remote_code), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+
+
+def load_empty_classifier(path: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The same of `load_reward_model`'s network."""
+    with torch.device("meta"):
+        return network_kinds().AutoModelForSequenceClassification.from_config(load_shape(path), dtype=dtype)
+
+
 def load_shape(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model folder or Hub name. Raises ModelError."""
     if (given := value_of(path)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -48,10 +49,14 @@ class Loading:
 
 
 def title(names: Sequence[str], engine: str | None) -> str:
-    """`generator 0 (vllm)`; of several `generator 0-3 (vllm)`."""
-    text = names[0]
-    if len(names) > 1:
-        text += f"-{max(int(name.split()[-1]) for name in names)}"
+    """`generator 0 (vllm)`; of several `generator 0-3 (vllm)`, `reference 0-1 rank 0-3`."""
+    numbers = iter(zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True))
+
+    def span(found: re.Match[str]) -> str:
+        own = next(numbers)
+        return f"{min(own)}-{max(own)}" if max(own) > min(own) else found[0]
+
+    text = re.sub(r"\d+", span, names[0])
     return f"{text} ({engine})" if engine else text
 
 

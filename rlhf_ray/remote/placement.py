@@ -96,7 +96,7 @@ def plan_seats(config: RunConfig, device: str, transport: str) -> Placement:
     cpus = max(config.ray.cpus_per_worker, LEAST_CPUS)
     gpus = config.ray.gpus_per_worker if device == "cuda" else 0.0
     placement, next_bundle = Placement(), 1
-    for name, accelerators in _roster(config):
+    for name, accelerators, _ in _roster(config):
         together = transport == "shared_memory" and (name == "learner rank 0" or name.startswith("generator"))
         bundle = 0 if together or name == "learner rank 0" else next_bundle
         next_bundle += bundle != 0
@@ -104,27 +104,30 @@ def plan_seats(config: RunConfig, device: str, transport: str) -> Placement:
     return placement
 
 
-def _roster(config: RunConfig) -> list[tuple[str, int]]:
-    """(name, accelerators) of every worker."""
-    generator = config.generator
-    roster = [(f"learner rank {i}", 1) for i in range(config.learner.world_size)]
-    roster += [(f"generator {i}", generator.tensor_parallel) for i in range(generator.count)]
+def _roster(config: RunConfig) -> list[tuple[str, int, int]]:
+    """(name, accelerators, place within its role) of every worker."""
+    generator, judge = config.generator, int(config.judging.needs_gpu)
+    roster = [(f"learner rank {i}", 1, i) for i in range(config.learner.world_size)]
+    roster += [(f"generator {i}", generator.tensor_parallel, i) for i in range(generator.count)]
     if config.uses_critic:
-        roster += [(f"critic rank {i}", 1) for i in range(config.critic.world_size)]
+        roster += [(f"critic rank {i}", 1, i) for i in range(config.critic.world_size)]
     if config.holds_reference:
-        roster += [(name, 1) for name in _replicas("reference", config.reference.count)]
-    return [*roster, *((name, int(config.judging.needs_gpu)) for name in _replicas("reward", config.reward.count))]
+        names = _replicas("reference", config.reference.count, config.reference.world_size)
+        roster += [(name, 1, i) for i, name in enumerate(names)]
+    names = _replicas("reward", config.reward.count, config.reward.world_size)
+    return [*roster, *((name, judge, i) for i, name in enumerate(names))]
 
 
-def _replicas(role: str, count: int) -> list[str]:
-    return [f"{role} {i}" for i in range(count)] if count > 1 else [role]
+def _replicas(role: str, count: int, ranks: int) -> list[str]:
+    names = [f"{role} {i}" for i in range(count)] if count > 1 else [role]
+    return [f"{name} rank {i}" for name in names for i in range(ranks)] if ranks > 1 else names
 
 
-def _colocated(roster: Sequence[tuple[str, int]], ranks: int, each: int, workers: RayConfig) -> Placement:
+def _colocated(roster: Sequence[tuple[str, int, int]], ranks: int, each: int, workers: RayConfig) -> Placement:
     """`ranks` of the learner have a GPU; `each` of the generators borrows so many of these."""
     cpus, placement = max(workers.cpus_per_worker, LEAST_CPUS), Placement()
-    for name, accelerators in roster:
-        role, number = name.split()[0], int(name.split()[-1]) if name[-1].isdigit() else 0
+    for name, accelerators, number in roster:
+        role = name.split()[0]
         first = number * each if role == "generator" else number
         owners = tuple(f"learner rank {first + i}" for i in range(accelerators))
         # A generator's GPUs must be those of one machine, hence of one bundle.

@@ -16,7 +16,7 @@ import ray
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.remote.batch import gather_remote
-from rlhf_ray.remote.calls import Call, Deadline
+from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.cluster import accelerator_name, connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
@@ -50,6 +50,7 @@ HOSTS: dict[str, type[RoleHost]] = {
 }
 # They give the same answer to the same call, whoever is asked: a lost one is replaced, and the call goes out again.
 STATELESS = ("reference", "reward")
+LEARNING = ("learner", "critic")
 # The learner's own calls end by the sync's deadline; it needs a little longer to say which one did not.
 REPORT_S = 30.0
 
@@ -87,17 +88,20 @@ def open_remote_roles(
             replaced = transport == "shared_memory" and not plan.shared and config.ray.restarts > 0
             makers = Makers.of(config, everywhere(assets), transport, keep=replaced)
             engines = {role: getattr(config, role).engine for role in ("generator", "learner", "critic")}
-            ranks = _rank_steps(crew, makers, sft, config.ray)
+            ranks = _rank_steps(crew, makers, sft, config)
             lent = _build(crew, plan, makers, engines, config.ray, ranks, note)
             connect = partial(_connect, crew, config, replaced)
             connect()
             receivers = [worker.name for worker in crew.named("generator") if replaced]
-            # What they hold is in the checkpoints alone, to which all go back together: all are restarted together. On
-            # shared GPUs there is no room for a rank while a generator is awake.
-            holders = [] if plan.shared else list(ranks)
-            crew.built(_loads(crew, makers, lent) | {
+            # What those that learn hold is in the checkpoints alone, to which all go back together: all are restarted
+            # together. On shared GPUs there is no room for a rank while a generator is awake.
+            holders = [] if plan.shared else [worker.name for role in LEARNING for worker in crew.named(role)]
+            together = [holders, *(
+                [worker.name for worker in group] for role in STATELESS for group in _groups(crew, role, config)
+            )]  # fmt: skip
+            crew.built(_loads(crew, ranks, lent) | {
                 name: [(GeneratorHost.build, (makers.generator,))] for name in receivers
-            } | {name: ranks[name] for name in holders}, receivers, [holders] if holders else [], holders)  # fmt: skip
+            } | {name: ranks[name] for name in holders}, receivers, together, holders)  # fmt: skip
 
             roles = _handles(crew, plan, config, bound)
 
@@ -121,13 +125,22 @@ def everywhere(assets: Assets) -> Assets:
     })  # fmt: skip
 
 
-def _rank_steps(crew: Crew, makers: Makers, sft: SFTRows | None, workers: RayConfig) -> dict[str, RankSteps]:
-    """What each rank that learns must do before it can take its seat."""
+def _groups(crew: Crew, role: str, config: RunConfig) -> list[list[Worker]]:
+    """The workers of a role that load one model together: all ranks that learn, or those of each replica."""
+    workers = crew.named(role)
+    size = getattr(config, role).world_size
+    return [workers[i : i + size] for i in range(0, len(workers), size)]
+
+
+def _rank_steps(crew: Crew, makers: Makers, sft: SFTRows | None, config: RunConfig) -> dict[str, RankSteps]:
+    """What everybody but the generators must do before it can take its seat."""
     rows: Any = ray.put(sft)  # once into the object store, however many ranks read it
-    learner = rank_steps(
-        crew.named("learner"), LearnerHost.build, [makers.learner, rows], workers.call_deadline_s
-    )  # fmt: skip
-    return learner | rank_steps(crew.named("critic"), CriticHost.build, [makers.critic], workers.call_deadline_s)
+    found: dict[str, RankSteps] = {}
+    for role in (*LEARNING, *STATELESS):
+        given = [getattr(makers, role), *([rows] if role == "learner" else [])]
+        for group in _groups(crew, role, config):
+            found |= rank_steps(group, HOSTS[role].build, given, config.ray.call_deadline_s)
+    return found
 
 
 def _build(
@@ -158,23 +171,22 @@ def _build(
         crew.results(calls, loading.done)
         calls = [worker.ask(Generator.sleep, deadline=left()) for worker in crew.named("generator")]
         crew.results(calls)
-    for worker in [*crew.named("learner"), *crew.named("critic")]:
+    for worker in [worker for role in (*LEARNING, *STATELESS) for worker in crew.named(role)]:
         calls += [worker.start(method, *args, deadline=left()) for method, args in ranks[worker.name](places)]
-    calls += [*start("reference", makers.reference), *start("reward", makers.reward)]
     crew.results(calls, loading.done)
     return lent
 
 
-def _loads(crew: Crew, makers: Makers, lent: Mapping[str, tuple[str, ...]]) -> dict[str, list[Step]]:
+def _loads(
+    crew: Crew, ranks: Mapping[str, RankSteps], lent: Mapping[str, tuple[str, ...]]
+) -> dict[str, RankSteps]:
     """What a process must do that takes the seat of a lost one, for the roles that hold nothing but what they load."""
-    return {
-        worker.name: [
-            *([(Host.use_gpus, (lent[worker.name],))] if worker.name in lent else []),
-            (HOSTS[role].build, (getattr(makers, role),)),
-        ]
-        for role in STATELESS
-        for worker in crew.named(role)
-    }
+
+    def steps(name: str, places: Mapping[str, Place]) -> list[Step]:
+        borrows = [(Host.use_gpus, (lent[name],))] if name in lent else []
+        return [*borrows, *ranks[name](places)]
+
+    return {worker.name: partial(steps, worker.name) for role in STATELESS for worker in crew.named(role)}
 
 
 def _connect(crew: Crew, config: RunConfig, replaced: bool) -> None:
@@ -218,7 +230,7 @@ def _handles(crew: Crew, plan: Placement, config: RunConfig, bound: float = DEFA
         return Group(crew, crew.named(role), deadline)
 
     def replicas(role: str) -> Replicas:
-        return Replicas(crew, [[worker] for worker in crew.named(role)], deadline)
+        return Replicas(crew, _groups(crew, role, config), deadline)
 
     pushing = Deadline(config.sync.deadline_s + REPORT_S, "sync.deadline_s")
     learner = proxy(Learner, group("learner"), divides=True, deadlines={"push_weights": pushing})

@@ -22,6 +22,8 @@ from rlhf_ray.rewards.reading import Answered, Reader
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf_ray.models.sharded import Sharded
+
 Output = Literal["prob", "logprob", "logit"]
 
 
@@ -60,8 +62,13 @@ def classifier(
 class Classifier:
     """Scores whole texts, as many at a time as a batch holds, whatever their neighbours."""
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    def __init__(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, sharded: Sharded | None = None
+    ) -> None:
+        """`sharded`: where several ranks hold `network` together, what computes in its place; `score` is collective,
+        and all ranks are given the same texts."""
         self.network = network.eval().requires_grad_(False)
+        self.sharded = sharded
         self.tokenizer = tokenizer
         self.path = path
         # A decoder's tokenizer pads on the left for generation; there, absolute positions (GPT-2) would shift with
@@ -91,18 +98,21 @@ class Classifier:
         """Of the label at `index`, for each text or its token ids; `max_length` in tokens, or less if the model reads
         less."""
         limit = min(max_length or sys.maxsize, self.tokenizer.model_max_length, _positions(self.network))
-        values: list[float] = []
-        cut = 0
-        for start in range(0, len(texts), batch_size):
-            encoded, too_long = self._encoded(texts[start : start + batch_size], limit)
-            cut += too_long
-            inputs = {name: encoded[name].to(self.network.device) for name in ("input_ids", "attention_mask")}
-            logit_B = self._logits(self.network(**inputs).logits.float(), index)
-            if output == "logit":
-                values += logit_B.tolist()
-            else:
-                values += (logsigmoid(logit_B) if output == "logprob" else logit_B.sigmoid()).tolist()
-        return TextScores(values, cut)
+        parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        compute = functools.partial(self._score_batch, index=index, output=output, limit=limit)
+        found = self.sharded.map(compute, parts) if self.sharded else list(map(compute, parts))
+        return TextScores([value for part in found for value in part.values], sum(part.cut for part in found))
+
+    def _score_batch(
+        self, texts: Sequence[str | tuple[int, ...]], *, index: int, output: Output, limit: int
+    ) -> TextScores:
+        encoded, cut = self._encoded(texts, limit)
+        forward = self.sharded or self.network
+        inputs = {name: encoded[name].to(forward.device) for name in ("input_ids", "attention_mask")}
+        logit_B = self._logits(forward(**inputs).logits.float(), index)
+        if output == "logit":
+            return TextScores(logit_B.tolist(), cut)
+        return TextScores((logsigmoid(logit_B) if output == "logprob" else logit_B.sigmoid()).tolist(), cut)
 
     def _encoded(self, texts: Sequence[str | tuple[int, ...]], limit: int) -> tuple[BatchEncoding, int]:
         """(a padded batch, how many texts were too long)."""
@@ -143,10 +153,11 @@ class Safety:
         *,
         policy: PreTrainedTokenizerBase | None = None,
         clock: datetime | None = None,
+        model: Classifier | None = None,
     ) -> None:
-        """Raises ConfigError or ModelError."""
+        """`model`: where it has been loaded already. Raises ConfigError or ModelError."""
         self.config = config
-        self.model = load_classifier(config.path, device)
+        self.model = model or load_classifier(config.path, device)
         self.index = self.model.index_of(config.safe_label or config.unsafe_label)
         self.reader = Reader(self.model.tokenizer, scores_pairs=False, policy=policy, clock=clock)
 

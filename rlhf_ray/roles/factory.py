@@ -7,7 +7,9 @@ whoever makes one role does not load the libraries of all. `roles/makers.py` giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf_ray.models.engine import TrainEngine
+    from rlhf_ray.models.sharded import Sharded
     from rlhf_ray.roles.critic import Critic
     from rlhf_ray.roles.learner import Learner
     from rlhf_ray.roles.protocols import Generator
@@ -134,37 +137,63 @@ def make_hf_generator(settings: GeneratorConfig, assets: Assets, use: GeneratorU
     )
 
 
-def make_reference(passes: LearnerConfig, assets: Assets, temperature: float) -> Reference:
+def make_reference(passes: LearnerConfig, assets: Assets, temperature: float, rank: Rank = Rank()) -> Reference:
     """A model of its own; `config.holds_reference` says whether the run needs one.
 
-    `passes`: it computes as the learner does, with as many tokens at once.
+    `passes`: it computes as the learner does, with as many tokens at once. Of several ranks each holds a part of it.
     """
     from rlhf_ray.roles.reference import Reference
 
+    sharded = _sharded_policy(assets, rank) if rank.world_size > 1 else None
     return Reference(
-        _policy(assets),
+        sharded.module if sharded else _policy(assets),
+        sharded=sharded,
         temperature=temperature,
         tokens_per_microbatch=passes.tokens_per_microbatch,
         share_prompts=passes.share_prompts,
     )
 
 
-def make_reward(settings: RewardSettings, assets: Assets) -> Reward:
-    from rlhf_ray.models.loading import load_reward_model, stop_token_ids
-    from rlhf_ray.rewards.classifier import Safety
+def make_reward(settings: RewardSettings, assets: Assets, rank: Rank = Rank()) -> Reward:
+    """Of several ranks each holds a part of the networks, and the first alone calls the functions."""
+    from rlhf_ray.models.loading import stop_token_ids
+    from rlhf_ray.rewards.classifier import Classifier, Safety
     from rlhf_ray.rewards.compose import RewardSet, reward_of
     from rlhf_ray.roles.reward import Reward, RewardModel
 
-    functions = [reward_of(reward) for reward in settings.functions]
+    functions = [reward_of(reward) for reward in settings.functions] if rank.rank == 0 else []
     model, safety, policys = None, None, _tokenizer(assets)
     if settings.model is not None:
-        path = settings.model.path
-        network, tokenizer = load_reward_model(path, dtype=assets.hardware.dtype, device=assets.hardware.device)
-        model = RewardModel(network, tokenizer, settings.model, policy=policys, clock=settings.clock)
+        network, tokenizer, sharded = _judge(settings.model.path, assets.hardware.dtype, assets, rank)
+        model = RewardModel(
+            network, tokenizer, settings.model, policy=policys, clock=settings.clock, sharded=sharded
+        )  # fmt: skip
     if settings.safety is not None:
-        safety = Safety(settings.safety, assets.hardware.device, policy=policys, clock=settings.clock)
+        judge = None
+        if rank.world_size > 1:
+            network, tokenizer, sharded = _judge(settings.safety.path, torch.float32, assets, rank)
+            judge = Classifier(network, tokenizer, settings.safety.path, sharded)
+        safety = Safety(
+            settings.safety, assets.hardware.device, policy=policys, clock=settings.clock, model=judge
+        )  # fmt: skip
     stop = stop_token_ids(assets.policy, policys, trust_remote_code=assets.trust_remote_code)
     return Reward(RewardSet(functions), policys, model=model, safety=safety, stop=stop)
+
+
+def _judge(
+    path: str, dtype: torch.dtype, assets: Assets, rank: Rank
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Sharded | None]:
+    """A sequence classifier in this process, or this rank's part of it."""
+    from rlhf_ray.models.loading import load_empty_classifier, load_reward_model, load_tokenizer
+
+    if rank.world_size == 1:
+        return *load_reward_model(path, dtype=dtype, device=assets.hardware.device), None
+    whole, empty = partial(load_reward_model, path, dtype=dtype), partial(load_empty_classifier, path, dtype=dtype)
+    sharded = _sharded(lambda: whole()[0], empty, dtype, assets, rank)
+    tokenizer = load_tokenizer(path)
+    if sharded.module.config.pad_token_id is None:
+        sharded.module.config.pad_token_id = tokenizer.pad_token_id
+    return sharded.module, tokenizer, sharded
 
 
 def make_learner(
@@ -241,6 +270,27 @@ def _policy(assets: Assets) -> PreTrainedModel:
     return load_policy(
         assets.policy, dtype=hardware.dtype, device=hardware.device, trust_remote_code=assets.trust_remote_code
     )
+
+
+def _sharded_policy(assets: Assets, rank: Rank) -> Sharded:
+    from rlhf_ray.models.loading import load_empty_policy, load_policy
+
+    dtype = assets.hardware.dtype
+    read = {"dtype": dtype, "trust_remote_code": assets.trust_remote_code}
+    whole, empty = partial(load_policy, assets.policy, **read), partial(load_empty_policy, assets.policy, **read)
+    return _sharded(whole, empty, dtype, assets, rank)
+
+
+def _sharded(
+    whole: Callable[[], PreTrainedModel], empty: Callable[[], PreTrainedModel], dtype: torch.dtype, assets: Assets,
+    rank: Rank,
+) -> Sharded:  # fmt: skip
+    from rlhf_ray.models.sharded import Sharded
+
+    return Sharded(
+        whole, empty, device=assets.hardware.device, dtype=dtype, rank=rank.rank, world_size=rank.world_size,
+        address=rank.address, port=rank.port or None, timeout_s=rank.deadline_s,
+    )  # fmt: skip
 
 
 def train_engine(settings: TrainEngineConfig, model: torch.nn.Module, hardware: Hardware, rank: Rank) -> TrainEngine:

@@ -27,14 +27,15 @@ class Makers:
     Attributes:
         learner: takes the rows of sft_data, if there are any, and a rank.
         critic: takes a rank; None where the advantage needs no critic.
-        reference: None where no model of its own is the reference.
+        reward: takes a rank.
+        reference: takes a rank; None where no model of its own is the reference.
     """
 
     generator: Callable[[], Generator]
-    reward: Callable[[], Reward]
+    reward: Callable[[Rank], Reward]
     learner: Callable[[SFTRows | None, Rank], Learner]
     critic: Callable[[Rank], Critic] | None = None
-    reference: Callable[[], Reference] | None = None
+    reference: Callable[[Rank], Reference] | None = None
 
     @classmethod
     def of(cls, config: RunConfig, assets: Assets, transport: str, *, keep: bool = False) -> Makers:

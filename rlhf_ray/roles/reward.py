@@ -22,11 +22,14 @@ from rlhf_ray.roles.protocols import Scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf_ray.models.sharded import Sharded
+
 
 class RewardModel:
     """A sequence classifier that scores answers: its tokenizer and its chat template may differ from the policy's.
 
-    `policy`: the tokenizer of whoever wrote the answers. `clock`: what the chat template takes for now.
+    `policy`: the tokenizer of whoever wrote the answers. `clock`: what the chat template takes for now. `sharded`: see
+    `Classifier`.
     """
 
     def __init__(
@@ -37,9 +40,10 @@ class RewardModel:
         *,
         policy: PreTrainedTokenizerBase | None = None,
         clock: datetime | None = None,
+        sharded: Sharded | None = None,
     ) -> None:
         self.config = config
-        self.classifier = Classifier(model, tokenizer, config.path)
+        self.classifier = Classifier(model, tokenizer, config.path, sharded)
         self.reader = Reader(tokenizer, scores_pairs=model.config.num_labels == 1, policy=policy, clock=clock)
 
     def score(self, answers: Sequence[Answered | str]) -> TextScores:

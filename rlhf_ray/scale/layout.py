@@ -16,7 +16,8 @@ class Layout:
     colocated: everybody shares the learner's devices and takes turns (`ray.colocate`).
     generators, tensor_parallel: how many, and devices of each.
     ranks, critic_ranks: devices of the learner and the critic; 0 where there is no critic.
-    reference, reward: replicas on a device each; 0 where there is none, or it needs no device.
+    reference, reward: replicas; 0 where there is none, or it needs no device.
+    reference_ranks, reward_ranks: devices of each, which hold a part of the weights each.
     zero_stage, offload, checkpointing, microbatch: of learner and critic.
     utilization: vLLM's share of a device's memory.
     """
@@ -33,14 +34,20 @@ class Layout:
     checkpointing: bool = False
     microbatch: int = 16_384
     utilization: float = ALONE
+    reference_ranks: int = 1
+    reward_ranks: int = 1
 
     @property
     def devices(self) -> int:
         """That the run reserves (remote/placement.py places them)."""
         if self.colocated:
             return self.ranks
-        alone = self.critic_ranks + self.reference + self.reward
+        alone = self.critic_ranks + self.devices_of("reference") + self.devices_of("reward")
         return self.generators * self.tensor_parallel + self.ranks + alone
+
+    def devices_of(self, frozen: str) -> int:
+        """Of all replicas of `reference` or `reward`."""
+        return int(getattr(self, frozen) * getattr(self, f"{frozen}_ranks"))
 
     @classmethod
     def of(cls, config: RunConfig) -> Layout:
@@ -55,6 +62,7 @@ class Layout:
             learner.zero_stage if learner.facts.shards else 0, learner.offload,
             learner.gradient_checkpointing, learner.tokens_per_microbatch,
             generator.gpu_memory_utilization or (SHARED if colocated else ALONE),
+            config.reference.world_size, config.reward.world_size,
         )  # fmt: skip
 
     @property
@@ -94,6 +102,7 @@ class Layout:
                 del section["zero_stage"]  # says nothing there
             wanted |= {f"{name}.{key}": value for key, value in section.items()}
         wanted |= {f"{name}.count": count for name, count in self.frozen.items()}
+        wanted |= {f"{name}.world_size": getattr(self, f"{name}_ranks") for name in self.frozen}
         if self.utilization == (SHARED if self.colocated else ALONE):
             del wanted["generator.gpu_memory_utilization"]
         return {name: value for name, value in wanted.items() if _setting(config, name) != value}

@@ -57,7 +57,7 @@ def needs_of(case: Case, layout: Layout) -> list[Need]:
             for name, (held, work) in trained.items()
         ]
         frozen = _frozen(case, layout)
-        return needs + [Need(name, layout.frozen[name], parts, whole) for name, parts in frozen.items()]
+        return needs + [Need(name, layout.devices_of(name), parts, whole) for name, parts in frozen.items()]
     resident = {f"{name} {part}": count for name, (held, _) in trained.items() for part, count in held.items()}
     resident |= {f"{name} weights": parts["weights"] for name, parts in _frozen(case, layout).items()}
     contexts = len(trained) + len(layout.frozen)  # the generator's own is in its share
@@ -123,17 +123,18 @@ def _trained(case: Case, layout: Layout, name: str) -> tuple[dict[str, int], dic
 
 
 def _frozen(case: Case, layout: Layout) -> dict[str, dict[str, int]]:
-    """Reference and judges, each whole on one device."""
+    """Reference and judges: on each device a whole one, or a rank's part."""
     width, roles = case.dtype.itemsize, {}
     if layout.reference:
         tokens = max(layout.microbatch, case.longest)
         roles["reference"] = {
-            "weights": case.policy.base * width, "pass": forward_bytes(case.shape, tokens, width),
+            "weights": case.policy.base * width // layout.reference_ranks,
+            "pass": forward_bytes(case.shape, tokens, width),
         }  # fmt: skip
     if layout.reward:
         # Their shape is not known; their passes have no logits, and the policy's layer stands for theirs.
         roles["reward"] = {
-            "weights": case.judges * width,
+            "weights": case.judges * width // layout.reward_ranks,
             "pass": forward_bytes(case.shape, max(layout.microbatch, case.longest), width, logits=False),
         }
     return roles

@@ -51,12 +51,12 @@ def times_of(case: Case, layout: Layout) -> Times:
     writing = generate(case, layout)
     columns = []
     if layout.reference:
-        columns.append(_forward(case, "ref_logp", case.policy.base, layout.reference))
+        columns.append(_forward(case, "ref_logp", case.policy.base, layout.devices_of("reference")))
     if layout.critic_ranks:
         columns.append(_forward(case, "values", case.critic.parameters, layout.critic_ranks))
     if config.uses_old_logprobs:
         columns.append(_forward(case, "old_logp", case.policy.parameters, layout.ranks))
-    reward = [_reward(case, max(1, layout.reward))] if case.judges or case.rates.reward_s else []
+    reward = [_reward(case, max(1, layout.devices_of("reward")))] if case.judges or case.rates.reward_s else []
     updates = [update(case, layout, "critic")] if layout.critic_ranks else []
     updates.append(update(case, layout, "learner"))
     sync = weight_sync(case, layout)

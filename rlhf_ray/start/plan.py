@@ -5,6 +5,7 @@ The models are built on the meta device (shapes without numbers), so this costs 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,9 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         _trainer("learner", config.learner, hardware, policy),
     ]
     if config.holds_reference:
-        roles.append(PlannedRole("reference", "hf", config.reference.count, 1, weights))
+        ranks = config.reference.world_size
+        engine, share = ("hf", weights) if ranks == 1 else ("hf ZeRO-3", weights and math.ceil(weights / ranks))
+        roles.append(PlannedRole("reference", engine, config.reference.count * ranks, 1, share))
     if config.uses_critic:
         size = policy and Size(policy.base, policy.base)  # LoRA is the policy's alone
         if config.critic.path is not None:
@@ -132,8 +135,10 @@ def planned_roles(config: RunConfig, hardware: Hardware, policy: Size | None) ->
         roles.append(_trainer("critic", config.critic, hardware, size))
     judges = [saved_size(path, "classifier") for path in config.judging.networks]
     held = None if None in judges else sum(size.parameters * width for size in judges)
-    kind = "model" if judges else "functions"
-    return [*roles, PlannedRole("reward", kind, config.reward.count, 1, held)]
+    ranks, kind = config.reward.world_size, "model" if judges else "functions"
+    if ranks > 1:
+        kind, held = "model ZeRO-3", held and math.ceil(held / ranks)
+    return [*roles, PlannedRole("reward", kind, config.reward.count * ranks, 1, held)]
 
 
 def _trainer(name: str, settings: TrainEngineConfig, hardware: Hardware, size: Size | None) -> PlannedRole:

@@ -45,10 +45,10 @@ def open_roles(
         own_reference = AdapterFreeReference(learner) if config.uses_reference else None
         yield Roles(
             generator=generator,
-            reward=makers.reward(),
+            reward=makers.reward(alone),
             learner=learner,
             advantages=AdvantageEstimator(config.algorithm),
-            reference=makers.reference() if makers.reference else own_reference,
+            reference=makers.reference(alone) if makers.reference else own_reference,
             critic=makers.critic(alone) if makers.critic else None,
             replicas=(generator,),
             device_name=device_name(assets.hardware.device),

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ from torch import Tensor, nn
 
 from rlhf_ray.config.algorithm import AlgorithmConfig
 from rlhf_ray.config.schema import CriticConfig, LearnerConfig
-from rlhf_ray.errors import CheckpointError, ConfigError, StepError
+from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError
 from rlhf_ray.models.engine import TrainEngine, build_engine
 from rlhf_ray.models.heads import ValueModel, ValueOutput
 from rlhf_ray.models.lora import apply_lora
-from rlhf_ray.models.scratch import build_scratch
+from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
+from rlhf_ray.models.sharded import Sharded
+from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.models.train_state import FIXED, MASTER, MOMENTS, TrainState
-from rlhf_ray.roles.batch import batch_of
+from rlhf_ray.rewards.classifier import Classifier
+from rlhf_ray.roles.batch import Batch, batch_of
 from rlhf_ray.roles.critic import Critic
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.reference import Reference
 from rlhf_ray.sample import Sample
 from rlhf_ray.sync.sender import InProcessSender
 
@@ -299,6 +304,28 @@ class Rank:
         self.found["lora"] = snapshot(lora)
         self.found["rank"] = _message(ConfigError, self.engine, 2, world_size=self.place["world_size"] + 1)
 
+    def reading(self) -> None:
+        """A reference that all ranks hold together, in both precisions; of rows of all lengths, and of a single one."""
+        for dtype in (torch.float32, torch.bfloat16):
+            sharded = Sharded(
+                partial(frozen, dtype), partial(hollow, dtype), device="cpu", dtype=dtype, rank=self.place["rank"],
+                world_size=self.place["world_size"], address="127.0.0.1", port=None, timeout_s=100,
+            )  # fmt: skip
+            reference = Reference(sharded.module, temperature=0.7, tokens_per_microbatch=24, sharded=sharded)
+            self.found[dtype] = [reference.logprobs(batch) for batch in answers_of(7, 1)]
+            self.found[dtype, "held"] = sharded.held_bytes
+        judge = Sharded(
+            rater, rater_without_weights, device="cpu", dtype=torch.float32, rank=self.place["rank"],
+            world_size=self.place["world_size"], address="127.0.0.1", port=None, timeout_s=100,
+        )  # fmt: skip
+        classifier = Classifier(judge.module, WORDS, "x", judge)
+        self.found["scores"] = [classifier.score(texts, 0, "logit", 5, 2) for texts in (TEXTS, TEXTS[:1])]
+        other = partial(hollow, torch.float32, layers=1)
+        self.found["error"] = _message(
+            ModelError, Sharded, partial(frozen, torch.float32), other, device="cpu", dtype=torch.float32,
+            rank=self.place["rank"], world_size=self.place["world_size"], address="127.0.0.1", port=None, timeout_s=100,
+        )  # fmt: skip
+
 
 def written_elsewhere(folder: Path) -> list[tuple[torch.dtype, Path]]:
     """Checkpoints after two steps: those of the job `save`, and those that `save_alone` wrote."""
@@ -319,6 +346,45 @@ def held_in(folder: Path) -> dict[str, Tensor]:
     kinds = [(kind, name) for name in state.trained for kind in (MASTER, *MOMENTS)]
     found = {f"{kind}/{name}": state.values(kind, name) for kind, name in kinds + [(FIXED, n) for n in state.fixed]}
     return found | {f"gradients/{name}": torch.tensor(state.gradients(name)) for name in state.trained}
+
+
+def frozen(dtype: torch.dtype, layers: int = 2) -> nn.Module:
+    """Large enough for DeepSpeed to take its tables apart; smaller parameters each rank holds whole."""
+    shape = {"vocab_size": 4000, "hidden_size": 64, "heads": 2, "max_length": 64}
+    return build_scratch("qwen2", seed=3, layers=layers, **shape).to(dtype)
+
+
+def hollow(dtype: torch.dtype, layers: int = 2) -> nn.Module:
+    with torch.device("meta"):
+        return frozen(dtype, layers)
+
+
+# Of different lengths, so that a text's neighbours decide how far it is padded; the last one is too long.
+TEXTS = [" ".join(["good", "bad", "film"][:n] * 2) for n in (1, 2, 1, 2, 3)]
+WORDS = build_tokenizer("word", TEXTS)
+
+
+def rater() -> nn.Module:
+    shape = {"vocab_size": 4000, "hidden_size": 64, "heads": 2, "max_length": 64, "layers": 1}
+    model = build_scratch_classifier("qwen2", labels=["score"], pad_token_id=WORDS.pad_token_id, seed=4, **shape)
+    with torch.no_grad():  # an untrained head hardly tells texts apart
+        model.score.weight.mul_(50)
+    return model
+
+
+def rater_without_weights() -> nn.Module:
+    with torch.device("meta"):
+        return rater()
+
+
+def answers_of(*counts: int) -> list[Batch]:
+    """So many rows, of 2 + 1, 2 + 2, ... tokens."""
+    return [
+        batch_of([
+            Sample.answer(i, i, (5, 6), tuple(range(7, 8 + i)), (-0.5,) * (1 + i), 0, "stop") for i in range(count)
+        ], [{}] * count, [None] * count)
+        for count in counts
+    ]  # fmt: skip
 
 
 def _count_calls(module: nn.Module) -> list[int]:

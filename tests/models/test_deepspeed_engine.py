@@ -29,15 +29,22 @@ from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.skeleton import Filled, skeleton
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.models.train_state import TrainState
+from rlhf_ray.rewards.classifier import Classifier
+from rlhf_ray.roles.reference import Reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_cases import (
     EPS,
     SAVED,
     STAGES,
+    TEXTS,
     WAVES_EPS,
+    WORDS,
+    answers_of,
     equal,
+    frozen,
     held_in,
+    rater,
     save_alone,
     snapshot,
     steps_of_roles,
@@ -53,7 +60,7 @@ pytestmark = pytest.mark.engine
 DEADLINE_S = 800.0
 COMPILED = "torch_extensions"
 WORLDS = (1, 2, 3)
-JOBS = {1: "parity,elastic", 2: "parity,variants,bad_gradient,waves,save", 3: "parity,elastic"}
+JOBS = {1: "parity,elastic", 2: "parity,variants,bad_gradient,waves,save,reading", 3: "parity,elastic"}
 
 
 def free_port() -> int:
@@ -149,6 +156,29 @@ def test_every_stage_on_any_number_of_ranks_trains_like_one_process(found: Any, 
             # Ranks must not drift apart, not even in the last bit.
             assert rank[stage]["history"] == ranks[0][stage]["history"]
             assert equal(rank[stage]["weights"], ranks[0][stage]["weights"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_over_ranks_says_what_one_process_says_and_each_holds_its_part(found: Any, dtype: Any) -> None:
+    ranks = found(2)["reading"]
+    alone = Reference(frozen(dtype), temperature=0.7, tokens_per_microbatch=24)
+    for number, batch in enumerate(answers_of(7, 1)):
+        expected, parts = alone.logprobs(batch), [rank[dtype][number] for rank in ranks]
+        assert not (parts[0].bool() & parts[1].bool()).any(), "each row is one rank's"
+        torch.testing.assert_close(sum(parts), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0)
+        assert expected.count_nonzero() == batch.response_mask.sum()
+    whole = sum(p.numel() * p.element_size() for p in frozen(dtype).parameters())
+    assert [rank[dtype, "held"] for rank in ranks] == [whole / 2] * 2
+    assert all("makes another network than rank 0 has loaded" in rank["error"] for rank in ranks)
+
+
+def test_a_reward_model_over_ranks_scores_as_one_process_does(found: Any) -> None:
+    """Three batches for two ranks, and one: each rank makes as many passes, and both know all scores."""
+    alone = Classifier(rater(), WORDS, "x")
+    for number, texts in enumerate((TEXTS, TEXTS[:1])):
+        expected = alone.score(texts, 0, "logit", 5, 2)
+        assert [rank["scores"][number] for rank in found(2)["reading"]] == [expected] * 2
+    assert len(set(alone.score(TEXTS, 0, "logit", 5, 2).values)) == 3 and expected.cut == 0
 
 
 def test_export_is_the_same_for_all_stages_and_writes_tied_weights_twice(found: Any) -> None:

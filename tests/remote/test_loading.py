@@ -33,4 +33,6 @@ def test_only_changes_are_said_and_who_is_waited_for():
 
 
 def test_twelve_workers_are_counted_as_numbers():
+    names = [f"reference {i} rank {j}" for i in range(2) for j in range(3)]
+    assert title(names, None) == "reference 0-1 rank 0-2" and title(["reward"], None) == "reward"
     assert title(sorted(f"generator {i}" for i in range(12)), "vllm") == "generator 0-11 (vllm)"

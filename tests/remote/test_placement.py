@@ -101,6 +101,18 @@ def test_replicas_have_a_seat_each(tiny_config):
     assert borrowed == {name: (f"learner rank {name[-1]}",) for name in names}, "on different GPUs"
 
 
+def test_ranks_of_each_reference_have_a_seat_each(tiny_config):
+    ranks = ("reference.count=2", "reference.world_size=2", "algorithm.kl_coef=0.1")
+    names = [f"reference {i} rank {j}" for i in range(2) for j in range(2)]
+    plan = plan_seats(tiny_config("executor=ray", *VLLM, *ranks), "cuda", "nccl")
+    assert [seat.name for seat in plan.seats if seat.gpus == 1][2:] == names
+    shared = tiny_config(*SHARDED, *VLLM, *ranks, "learner.world_size=4", "ray.colocate=true")
+    borrowed = {s.name: s.borrows for s in plan_seats(shared, "cuda", "cuda_ipc").seats if s.name in names}
+    assert borrowed == {name: (f"learner rank {i}",) for i, name in enumerate(names)}
+    alone = plan_seats(tiny_config("executor=ray", "reference.world_size=2", "algorithm.kl_coef=0.1"), "cpu", "nccl")
+    assert {"reference rank 0", "reference rank 1"} < {seat.name for seat in alone.seats}
+
+
 def test_half_gpus(tiny_config):
     plan = plan_seats(tiny_config("executor=ray", *VLLM, "ray.gpus_per_worker=0.5"), "cuda", "nccl")
     assert plan.total("GPU") == 1.0

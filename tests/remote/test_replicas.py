@@ -140,3 +140,43 @@ def test_what_references_computed_is_cut_once_for_ranks_and_not_at_all_for_one(w
     assert all(keeper.batch.logp_ref.count_nonzero() for keeper in keepers)
     learner.learn(batch.replace(logp_ref=shared.logprobs(batch)))
     assert len([name for name in asked if name.startswith("reference")]) == 2 * cuts, "another column"
+
+
+class OneOfTwo:
+    """A rank of a network that two hold together: every pass waits for the other's."""
+
+    world_size, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int, model: torch.nn.Module, barrier: threading.Barrier) -> None:
+        self.rank, self.model, self.barrier = rank, model, barrier
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.barrier.wait()  # a rank with fewer passes would break it
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("groups", [1, 6], ids=["less than a row a rank", "many"])
+def test_two_references_of_two_ranks_each_compute_every_row_once(world, groups):
+    """Ranks of a replica make as many passes, also those that have no row in a piece."""
+    requests = requests_of(groups, 1 if groups == 1 else 4)
+    local = LocalReference(build_scratch("qwen2", seed=3, **SHAPE), temperature=0.7, tokens_per_microbatch=30)
+    expected = local.logprobs(Writing().generate(requests, SAMPLING))
+    workers = []
+    for replica in range(2):
+        barrier = threading.Barrier(2, timeout=60)
+        for rank in range(2):
+            model = build_scratch("qwen2", seed=3, **SHAPE)
+            role = LocalReference(
+                model, temperature=0.7, tokens_per_microbatch=30, sharded=OneOfTwo(rank, model, barrier)
+            )  # fmt: skip
+            workers.append(world.hire(f"reference {replica} rank {rank}", role))
+    shared = proxy(Reference, Replicas(world, [workers[:2], workers[2:]], SOON), divides=True)
+    batch = generators_of(world).generate(requests, SAMPLING)
+    column = shared.logprobs(batch)
+    assert sorted(row for part in column.parts for row in part.rows.tolist()) == list(range(len(requests)))
+    learner = Keeper()
+    learner.division = Division(1, 24, seed=0)
+    batch = batch.replace(logp_ref=column, advantages=torch.ones(len(batch)))
+    hired(world, Learner, "learner", [learner], divides=True).learn(batch)
+    torch.testing.assert_close(learner.batch.logp_ref, expected, atol=1e-5, rtol=0)
+    assert expected.count_nonzero() > 0

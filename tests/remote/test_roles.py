@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf_ray
+from rlhf_ray.models.scratch import build_scratch_classifier
+from rlhf_ray.models.tokenizers import build_tokenizer
 from rlhf_ray.remote import dispatch
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.rollout import groups
@@ -148,6 +150,27 @@ def test_ranks_of_learner_and_critic_give_the_numbers_of_one_process(tiny_config
     for name, modules in modules_of_actors.items():
         foreign = modules.intersection(OTHERS[name.split()[0]])
         assert not foreign, f"{name} has imported {sorted(foreign)}"
+
+
+def test_a_reference_and_a_reward_model_over_ranks_give_the_numbers_of_one_process(tiny_config, tmp_path, strikes):
+    """One rank of the reference is killed while it computes: both are started again, and meet anew."""
+    tokenizer = build_tokenizer("char", ["0123456789+="])
+    shape = {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 64, "pad_token_id": tokenizer.pad_token_id}
+    judge = build_scratch_classifier("qwen2", labels=["score"], vocab_size=len(tokenizer), **shape)
+    for part in (judge, tokenizer):
+        part.save_pretrained(tmp_path / "judge")
+    # Texts of the reward model come in more batches than there are ranks, micro-batches of the reference too.
+    options = ("logging.rollouts=24", "algorithm.kl_coef=0.1", "eval.size=2", f"reward_model.path={tmp_path}/judge",
+               "reward_model.batch_size=8", "reward_model.weight=9")  # fmt: skip
+    run_rl(tiny_config(*options), tmp_path / "one")
+    struck = strikes({("reference rank 0", "logprobs"): (2, "reference rank 1")})
+    run_rl(tiny_config(*options, "executor=ray", "reference.world_size=2", "reward.world_size=2"), tmp_path / "many")
+    require_equal(tmp_path / "one", tmp_path / "many", tolerance=1e-5)
+    events = [json.loads(line) for line in (tmp_path / "many" / "events.jsonl").read_text().splitlines()]
+    assert struck and [e["worker"] for e in events if e["event"] == "worker_lost"] == ["reference rank 1"]
+    (again,) = [event["reason"] for event in events if event["event"] == "worker_restarted"]
+    assert again.startswith("the places are taken again by reference rank 0 (") and ", reference rank 1 (" in again
+    assert metrics_of(tmp_path / "many")[-1]["kl_ref"] != 0 and metrics_of(tmp_path / "many")[0]["reward/reward_model"]
 
 
 def test_overlapped_generation_keeps_its_bound_and_no_old_batch(tiny_config, tmp_path, monkeypatch):

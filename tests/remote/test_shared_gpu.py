@@ -73,7 +73,7 @@ def crew_of(tiny_config, monkeypatch) -> Callable[..., tuple[FakeCrew, Placement
 def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
     crew, plan, config = crew_of("ray.colocate=true")
     makers = Makers.of(config, ON_GPU, "cuda_ipc")
-    _build(crew, plan, makers, {}, config.ray, _rank_steps(crew, makers, None, config.ray), silent)
+    _build(crew, plan, makers, {}, config.ray, _rank_steps(crew, makers, None, config), silent)
     start = crew.log.index("generator 0: build")
     assert crew.log[start : start + 4] == ["generator 0: build", "--", "generator 0: sleep", "--"]
     rest = crew.log[start + 4 :]
@@ -83,7 +83,7 @@ def test_the_generator_loads_alone_and_sleeps_while_the_others_load(crew_of):
 def test_on_gpus_of_their_own_all_load_together(crew_of):
     crew, plan, config = crew_of()
     makers = Makers.of(config, ON_GPU, "nccl")
-    _build(crew, plan, makers, {}, config.ray, _rank_steps(crew, makers, None, config.ray), silent)
+    _build(crew, plan, makers, {}, config.ray, _rank_steps(crew, makers, None, config), silent)
     assert [line.endswith(": build") for line in crew.log[:6]] == [True] * 5 + [False]
     assert "generator 0: sleep" not in crew.log
 

@@ -73,6 +73,18 @@ def test_a_layout_reserves_what_the_run_reserves(case_of):
         assert plan_seats(run, "cuda", transport).total("GPU") == layout.devices
 
 
+def test_what_ranks_hold_together_is_counted_by_rank(case_of):
+    pytest.importorskip("ray")
+    from rlhf_ray.remote.placement import plan_seats
+
+    shared = ("reference.count=2", "reference.world_size=2", "reward_model.path=qwen2-0.5b", "reward.world_size=3")
+    case = case_of("qwen2-1.5b", 16, *STEP, "executor=ray", "algorithm.kl_coef=0.01", *shared)
+    layout = Layout.of(case.config)
+    assert layout.devices == plan_seats(case.config, "cuda", "nccl").total("GPU") == 1 + 1 + 2 * 2 + 3
+    held = {need.role: (need.devices, need.parts["weights"]) for need in needs_of(case, layout)}
+    assert held["reference"] == (4, case.policy.base * 2 // 2) and held["reward"] == (3, case.judges * 2 // 3)
+
+
 def test_what_cannot_fit_is_refused_with_numbers(case_of):
     with pytest.raises(ConfigError) as refused:
         plan_of(case_of("llama-70b", 64, *STEP, "algorithm.kl_coef=0.01"), False)

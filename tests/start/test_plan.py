@@ -122,7 +122,7 @@ def test_the_reward_holds_every_network_that_judges(config, monkeypatch):
     assert unknown == PlannedRole("reward", "model", 1, 1, None)
 
 
-def test_a_cluster(config):
+def test_a_cluster(config, monkeypatch):
     roles = planned_roles(
         config("executor=ray", "generator.engine=vllm", "generator.count=3", "generator.tensor_parallel=2",
                "learner.engine=deepspeed", "learner.world_size=4", "learner.zero_stage=3"),
@@ -132,6 +132,11 @@ def test_a_cluster(config):
     assert roles[1] == PlannedRole("learner", "deepspeed ZeRO-3", 4, 1, (2000 + 4000 + 12000) // 4)
     several = config("executor=ray", "algorithm.name=ppo", "reference.count=2", "reward.count=3")
     counts = {role.name: role.processes for role in planned_roles(several, CPU, Size(100, 100))}
+    ranks = config("executor=ray", "algorithm.name=ppo", "reference.count=2", "reference.world_size=3")
+    assert planned_roles(ranks, CPU, Size(100, 100))[2] == PlannedRole("reference", "hf ZeRO-3", 6, 1, 134)
+    monkeypatch.setattr("rlhf_ray.start.plan.saved_size", lambda path, *_: Size(10, 10))
+    judged = config("executor=ray", "reward_model.path=rm", "reward.count=2", "reward.world_size=3")
+    assert planned_roles(judged, CPU, None)[-1] == PlannedRole("reward", "model ZeRO-3", 6, 1, 14)
     assert counts == {"generator": 1, "learner": 1, "reference": 2, "critic": 1, "reward": 3}
 
 
