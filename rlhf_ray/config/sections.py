@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config.engines import TrainerName, TrainingEngine, trainer_facts
 from rlhf_ray.config.given import ModelPath, RowsPath, TokenizerPath
+from rlhf_ray.config.worker_env import WorkerVariables
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # What every random generator takes.
@@ -185,9 +186,11 @@ class RayConfig(Section):
         0.5, ge=0, description="CPUs that each worker reserves; its threads too, if OMP_NUM_THREADS is not set"
     )
     gpus_per_worker: float = Field(1.0, gt=0, description="used when device is cuda")
+    env: WorkerVariables = {}
     start_deadline_s: float = Field(
-        300.0, gt=0, description="seconds the cluster has to make room, and then the workers to load their models"
-    )
+        300.0, gt=0, description="seconds that machines have to join the cluster and to make room, and then the "
+        "workers to load their models"
+    )  # fmt: skip
     call_deadline_s: float = Field(
         1800.0, gt=0, description="seconds a worker's call may take: generate, update, score, log-probs"
     )

@@ -29,8 +29,8 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00" + HTTP2_S
 
 
 @contextmanager
-def connected(address: str | None, cpus: float, seconds: float = CONNECT_S, note: Note = silent) -> Iterator[None]:
-    """Ray is there inside. Only what was started here is shut down.
+def connected(address: str | None, cpus: float, seconds: float = CONNECT_S, note: Note = silent) -> Iterator[bool]:
+    """Ray is there inside. Only what was started here is shut down. Yields whether machines may still join it.
 
     Args:
         address: ray.address; if None, $RAY_ADDRESS, and without that a cluster on this machine. A process that is
@@ -42,7 +42,7 @@ def connected(address: str | None, cpus: float, seconds: float = CONNECT_S, note
         PlacementError: nobody answers at the address, or Ray does not start.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     setting = "ray.address" if address else "$RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -65,7 +65,7 @@ def connected(address: str | None, cpus: float, seconds: float = CONNECT_S, note
             f"Ray is ready in {time.monotonic() - began:.0f} s: {machines} machine{'s' * (machines != 1)}, "
             f"{has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
         )
-        yield
+        yield address != "local"
     finally:
         ray.shutdown()
         over.set()

@@ -15,7 +15,7 @@ from rlhf_ray.pulse import beat
 from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
 from rlhf_ray.remote.failures import CutError, LostError
 from rlhf_ray.remote.health import Limits, State
-from rlhf_ray.remote.host import Host, Place
+from rlhf_ray.remote.host import Host, Place, Surroundings
 from rlhf_ray.remote.processes import Processes, Recipe, Steps, kill
 from rlhf_ray.remote.supervisor import CAUSE_S, Loss, Setback, Supervisor, Tell, untold
 
@@ -62,9 +62,9 @@ class Crew:
     def workers(self) -> list[Worker]:
         return list(self.processes.workers.values())
 
-    def hire(self, host: type[Host], name: str, options: dict[str, Any], folder: str) -> Worker:
+    def hire(self, host: type[Host], name: str, options: dict[str, Any], around: Surroundings) -> Worker:
         """Start an actor; returns before it runs."""
-        return self.processes.hire(name, Recipe(host, options, folder))
+        return self.processes.hire(name, Recipe(host, options, around))
 
     def locate(self, deadline: Deadline) -> dict[str, Place]:
         """Wait until every actor runs; afterwards each is known by node and pid, and watched. The key is the worker's

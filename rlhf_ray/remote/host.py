@@ -6,12 +6,21 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ray
 
 from rlhf_ray.remote.failures import reported
+from rlhf_ray.remote.network import use_interface_of
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an actor finds, beside what Ray gives it: the command's folder, and variables that Ray does not show."""
+
+    folder: str
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,13 @@ class Place:
 class Host:
     """What every actor answers. Nothing heavy happens before `build`, so that all can start at once."""
 
-    def __init__(self, name: str, folder: str) -> None:
+    def __init__(self, name: str, around: Surroundings) -> None:
         self.name = name
         # Paths in the config (a reward's file.py, a model folder) are relative to where the command was given.
         with contextlib.suppress(OSError):
-            os.chdir(folder)
+            os.chdir(around.folder)
+        os.environ.update(around.variables)
+        use_interface_of(ray.util.get_node_ip_address())
         # Held until it is used: the next one who asks for any port would get it otherwise.
         self._port = socket.socket()
         self._port.bind(("", 0))

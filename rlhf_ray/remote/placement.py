@@ -162,30 +162,52 @@ def check_fit(placement: Placement, nodes: Sequence[Mapping[str, float]], coloca
 
 
 @contextmanager
-def placed(placement: Placement, seconds: float, colocated: bool, note: Note = silent) -> Iterator[PlacementGroup]:
-    """Its placement group, removed at the end. `note` hears if others have to end first.
+def placed(
+    placement: Placement, seconds: float, colocated: bool, note: Note = silent, *, joining: bool = False
+) -> Iterator[PlacementGroup]:
+    """Its placement group, removed at the end. `note` hears if others have to end first, or machines to join.
 
+    Args:
+        joining: machines may still join, as under Slurm, Kubernetes or Ray's autoscaler, which starts them for what the
+            group asks. Without, a cluster that is too small is refused at once.
     Raises:
         PlacementError: it can never fit, or what it needs did not become free in time.
     """
-    check_fit(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]], colocated)
+    lacking = _lacking(placement, colocated)
+    if lacking and not joining:
+        raise lacking
     group = placement_group(placement.bundles, strategy="PACK")
     try:
-        if not _ready(group, placement, seconds, note):
+        if not _ready(group, placement, seconds, colocated, note):
+            within = f"within {seconds:.0f} s (ray.start_deadline_s)"
+            if lacking := _lacking(placement, colocated):
+                raise PlacementError(f"{lacking}; no more machines have joined {within}")
             raise PlacementError(
-                f"ray: the cluster did not make room within {seconds:.0f} s (ray.start_deadline_s): "
-                f"{_needed(placement)}; wait for other jobs to end, or make the run smaller"
+                f"ray: the cluster did not make room {within}: {_needed(placement)}; wait for other jobs to end, or "
+                "make the run smaller"
             )
         yield group
     finally:
         remove_placement_group(group)
 
 
-def _ready(group: PlacementGroup, placement: Placement, seconds: float, note: Note) -> bool:
+def _lacking(placement: Placement, colocated: bool) -> PlacementError | None:
+    try:
+        check_fit(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]], colocated)
+    except PlacementError as error:
+        return error
+    return None
+
+
+def _ready(group: PlacementGroup, placement: Placement, seconds: float, colocated: bool, note: Note) -> bool:
     first = min(math.ceil(seconds), AT_ONCE_S)
     if group.wait(first):
         return True
-    note(f"waiting for room in the cluster: {_needed(placement)}")
+    lacking = _lacking(placement, colocated)
+    note(
+        f"waiting for machines to join: {str(lacking).removeprefix('ray: ')}" if lacking
+        else f"waiting for room in the cluster: {_needed(placement)}"
+    )  # fmt: skip
     return group.wait(math.ceil(seconds) - first)
 
 

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from rlhf_ray.remote.calls import FETCH_S, Process, Worker
-from rlhf_ray.remote.host import Host, Place
+from rlhf_ray.remote.host import Host, Place, Surroundings
 from rlhf_ray.remote.supervisor import Sign
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Recipe:
 
     host: type[Host]
     options: Mapping[str, Any]
-    folder: str
+    around: Surroundings
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Processes:
         recipe = self._recipes[name]
         remote = ray.remote(concurrency_groups={"watch": 1, "slices": 1, "weights": 1})(recipe.host)
         # No restarts by Ray: a blank actor would answer with base weights, and a repeated update would count twice.
-        return remote.options(max_restarts=0, max_task_retries=0, **recipe.options).remote(name, recipe.folder)
+        return remote.options(max_restarts=0, max_task_retries=0, **recipe.options).remote(name, recipe.around)
 
     def feel(self, name: str) -> None:
         process = self.workers[name].process

@@ -15,6 +15,7 @@ import ray
 
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import RayConfig
+from rlhf_ray.config.worker_env import Variables
 from rlhf_ray.remote.batch import gather_remote
 from rlhf_ray.remote.calls import Call, Deadline, Worker
 from rlhf_ray.remote.client import GeneratorsClient
@@ -23,7 +24,7 @@ from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.given import require_portable
 from rlhf_ray.remote.handles import RemoteGenerators
 from rlhf_ray.remote.health import Limits
-from rlhf_ray.remote.host import Host, Place
+from rlhf_ray.remote.host import Host, Place, Surroundings
 from rlhf_ray.remote.hosts import CriticHost, GeneratorHost, LearnerHost, ReferenceHost, RewardHost, RoleHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import Placement, choose_transport, options_of, placed, plan_seats
@@ -71,19 +72,21 @@ def open_remote_roles(
         RlhfRayError: what a role refused when it was built, as it would locally.
     """
     require_portable(config.rewards)
+    variables = Variables.of(config.ray.env)
     device = assets.hardware.device
     bound = config.sync.canary_bound or DEFAULT_BOUND[str(assets.hardware.dtype).removeprefix("torch.")]
     transport = choose_transport(config.sync, config.generator, config.ray, device)
     plan = plan_seats(config, device, transport)
-    with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
-        plan, config.ray.start_deadline_s, config.ray.colocate, note
+    with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note) as joining, placed(
+        plan, config.ray.start_deadline_s, config.ray.colocate, note, joining=joining
     ) as group:
         crew, farewell = Crew(Limits.of(config.ray), tell), []
         try:
-            environment = worker_environment(config.ray.cpus_per_worker, device)
+            environment = worker_environment(config.ray.cpus_per_worker, device) | variables.shown
+            around = Surroundings(os.getcwd(), variables.quiet)
             for seat in plan.seats:
                 host = HOSTS[seat.name.split()[0]]
-                crew.hire(host, seat.name, options_of(seat, group, environment), os.getcwd())
+                crew.hire(host, seat.name, options_of(seat, group, environment), around)
             # Where weights go by way of the host's memory, they can be sent once more, to one alone.
             replaced = transport == "shared_memory" and not plan.shared and config.ray.restarts > 0
             makers = Makers.of(config, everywhere(assets), transport, keep=replaced)

@@ -13,11 +13,12 @@ import ray
 
 from rlhf_ray.config.sections import RayConfig
 from rlhf_ray.config.supervised import SupervisedConfig
+from rlhf_ray.config.worker_env import Variables
 from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.health import Limits
-from rlhf_ray.remote.host import Host
+from rlhf_ray.remote.host import Host, Surroundings
 from rlhf_ray.remote.hosts import RankHost
 from rlhf_ray.remote.loading import Loading, Note, silent
 from rlhf_ray.remote.placement import LEAST_CPUS, Placement, Seat, options_of, placed
@@ -51,16 +52,18 @@ def open_remote_trainer(
         RanksLostError: from the handle: one was lost, and other processes take the seats of all.
         RlhfRayError: what the trainer refused when it was built, as it would locally.
     """
+    variables = Variables.of(config.ray.env)
     device = assets.hardware.device
     plan = plan_ranks(config, device)
-    with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note), placed(
-        plan, config.ray.start_deadline_s, colocated=False, note=note
+    with connected(config.ray.address, plan.total("CPU"), config.ray.start_deadline_s, note) as joining, placed(
+        plan, config.ray.start_deadline_s, colocated=False, note=note, joining=joining
     ) as group:
         crew, farewell = Crew(Limits.of(config.ray), tell), []
         try:
-            environment = worker_environment(config.ray.cpus_per_worker, device)
+            environment = worker_environment(config.ray.cpus_per_worker, device) | variables.shown
+            around = Surroundings(os.getcwd(), variables.quiet)
             for seat in plan.seats:
-                crew.hire(SupervisedHost, seat.name, options_of(seat, group, environment), os.getcwd())
+                crew.hire(SupervisedHost, seat.name, options_of(seat, group, environment), around)
             make = partial(make_trainer, config, everywhere(assets))
             rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
             ranks = rank_steps(crew.named(ROLE), SupervisedHost.build, [make, rows], config.ray.call_deadline_s)

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from tests.cluster import toy_slurm
 from tests.cluster.page import lines_of
 
 ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+RUN: dict[str, Any] = {
+    "device": "cpu",
+    "steps": STEPS,
+    "model": {
+        "path": "scratch:qwen2",
+        "tokenizer": {"path": "scratch:char"},
+        "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16},
+    },
+    "data": {"path": "rows.jsonl", "eval_size": 2, "max_length": 16},
+    "learner": {"batch_size": 4, "lr": 1e-3},
+    "eval": {"every": 0},
+    "checkpoint": {"every": 0},
+    # A step a second, until the notice has come: the job is stopped in the midst, however fast the machine is.
+    "logging": {"loggers": [], "observers": ["slow.py:slow"]},
+}
+SLOW = """
+import pathlib, time
+def slow(record):
+    if not pathlib.Path("requeued").exists():
+        time.sleep(1)
+"""
+# A rank on each host: a host has CPUs for one of them only.
+ON_TWO_HOSTS = ["learner.engine=deepspeed", "learner.world_size=2", "learner.zero_stage=2", "ray.cpus_per_worker=2"]
+
+
 # Stand-ins: a head that listens; a run that takes its orders from files, and knows SIGTERM.
 RAY = """#!/bin/sh
 echo "$(hostname): ray $*" >> asked
@@ -82,6 +115,11 @@ def told(folder: Path) -> str:
     return "\n".join(file.read_text() for file in sorted(folder.glob("*.out")))
 
 
+def rows_of(run: Path) -> list[dict[str, float]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 @pytest.mark.slow
 def test_a_job_has_head_worker_and_run_and_begins_again_after_a_notice_or_a_fault(slurm, submit, commands, tmp_path):
     path = commands(RAY.format(python=sys.executable), RUN_OF_STAND_INS)
@@ -129,3 +167,36 @@ def test_the_lines_of_the_page(slurm, commands, tmp_path):
     shown = slurm.wait_for("JobState=FAILED", "scontrol", "show", "job", job)
     assert "ExitCode=130:0" in shown and "Restarts=1" in shown
     assert "rlhf-ray ended with status 130 after notice (end)" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+@pytest.mark.system
+def test_a_job_trains_on_two_nodes_is_stopped_with_notice_requeued_and_resumes(slurm, submit, commands, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "slow.py").write_text(SLOW)
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    environment = {"PATH": commands(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = submit("sft", "run.yaml", *ON_TWO_HOSTS, "--run-dir", str(run), env=environment)
+    until = time.monotonic() + 600
+    while len(rows_of(run)) < 2:
+        state = slurm("squeue", "-h", "-j", job, "-o", "%T")
+        assert state in ("PENDING", "CONFIGURING", "RUNNING") and time.monotonic() < until, f"{state}\n{told(tmp_path)}"
+        time.sleep(0.2)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_for("Restarts=1", "scontrol", "show", "job", job)
+    assert "rlhf-ray ended with status 130 after notice (requeue)" in told(tmp_path)
+    stopped = len(rows_of(run))
+    assert 2 <= stopped < STEPS and (run / "checkpoints" / f"step_{stopped}").is_dir()
+    (tmp_path / "requeued").touch()
+    begins_again(slurm, job, 1)
+    slurm.wait_for("JobState=COMPLETED", "scontrol", "show", "job", job, seconds=600)
+
+    assert [row["step"] for row in rows_of(run)] == list(range(1, STEPS + 1))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [stopped]
+    # Where it was done, and that it was stopped, makes no difference to what was learned.
+    command = [sys.executable, "-m", "rlhf_ray.cli", "sft", "run.yaml", "--run-dir", "alone"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    here, there = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "alone", run))
+    torch.testing.assert_close(there, here, atol=1e-5, rtol=1e-4)

@@ -26,7 +26,7 @@ from rlhf_ray.remote.calls import Deadline
 from rlhf_ray.remote.cluster import connected, worker_environment
 from rlhf_ray.remote.crew import Crew
 from rlhf_ray.remote.health import Limits
-from rlhf_ray.remote.host import Host
+from rlhf_ray.remote.host import Host, Surroundings
 from rlhf_ray.remote.placement import Placement, Seat, options_of, placed, plan_seats
 from rlhf_ray.remote.roles import _lend_gpus, open_remote_roles
 from rlhf_ray.roles.factory import Assets
@@ -280,7 +280,7 @@ def test_colocated_workers_see_the_gpu_of_the_rank_they_share_with(two_gpu_machi
     with placed(plan, 30, colocated=True) as group:
         try:
             for seat in plan.seats:
-                team.hire(Seeing, seat.name, options_of(seat, group, {}), ".")
+                team.hire(Seeing, seat.name, options_of(seat, group, {}), Surroundings("."))
             places = team.locate(SOON)
             assert [places[f"learner rank {i}"].gpus for i in (0, 1)] == [("0",), ("0",)], "each machine counts its own"
             assert places["generator 1"].gpus == ()

@@ -10,8 +10,9 @@ import ray
 from rlhf_ray.config.load import load_config, on_device
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import PlacementError
+from rlhf_ray.remote import placement as placement_module
 from rlhf_ray.remote.calls import Worker
-from rlhf_ray.remote.placement import Placement, Seat, check_fit, choose_transport, plan_seats
+from rlhf_ray.remote.placement import Placement, Seat, check_fit, choose_transport, placed, plan_seats
 from rlhf_ray.remote.roles import _devices
 
 PPO = ("algorithm.name=ppo", "algorithm.kl_coef=0.05")
@@ -186,3 +187,53 @@ def test_what_a_run_occupies(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"accelerator_type:H100": 1.0, "accelerator_type:L4": 1.0})
     assert _devices(crew, THREE_GPUS, "cuda")["device_name"] is None, "two kinds have no common peak"
     assert _devices(crew, THREE_GPUS, "cpu") == {"devices": 2.0, "device_name": "cpu"}, "machines"
+
+
+class Forming:
+    """A cluster of one machine with 4 CPUs; others join while a placement group is waited for, each with 4."""
+
+    def __init__(self, monkeypatch, joins: int) -> None:
+        self.machines, self.joins, self.asked = 1, joins, []
+        monkeypatch.setattr(placement_module, "placement_group", self.ask)
+        monkeypatch.setattr(placement_module, "remove_placement_group", lambda group: None)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}] * self.machines)
+        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4.0 * self.machines})
+
+    def ask(self, bundles, strategy):
+        self.asked.append(bundles)
+        return self
+
+    def wait(self, seconds: float) -> bool:
+        """As Ray's: whether there is room."""
+        if len(self.asked) == 1 and seconds > placement_module.AT_ONCE_S:
+            self.machines += self.joins
+        return 4 * self.machines >= sum(bundle["CPU"] for bundle in self.asked[0])
+
+
+TWO_MACHINES = Placement([Seat("learner rank 0", 0, 3.0), Seat("learner rank 1", 1, 3.0)])
+
+
+def test_machines_that_are_still_joining_are_waited_for(monkeypatch):
+    cluster, lines = Forming(monkeypatch, joins=1), []
+    with placed(TWO_MACHINES, 300, False, lines.append, joining=True) as group:
+        assert group is cluster and cluster.asked == [[{"CPU": 3.0}, {"CPU": 3.0}]]
+    assert lines == [
+        "waiting for machines to join: the run needs 6 CPUs (learner 6), the cluster has 4; lower ray.cpus_per_worker, "
+        "or add machines"
+    ]
+
+
+def test_when_nobody_joins_what_is_lacking_is_said(monkeypatch):
+    Forming(monkeypatch, joins=0)
+    with (
+        pytest.raises(PlacementError, match="needs 6 CPUs .*has 4.*no more machines have joined within 7 s"),
+        placed(TWO_MACHINES, 7, False, joining=True),
+    ):
+        pass
+
+
+def test_a_cluster_that_nobody_can_join_is_refused_at_once(monkeypatch):
+    cluster = Forming(monkeypatch, joins=1)
+    with pytest.raises(PlacementError, match="needs 6 CPUs"), placed(TWO_MACHINES, 300, False):
+        pass
+    assert cluster.asked == []

@@ -22,7 +22,7 @@ from rlhf_ray.remote.client import GeneratorsClient
 from rlhf_ray.remote.crew import Crew, Group
 from rlhf_ray.remote.failures import LostError, reported
 from rlhf_ray.remote.health import Limits
-from rlhf_ray.remote.host import Host
+from rlhf_ray.remote.host import Host, Surroundings
 from rlhf_ray.remote.supervisor import Tell, untold
 
 pytestmark = pytest.mark.engine
@@ -102,7 +102,7 @@ def hire(own_ray, tmp_path):
         made = Crew(limits, tell)
         crews.append(made)
         for rank in range(count):
-            made.hire(Toy, f"learner rank {rank}", {"num_cpus": 0.1}, str(tmp_path))
+            made.hire(Toy, f"learner rank {rank}", {"num_cpus": 0.1}, Surroundings(str(tmp_path)))
         made.locate(Deadline(60, "ray.start_deadline_s"))
         if loaded:
             made.built(**built)
