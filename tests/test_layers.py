@@ -43,7 +43,7 @@ LEVEL = {room: -number for number, line in enumerate(LINES) for room in line}
 # Heavy libraries and the only places that may name them.
 OWNERS = {
     "ray": ("rlhf_ray/remote/", "rlhf_ray/scale/", "cluster/"),
-    "deepspeed": ("rlhf_ray/models/deepspeed_engine.py",),
+    "deepspeed": ("rlhf_ray/models/deepspeed_library.py",),
     "vllm": ("rlhf_ray/roles/vllm_engine.py", "rlhf_ray/sync/vllm_transfer.py"),
 }
 

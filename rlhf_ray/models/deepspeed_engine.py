@@ -1,13 +1,10 @@
-"""Training on N ranks with DeepSpeed ZeRO 0-3. The only file that imports DeepSpeed; zero_state.py knows its inside."""
+"""Training on N ranks with DeepSpeed ZeRO 0-3; zero_state.py knows its inside."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError, StorageError
+from rlhf_ray.models.deepspeed_library import deepspeed_library, quiet
 from rlhf_ray.models.devices import with_index
 from rlhf_ray.models.pretrained import Export, exported_state, not_finite, write_pretrained
 from rlhf_ray.models.process_group import join_ranks
@@ -212,7 +210,7 @@ class DeepSpeedEngine:
         except (CheckpointError, OSError) as error:  # the other ranks are waiting
             problem = str(error)
         self._agree(problem)
-        with _quiet():
+        with quiet():
             show_masters(self._deepspeed.optimizer, self._real_stage)
         self.steps = steps
 
@@ -299,73 +297,13 @@ def _deepspeed_config(
     return config
 
 
-def keep_shares(dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """What makes whole parameters this rank's shares of them (ZeRO-3). Collective, but nothing is sent."""
-    deepspeed, config = _deepspeed(), _reading_config(dtype)
-    return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=config)
-
-
-def reading_engine(module: nn.Module, dtype: torch.dtype) -> Any:
-    """DeepSpeed's engine of a module whose parameters are shares, without an optimiser. Collective."""
-    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    with _quiet():
-        engine, *_ = _deepspeed().initialize(model=module, config=_reading_config(dtype), dist_init_required=False)
-    for part, name, buffer in buffers:  # it has cast them, and rotary frequencies must not be rounded
-        part._buffers[name] = buffer
-    engine.eval()
-    return engine
-
-
-def _reading_config(dtype: torch.dtype) -> dict[str, Any]:
-    # By default whatever is used again within the next 10^9 elements stays whole, which may be the model.
-    zero = {"stage": 3, "stage3_max_reuse_distance": 0}
-    return {"train_micro_batch_size_per_gpu": 1, "steps_per_print": None, "zero_optimization": zero} | (
-        {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
-    )
-
-
 def _initialize(module: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]) -> Any:
-    deepspeed = _deepspeed()
-    with _quiet():
+    deepspeed = deepspeed_library()
+    with quiet():
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=groups, config=config, dist_init_required=False
         )
     return engine
-
-
-def _deepspeed() -> Any:
-    """The library, for the device of the process group."""
-    cpu = torch.distributed.get_backend() == "gloo"
-    if cpu:
-        # Read when DeepSpeed is first imported (by accelerate, if not by us).
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ModelError(
-            "learner.engine=deepspeed needs DeepSpeed, which is not installed; "
-            "pip install 'rlhf-ray[deepspeed]', or set learner.engine=torch"
-        ) from error
-    # DeepSpeed's collectives by their old torch names: one line a call, and nothing a user could change.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    name = deepspeed.get_accelerator().device_name()
-    if (name == "cpu") != cpu:
-        raise ModelError(
-            f"DeepSpeed was loaded for {name}, but the learner's device is {'cpu' if cpu else 'cuda'}; "
-            "set DS_ACCELERATOR to the device before Python starts"
-        )
-    if cpu:
-        # A collective of DeepSpeed's own, for its inference only: every fresh machine would compile it for a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # DeepSpeed prints memory reports and layout notes that no log level switches off.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _BucketGather:
@@ -397,8 +335,6 @@ class _BucketGather:
         return contextlib.nullcontext()
 
     def _gather(self, bucket: dict[int, Tensor]) -> None:
-        import deepspeed
-
         elements = sum(p.ds_numel for p in bucket.values())
         start = min(self._position[key] for key in bucket)
         for parameter in self._order[start:]:
@@ -408,5 +344,5 @@ class _BucketGather:
             if elements > self._limit:
                 break
             bucket[id(parameter)] = parameter
-        self._open.enter_context(deepspeed.zero.GatheredParameters(list(bucket.values())))
+        self._open.enter_context(deepspeed_library().zero.GatheredParameters(list(bucket.values())))
         self._whole = set(bucket)

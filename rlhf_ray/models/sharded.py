@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from rlhf_ray.errors import ModelError
+from rlhf_ray.models.deepspeed_library import deepspeed_library, quiet
 from rlhf_ray.models.devices import with_index
 from rlhf_ray.models.process_group import join_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
-
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -40,8 +40,6 @@ class Sharded:
         device: torch.device | str, dtype: torch.dtype, rank: int, world_size: int, address: str, port: int | None,
         timeout_s: float,
     ) -> None:  # fmt: skip
-        from rlhf_ray.models.deepspeed_engine import keep_shares, reading_engine
-
         self.device = with_index(torch.device(device))
         self.rank, self.world_size = join_ranks(self.device, rank, world_size, address, port, timeout_s)
         module = (whole if rank == 0 else empty)().eval().requires_grad_(False)
@@ -49,8 +47,8 @@ class Sharded:
             module.to_empty(device="cpu")  # the system gives no memory before something is written there
             module.tie_weights()
         self._agree(module)
-        _spread(module, self.device, keep_shares(dtype))
-        self._engine = reading_engine(module, dtype)
+        _spread(module, self.device, _keep_shares(dtype))
+        self._engine = _reading_engine(module, dtype)
         self.module: PreTrainedModel = module
 
     def __call__(self, **inputs: Any) -> ModelOutput:
@@ -112,3 +110,29 @@ def _only(parameters: list[nn.Parameter]) -> nn.Module:
     for number, parameter in enumerate(parameters):
         holder.register_parameter(str(number), parameter)
     return holder
+
+
+def _keep_shares(dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """What makes whole parameters this rank's shares of them (ZeRO-3). Collective, but nothing is sent."""
+    deepspeed, config = deepspeed_library(), _reading_config(dtype)
+    return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+
+def _reading_engine(module: nn.Module, dtype: torch.dtype) -> Any:
+    """DeepSpeed's engine of a module whose parameters are shares, without an optimiser. Collective."""
+    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    deepspeed, config = deepspeed_library(), _reading_config(dtype)
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    for part, name, buffer in buffers:  # it has cast them, and rotary frequencies must not be rounded
+        part._buffers[name] = buffer
+    engine.eval()
+    return engine
+
+
+def _reading_config(dtype: torch.dtype) -> dict[str, Any]:
+    # By default whatever is used again within the next 10^9 elements stays whole, which may be the model.
+    zero = {"stage": 3, "stage3_max_reuse_distance": 0}
+    return {"train_micro_batch_size_per_gpu": 1, "steps_per_print": None, "zero_optimization": zero} | (
+        {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
+    )
