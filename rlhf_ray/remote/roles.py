@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -41,6 +41,9 @@ from rlhf_ray.roles.protocols import Critic, Generator, Learner, Reference, Rewa
 from rlhf_ray.roles.reference import AdapterFreeReference
 from rlhf_ray.roles.sft_term import SFTRows
 from rlhf_ray.sync.canary import DEFAULT_BOUND
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 HOSTS: dict[str, type[RoleHost]] = {
     "learner": LearnerHost,
@@ -83,10 +86,7 @@ def open_remote_roles(
         crew, farewell = Crew(Limits.of(config.ray), tell), []
         try:
             environment = worker_environment(config.ray.cpus_per_worker, device) | variables.shown
-            around = Surroundings(os.getcwd(), variables.quiet)
-            for seat in plan.seats:
-                host = HOSTS[seat.name.split()[0]]
-                crew.hire(host, seat.name, options_of(seat, group, environment), around)
+            _hire(crew, plan, group, environment, Surroundings(os.getcwd(), variables.quiet))
             # Where weights go by way of the host's memory, they can be sent once more, to one alone.
             replaced = transport == "shared_memory" and not plan.shared and config.ray.restarts > 0
             makers = Makers.of(config, everywhere(assets), transport, keep=replaced)
@@ -126,6 +126,13 @@ def everywhere(assets: Assets) -> Assets:
     return dataclasses.replace(assets, **{
         name: str(Path(path).resolve()) if Path(path).is_dir() else path for name, path in paths.items()
     })  # fmt: skip
+
+
+def _hire(
+    crew: Crew, plan: Placement, group: PlacementGroup, environment: Mapping[str, str], around: Surroundings
+) -> None:  # fmt: skip
+    for seat in plan.seats:
+        crew.hire(HOSTS[seat.name.split()[0]], seat.name, options_of(seat, group, environment), around)
 
 
 def _groups(crew: Crew, role: str, config: RunConfig) -> list[list[Worker]]:
