@@ -18,7 +18,7 @@ from rlhf_ray.models.devices import with_index
 from rlhf_ray.models.pretrained import Export, exported_state, not_finite, write_pretrained
 from rlhf_ray.models.process_group import join_ranks
 from rlhf_ray.models.saving import Saving
-from rlhf_ray.models.train_state import Held, Piece, TrainState, copied, pieces, write_state
+from rlhf_ray.models.train_state import Held, Piece, TrainState, copied, description, pieces, write_state
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -177,7 +177,8 @@ class DeepSpeedEngine:
         held: Iterable[Piece] = pieces(trained, self._optimizer_state, fixed)
         if background:
             held = copied(held)
-        write = partial(write_state, folder, self.rank, held, self.module, self._layout, self.steps)
+        described = description(self._layout, self.module, self.steps)
+        write = partial(write_state, folder, self.rank, held, described, self._layout)
         self._saving = Saving(write, background)
 
     def is_saved(self) -> bool:

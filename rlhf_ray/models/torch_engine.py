@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlhf_ray.errors import ModelError, StepError
 from rlhf_ray.models.pretrained import Export, exported_state, not_finite, plain_state, write_pretrained
 from rlhf_ray.models.saving import Saving
-from rlhf_ray.models.train_state import Held, Piece, TrainState, copied, fixed_tensors, pieces, write_state
+from rlhf_ray.models.train_state import Held, Piece, TrainState, copied, description, fixed_tensors, pieces, write_state
 from rlhf_ray.models.trainable import (
     adam_groups,
     check_train_dtype,
@@ -147,7 +147,8 @@ class TorchEngine:
         held: Iterable[Piece] = pieces(self._trained(), self._optimizer.state, self._fixed())
         if background:
             held = copied(held)
-        self._saving = Saving(partial(write_state, folder, 0, held, self.module, self._layout, self.steps), background)
+        described = description(self._layout, self.module, self.steps)
+        self._saving = Saving(partial(write_state, folder, 0, held, described, self._layout), background)
 
     def is_saved(self) -> bool:
         return self._saving is None or self._saving.done()

@@ -124,15 +124,15 @@ def copied(held: Iterable[Piece]) -> list[Piece]:
 
 
 def write_state(
-    folder: Path, rank: int, held: Iterable[Piece], module: nn.Module, layout: Mapping[str, Any], steps: int
+    folder: Path, rank: int, held: Iterable[Piece], described: Mapping[str, str], layout: Mapping[str, Any]
 ) -> Written:
-    """Writes the pieces of this rank, rank 0 what describes them too; what was written, forced to disk and hashed.
-
-    `module`: its names, shapes and settings, which training does not change.
-    """
+    """Writes the pieces of this rank, rank 0 also what `description` gave; all of it forced to disk and hashed."""
     folder.mkdir(parents=True, exist_ok=True)
     held = list(held)
-    paths = [write_pieces(folder, rank, held), *(write_meta(folder, layout, module, steps) if rank == 0 else [])]
+    paths = [write_pieces(folder, rank, held)]
+    for name, text in described.items() if rank == 0 else ():
+        paths.append(folder / name)
+        paths[-1].write_text(text, encoding="utf-8")
     return written(folder, paths, (piece.values for piece in held if piece.kind in (MASTER, FIXED)), layout)
 
 
@@ -148,17 +148,19 @@ def write_pieces(folder: Path, rank: int, held: Iterable[Piece]) -> Path:
     return path
 
 
-def write_meta(folder: Path, layout: Mapping[str, Any], module: nn.Module, steps: int) -> list[Path]:
-    """The other files, of which rank 0 writes one each. `layout`: engine, world_size, zero_stage and dtype."""
+def description(layout: Mapping[str, Any], module: nn.Module, steps: int) -> dict[str, str]:
+    """The other files by name. To be made between steps: inside one, parameters may be switched off for a pass
+    (LoRA's, for the reference), and a config may be another for an export.
+
+    `layout`: engine, world_size, zero_stage and dtype.
+    """
     shapes = {"trained": trained_shapes(module), "fixed": shapes_of(fixed_tensors(module))}
-    paths = [folder / META]
-    paths[0].write_text(json.dumps({**layout, "steps": steps, **shapes}, indent=1), encoding="utf-8")
+    found = {META: json.dumps({**layout, "steps": steps, **shapes}, indent=1)}
     inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # of LoRA
     for name in ("config", "generation_config"):
         if (settings := getattr(inner, name, None)) is not None:
-            paths.append(folder / f"{name}.json")
-            settings.to_json_file(paths[-1])
-    return paths
+            found[f"{name}.json"] = settings.to_json_string()
+    return found
 
 
 def _file_of(folder: Path, rank: int) -> Path:
@@ -175,7 +177,7 @@ class _Part:
 
 
 class TrainState:
-    """What `write_pieces` and `write_meta` have left in a folder. Raises CheckpointError where that is incomplete."""
+    """What `write_state` has left in a folder. Raises CheckpointError where that is incomplete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -17,6 +17,7 @@ from rlhf_ray.errors import CheckpointError, ConfigError, ModelError, StepError
 from rlhf_ray.models import torch_engine
 from rlhf_ray.models.engine import build_engine
 from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.lora import without_adapter
 from rlhf_ray.models.scratch import build_scratch
 from rlhf_ray.models.torch_engine import TorchEngine
 from rlhf_ray.models.trainable import adam_groups, clip_scale
@@ -178,6 +179,22 @@ def test_what_is_written_behind_the_next_step_is_what_was_there_before_it(tmp_pa
     assert engine.saved() == at_once and engine.is_saved()  # size and sha256 of every file
     with pytest.raises(StepError, match="nothing is being saved"):
         engine.saved()
+
+
+def test_a_checkpoint_written_while_the_adapter_is_off_knows_what_is_trained(tmp_path: Path, monkeypatch) -> None:
+    engine = TorchEngine(tiny_lora())
+    train(engine, [0])
+    at_once = engine.save(tmp_path / "at once")
+    may_write, write = threading.Event(), torch_engine.write_state
+    monkeypatch.setattr(torch_engine, "write_state", lambda *args: may_write.wait() and write(*args))
+    engine.begin_save(tmp_path / "behind")
+    with without_adapter(engine.module):  # as the next step's pass for the reference: PEFT freezes the matrices
+        assert not any(p.requires_grad for p in engine.module.parameters())
+        may_write.set()
+        assert engine.saved() == at_once
+    resumed = TorchEngine(tiny_lora(seed=7))
+    resumed.load(tmp_path / "behind")
+    assert equal(snapshot(resumed), snapshot(engine))
 
 
 def test_a_thread_that_cannot_write_says_so_to_whoever_asks(tmp_path: Path) -> None:
