@@ -153,9 +153,15 @@ class Writer:
             meta.write(text)
             meta.flush()
             os.fsync(meta.fileno())
-        shutil.rmtree(self._place.path, ignore_errors=True)  # a spoilt one
-        with contextlib.suppress(OSError):  # another process was faster: its rows are the same
+        with contextlib.suppress(OSError):
             self._aside.rename(self._place.path)
+            return
+        # There is one already. Of another process that was faster it stays: the rows are the same, and that process
+        # reads them where they lie; over NFS, deleting its files would end it.
+        if opened(self._place) is None:
+            shutil.rmtree(self._place.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._aside.rename(self._place.path)
 
     def close(self) -> None:
         for file in self._files.values():

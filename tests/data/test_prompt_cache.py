@@ -149,6 +149,24 @@ def test_a_writer_that_dies_leaves_nothing_that_is_used(write, tokenizer, folder
     assert list(folder.iterdir()) == []
 
 
+def test_of_two_that_write_at_once_the_first_ones_files_stay(write, tokenizer, folder, monkeypatch):
+    source = write(*FORMS["plain"][0])
+    found, finish = [], prompt_cache.Writer.finish
+
+    def overtaken(writer, about):
+        monkeypatch.setattr(prompt_cache.Writer, "finish", finish)
+        found.append(load_prompts(source, tokenizer, cache=str(folder)))
+        [kept] = [path for path in folder.iterdir() if ".tmp-" not in path.name]
+        before = {path.name: path.stat().st_ino for path in kept.iterdir()}
+        finish(writer, about)
+        assert before == {path.name: path.stat().st_ino for path in kept.iterdir()}
+
+    monkeypatch.setattr(prompt_cache.Writer, "finish", overtaken)
+    second = load_prompts(source, tokenizer, cache=str(folder))
+    assert same(found[0], second) and same(second, load_prompts(source, tokenizer))
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_what_cannot_be_kept_is_read(write, tokenizer, tmp_path, folder, rereads, monkeypatch):
     source = write(*FORMS["plain"][0])
     (tmp_path / "file").write_text("")
