@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,36 @@ def test_kuberay_takes_its_manifests(path, kuberay_schema):
 def test_skypilot_knows_the_fields_of_its_file():
     tree = read(CLUSTER / "skypilot.yaml")
     assert tree.keys() <= SKYPILOT and tree["num_nodes"] == 2
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_the_end_of_a_run_is_the_end_of_its_job_on_every_machine_of_skypilot(tmp_path, status):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    script = read(CLUSTER / "skypilot.yaml")["run"].replace("6500", str(port)).replace("/tmp/rlhf", str(tmp_path))
+    # Who joins stays for as long as the head listens, and then ends with an error.
+    address = f"('127.0.0.1', {port})"
+    head = f"import socket, time; server = socket.create_server({address}); time.sleep(60)"
+    member = f"import socket; connection = socket.create_connection({address}); connection.recv(1)"
+    asked = tmp_path / "asked"
+    (tmp_path / "ray").write_text(
+        f'#!/bin/bash\necho "$1" >> "{asked}"\ncase "$*" in\n*--head*) exec {sys.executable} -c "{head}" ;;\n'
+        f'*--address*) {sys.executable} -c "{member}"; exit 1 ;;\nesac\n'
+    )
+    joined = f'until [ "$(wc -l < "{asked}")" = 2 ]; do sleep 0.1; done'
+    (tmp_path / "rlhf-ray").write_text(f"#!/bin/sh\n{joined}\nsleep 0.5\nexit {status}\n")
+    for name in ("ray", "rlhf-ray"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SKYPILOT_NODE_IPS": "127.0.0.1"}
+    jobs = [
+        subprocess.Popen(["bash", "-c", script], env={**environment, "SKYPILOT_NODE_RANK": rank}) for rank in "01"
+    ]
+    try:
+        assert [job.wait(30) for job in jobs] == [status, 0]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert asked.read_text().split() == ["start", "start"], "`ray stop` would end SkyPilot's own"
 
 
 def scripts() -> Iterator[tuple[str, str]]:
@@ -180,8 +211,6 @@ def entrypoint(tmp_path):
 @pytest.fixture
 def head():
     """The address of something that listens."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
