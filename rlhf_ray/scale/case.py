@@ -10,9 +10,12 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.config.sections import TrainEngineConfig
 from rlhf_ray.models.architecture import Architecture
 from rlhf_ray.models.size import Size
-from rlhf_ray.scale.devices import Device
+from rlhf_ray.scale.devices import GIB, Device
 from rlhf_ray.scale.layout import Layout
 from rlhf_ray.scale.rates import Rates
+
+# A machine's memory, where nobody says it: machines with 8 large GPUs are sold with about 2 TiB.
+HOST_GIB_A_DEVICE = 256
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Case:
     critic: its parameters; None where there is none.
     judges: parameters of the networks that judge: reward model, safety classifier, local judge.
     devices: how many there are.
-    host_memory: bytes of each machine.
+    given_host_memory: bytes of each machine; None: nobody says.
     prompt_tokens, answer_tokens: means; memory is planned for the longest.
     """
 
@@ -31,7 +34,7 @@ class Case:
     shape: Architecture
     device: Device
     devices: int
-    host_memory: int
+    given_host_memory: int | None
     rates: Rates
     prompt_tokens: float
     answer_tokens: float
@@ -42,6 +45,11 @@ class Case:
     @property
     def nodes(self) -> int:
         return -(-self.devices // self.device.in_a_node)
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of each machine, or of the share of one that so many devices come with."""
+        return self.given_host_memory or HOST_GIB_A_DEVICE * min(self.device.in_a_node, self.devices) * GIB
 
     @property
     def rows(self) -> int:

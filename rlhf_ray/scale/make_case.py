@@ -18,9 +18,6 @@ from rlhf_ray.scale.devices import GIB, Device, find_device
 from rlhf_ray.scale.rates import read_rates
 from rlhf_ray.scale.shapes import require_shape
 
-# A machine's memory, where nobody says it: machines with 8 large GPUs are sold with about 2 TiB.
-HOST_GIB_A_DEVICE = 256
-
 
 @dataclass(frozen=True)
 class Wishes:
@@ -52,9 +49,9 @@ def make_case(config: RunConfig, shape: PreTrainedConfig, policy: Size, wishes: 
             raise ConfigError(
                 f"--{name}-tokens {mean:g} is a mean, and {setting} allows 1 to {limits[name]}; change one"
             )
-    host = (wishes.host_memory or HOST_GIB_A_DEVICE * min(device.in_a_node, wishes.devices)) * GIB
+    host = None if wishes.host_memory is None else int(wishes.host_memory * GIB)
     return Case(
-        config, policy, Architecture.of(shape, config.model.path), device, wishes.devices, int(host),
+        config, policy, Architecture.of(shape, config.model.path), device, wishes.devices, host,
         read_rates(wishes.rates), means["prompt"] or limits["prompt"], means["answer"] or limits["answer"],
         torch.float32 if config.dtype == "float32" else torch.bfloat16, _critic(config, policy), _judges(config),
     )  # fmt: skip

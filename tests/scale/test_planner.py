@@ -93,6 +93,13 @@ def test_what_cannot_fit_is_refused_with_numbers(case_of):
     assert plan_of(case_of("llama-70b", 64, *STEP, "algorithm.kl_coef=0.01", device="mi300x"), False)
 
 
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_refusal_names_the_devices_from_which_on_it_fits(case_of, devices):
+    with pytest.raises(ConfigError, match="With 8 of them it fits"):
+        plan_of(case_of("llama-70b", devices, *STEP), False)
+    assert plan_of(case_of("llama-70b", 8, *STEP), False)
+
+
 def test_memory_decides(case_of):
     wide = plan_of(case_of("qwen2-7b", 8, *STEP, device="h200"), False).best.layout
     tight = plan_of(case_of("qwen2-7b", 8, *STEP, device="h200", memory=24), False).best
