@@ -26,6 +26,10 @@ def skeleton(
     `path`: the folder or Hub name that the network began as; code of its own comes from there. Raises ModelError.
     """
     shape = load_shape(path if trust_remote_code else state.folder, trust_remote_code=trust_remote_code)
+    if trust_remote_code:  # the class, with what was trained: a classifier's labels are not those of its base
+        code = shape.name_or_path
+        shape = load_pretrained(type(shape), state.folder, "a model's config", True)
+        shape.name_or_path = code
     kinds = network_kinds()
     factory = kinds.AutoModelForSequenceClassification if classifies else kinds.AutoModelForCausalLM
     options = {"trust_remote_code": True} if trust_remote_code else {}

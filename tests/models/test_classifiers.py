@@ -7,7 +7,11 @@ import torch
 
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.classifiers import freeze_layers, head_names, load_classifier
+from rlhf_ray.models.pretrained import exported_state
 from rlhf_ray.models.scratch import build_scratch, build_scratch_classifier
+from rlhf_ray.models.skeleton import Filled, skeleton
+from rlhf_ray.models.torch_engine import TorchEngine
+from rlhf_ray.models.train_state import TrainState
 
 SHAPE = {"vocab_size": 11, "hidden_size": 16, "layers": 3, "max_length": 16}
 
@@ -45,6 +49,20 @@ def test_the_score_is_read_at_the_last_real_token(policy, kind):
     together = model(input_ids=padded, attention_mask=(padded != 0).long()).logits
     torch.testing.assert_close(together[:1], alone)
     assert together.shape == (2, 1) and not torch.allclose(together[0], together[1])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "lstm"])
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_skeleton_has_the_labels_of_the_training_and_not_those_of_its_base(policy, tmp_path, kind, trust):
+    folder = policy(kind)
+    model = load_classifier(folder, labels=["score"], pad_token_id=3, seed=0, trust_remote_code=trust)
+    TorchEngine(model).save(tmp_path / "state")
+    state = TrainState(tmp_path / "state")
+    made = skeleton(state, folder, classifies=True, trust_remote_code=trust)
+    assert (made.config.num_labels, made.config.pad_token_id) == (1, 3)
+    weights = {name: tensor.clone() for name, tensor in exported_state(made, gather=Filled(made, state))}
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_labels_have_names(policy):
