@@ -11,7 +11,6 @@ from rlhf_ray.models.memory import (
     kv_bytes_a_token,
     offloaded_bytes,
     train_parts,
-    weight_bytes,
 )
 from rlhf_ray.scale.case import Case
 from rlhf_ray.scale.devices import GIB
@@ -152,5 +151,6 @@ def host_bytes(case: Case, layout: Layout) -> dict[str, int]:
         parts["offloaded"] += here * offloaded_bytes(size, case.training(layout, name), case.dtype)
     parts["loading"] = here * 4 * case.policy.parameters
     if layout.colocated:  # vLLM's first level of sleep keeps its weights in host memory
-        parts["asleep"] = here // layout.tensor_parallel * weight_bytes(case.policy, case.dtype.itemsize)
+        # unpacked and without adapters, whatever the learner holds
+        parts["asleep"] = here // layout.tensor_parallel * case.policy.base * case.dtype.itemsize
     return parts

@@ -7,7 +7,7 @@ from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.scale.devices import GIB
 from rlhf_ray.scale.layout import Layout
-from rlhf_ray.scale.needs import needs_of
+from rlhf_ray.scale.needs import host_bytes, needs_of
 from rlhf_ray.scale.planner import plan_of, problems, warnings_of
 
 pytestmark = pytest.mark.slow  # a second each
@@ -148,3 +148,5 @@ def test_qlora_learns_on_one_device(case_of):
     case = case_of("qwen2-7b", 8, *STEP, "model.lora={r: 16, quantize: nf4}")
     layout = plan_of(case, False).best.layout
     assert layout.ranks == 1 and layout.section("learner")["engine"] == "torch"
+    # vLLM holds all 7,615,616,512 weights in 2 bytes, and keeps them in the host's memory while it sleeps.
+    assert host_bytes(case, Layout(True, 1, 1, 1))["asleep"] == 2 * 7_615_616_512
