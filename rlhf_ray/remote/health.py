@@ -95,6 +95,10 @@ class Health:
         """Its machine was cut off, and is there again: its silence counts as if the suspicion had just begun."""
         self._heard = max(self._heard, self.clock() - self.limits.pulse_s - self.limits.suspect_s)
 
+    def overlook(self, seconds: float) -> None:
+        """In these nobody listened: they are no silence."""
+        self._heard = min(self.clock(), self._heard + seconds)
+
     def doubt(self) -> None:
         """It could not be reached."""
         if self._state in (State.HEALTHY, State.STALE):

@@ -119,6 +119,7 @@ class Supervisor:
         self._unexplained: dict[str, tuple[float, Call, RlhfRayError]] = {}  # until when a cause may show
         self._told_waiting: set[str] = set()  # seats whose next process has no machine yet
         self._said: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._looked = clock()
         for name in self.seats:
             world.feel(name)
 
@@ -175,8 +176,17 @@ class Supervisor:
             self._hear(sign)
         while not self._said.empty():
             self._said.get()()
+        self._overlook_own_pause(seconds)
         for name in self.seats:
             self._look(name)
+
+    def _overlook_own_pause(self, waited: float) -> None:
+        """While this process was stopped itself, as with all of a job by its scheduler, it heard nobody."""
+        before, self._looked = self._looked, self.clock()
+        pause = self._looked - before - waited
+        if pause > self.limits.suspect_s:
+            for health in self.seats.values():
+                health.overlook(pause)
 
     def _hear(self, sign: Sign) -> None:
         name, health = sign.name, self.seats[sign.name]

@@ -371,6 +371,19 @@ def test_a_lost_worker_is_replaced_and_said_so_in_plain_words(time):
     assert world.workers["reward"].pid != 1 and supervisor.lost is None
 
 
+def test_who_has_not_been_heard_because_the_listener_was_stopped_is_not_lost(time):
+    """A scheduler stops all processes of a job for ten minutes; their signs are heard one by one afterwards."""
+    world, supervisor, told = supervised(time, ["reward"])
+    run_until(supervisor, time, 20)
+    world.coming = [(at + 600, *rest) for at, *rest in world.coming]
+    time.now += 600
+    run_until(supervisor, time, 640)
+    assert told == [] and [health.state for health in supervisor.seats.values()] == [State.HEALTHY] * 2
+    world.hangs.add(1)
+    run_until(supervisor, time, 700)
+    assert [kind for kind, *_ in told] == ["worker_silent", "worker_lost", "worker_restarted"]
+
+
 RANKS = ["learner rank 0", "learner rank 1"]
 
 
