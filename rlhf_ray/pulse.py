@@ -36,7 +36,8 @@ class Pulse:
         every_s: seconds between two signs.
         silence_s: seconds beyond that after which this process may be taken for stopped, once `begin` was called.
         start_s: the same before, for the import of a large library may block every thread; and at the end.
-        stuck_s: seconds in which nothing was done, after which it says that it is stuck.
+        stuck_s: seconds in which nothing was done, after which it says that it is stuck; before `begin` so many more as
+            `start_s`, for machines and room in the cluster are waited for without a sound.
     """
 
     def __init__(self, line: int, every_s: float, silence_s: float, start_s: float, stuck_s: float) -> None:
@@ -62,11 +63,14 @@ class Pulse:
 
     def _give(self) -> None:
         done, since = (_beats, computed_s()), time.monotonic()
+        looked = since
         while not self._over.wait(self.every_s):
-            now, still = (_beats, computed_s()), time.monotonic() - since
+            before, looked = looked, time.monotonic()
+            since += max(0.0, looked - before - self.every_s)  # all of this process was stopped, this thread, too
+            now, still = (_beats, computed_s()), looked - since
             if now[0] != done[0] or now[1] - done[1] > LEAST_SHARE * still:
-                done, since = now, time.monotonic()
-            elif still > self.stuck_s:
+                done, since = now, looked
+            elif still > (self.stuck_s if self._began else self.stuck_s + self._longer):
                 faulthandler.dump_traceback(all_threads=True)  # where each of them waits
                 return self.say("stuck", still)
             self.say("alive", self._patience if self._began else self._longer)

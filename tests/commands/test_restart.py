@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf_ray import pulse
 from rlhf_ray.commands import restart
 from rlhf_ray.commands.restart import Ended, restarting, run_child
 from rlhf_ray.config.sections import ModelConfig, TrainingRunConfig
@@ -226,3 +227,27 @@ def test_a_supervisor_that_was_stopped_itself_does_not_count_that_time(monkeypat
     process = SimpleNamespace(pid=1, poll=lambda: None)
     assert restart.Child(process, 0).listen(60) == "process 1 gave no sign of life for 40 s, and is killed"
     assert len(looks) == 2 + 38, "of the ten minutes two seconds count"
+
+
+@pytest.mark.parametrize(("begun", "waits", "says"), [
+    (True, [5] * 21, "stuck 105"),
+    (True, [5, 600, *[5] * 20], "stuck 105"),  # what the ten minutes are does not count
+    (False, [5] * 60, None),
+    (False, [5] * 81, "stuck 405"),
+], ids=["stuck", "stopped by a scheduler", "waits for machines", "stuck before it has begun"])  # fmt: skip
+def test_a_run_that_waits_for_machines_or_was_stopped_is_not_stuck(monkeypatch, begun, waits, says):
+    now, left, said = [0.0], list(waits), []
+
+    def wait(seconds):
+        now[0] += left.pop(0) if left else 0
+        return not left
+
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pulse, "computed_s", lambda: 0.0)
+    monkeypatch.setattr(pulse.faulthandler, "dump_traceback", lambda **_: None)
+    living = pulse.Pulse(0, every_s=5, silence_s=35, start_s=300, stuck_s=100)
+    living._began, living._over = begun, SimpleNamespace(wait=wait)
+    left.append(5)
+    living.say = lambda word, number: said.append(f"{word} {number:g}")
+    living._give()
+    assert [one for one in said if one.startswith("stuck")] == ([says] if says else [])
