@@ -7,6 +7,7 @@ it, and what comes out is what the lost one would have written.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class Successors:
         """The canary's question, before it writes anything. Those that differ are replaced like lost ones. Without a
         canary nobody asks, and newer weights than the others were asked about wait for the next."""
         proof = self.proof
-        if proof is None:
+        # Weights that are broken are nobody's fault here: no two answers of theirs are equal, nor is one to itself.
+        if proof is None or not all(math.isfinite(logp) for row in proof.logprobs for logp in row):
             return True
         calls = [
             worker.ask(method, *args, deadline=self.deadline)

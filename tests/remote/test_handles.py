@@ -317,6 +317,17 @@ def test_a_successor_that_answers_otherwise_gets_no_work(with_successor, world, 
     assert [replica.worker.name for replica in generators.replicas] == ["generator 0"]
 
 
+def test_a_successor_is_not_to_blame_for_broken_weights(with_successor):
+    """All generators answer NaN: the run has diverged, and says so at its next step."""
+    found, generators = with_successor, with_successor.generators
+    found.learner.push_weights(3)
+    for engine in found.engines:
+        engine.says = [[0.0, float("nan")]]
+    generators.replicas[0].logprobs([[1, 2]])
+    found.stale.append("generator 1")
+    assert generators.successors.sync(generators.generators[1]) and not found.stale
+
+
 @pytest.mark.parametrize(("version", "says"), [(4, [[0.0, -1.25]]), (3, [[0.0, -1.5004]])], ids=["newer", "rounding"])
 def test_a_successor_with_newer_weights_or_other_rounding_is_taken(with_successor, version, says):
     found, generators = with_successor, with_successor.generators
