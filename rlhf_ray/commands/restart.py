@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -35,15 +35,17 @@ LOOK_S = 1.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command has ended: its exit status, or minus the signal; and in words."""
+    """How a command has ended: its exit status, or minus the signal; and in words. `asked`: to stop, before."""
 
     status: int
     how: str
+    asked: bool = field(default=False, compare=False)
 
     @property
     def may_help(self) -> bool:
-        """To start again: infrastructure failed, or something killed the process that was no signal for stopping it."""
-        return self.status == AGAIN or (self.status < 0 and -self.status not in SIGNALS)
+        """To start again: infrastructure failed, or something killed the process that was no signal for stopping it.
+        But whoever has asked for an end wants no restart: a job that is ended takes the run's workers with it."""
+        return not self.asked and (self.status == AGAIN or (self.status < 0 and -self.status not in SIGNALS))
 
 
 def restarting(
@@ -63,7 +65,7 @@ def restarting(
         saved = _newest(folder)
         mode = "auto" if resume or failures else "never"
         ended = run([command, str(config), *overrides, "--run-dir", str(folder), "--resume", mode])
-        if ended.status == UNEXPECTED and _without_a_word(folder):
+        if ended.status == UNEXPECTED and not ended.asked and _without_a_word(folder):
             ended = Ended(AGAIN, "a library ended the process (Ray does so a minute after its head is gone)")
         if not ended.may_help:
             return ended.status if ended.status >= 0 else INTERRUPTED
@@ -113,10 +115,11 @@ def run_child(arguments: Sequence[str], start_s: float) -> Ended:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(hears)
-    if status < 0 and child.stops:  # it could not obey, and who asked for an end wants no restart
-        return Ended(INTERRUPTED, f"killed by {signal.Signals(-status).name} after it was to stop")
+    asked = bool(child.stops)
+    if status < 0 and asked:  # it could not obey
+        return Ended(INTERRUPTED, f"killed by {signal.Signals(-status).name} after it was to stop", asked)
     killed = hangs or (f"killed by {signal.Signals(-status).name}" if status < 0 else None)
-    return Ended(status, killed or f"exit status {status}")
+    return Ended(status, killed or f"exit status {status}", asked)
 
 
 class Child:

@@ -168,6 +168,25 @@ def test_whoever_cannot_obey_is_not_started_again(child, monkeypatch, tmp_path):
     assert ended.status == 130 and not ended.may_help
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [75, 1], ids=["its workers", "Ray"])
+def test_one_that_was_to_stop_and_was_lost_instead_is_not_started_again(child, monkeypatch, tmp_path, status):
+    """A job that is ended takes the run's workers, or Ray's head, with it."""
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import os,signal,sys,time; from pathlib import Path; signal.signal(15, lambda *_: sys.exit(%d))\n"
+        "Path('run').mkdir(); Path('run/events.jsonl').touch(); os.kill(os.getppid(), 15); time.sleep(60)"
+    )
+    starts = []
+
+    def run(arguments):
+        starts.append(arguments)
+        return child(code % status)
+
+    assert restarting("rl", SETTINGS, "a.yaml", [], tmp_path / "run", False, 3, run=run, sleep=starts.append) == status
+    assert len(starts) == 1
+
+
 # Signs of life every 0.05 s; one that was alive may be silent for 0.5 s more, and nothing done for 0.5 s is stuck.
 LIVING = """
 import os, signal, subprocess, sys, threading, time
