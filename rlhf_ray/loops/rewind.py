@@ -25,6 +25,7 @@ def through_losses(
         forget: drops what the loop holds of the steps that are left.
     Raises:
         RanksLostError: so many losses in a row, without a new step in between, that it is not chance.
+        KeyboardInterrupt: the run was to stop after the step that is lost.
     """
     lost, furthest, in_a_row = False, 0, 0
     while True:
@@ -34,6 +35,9 @@ def through_losses(
                 run.go_back(rejoin())
             return attempt()
         except RanksLostError as error:
+            # Whoever ends a job ends its workers, too, and waits neither for others nor for a step.
+            run.stop.heed()
+            run.stop.go()
             in_a_row = 1 if run.steps_done > furthest else in_a_row + 1
             furthest, most = max(furthest, run.steps_done), run.config.ray.restarts
             if in_a_row > most:

@@ -13,6 +13,7 @@ from rlhf_ray.errors import RanksLostError
 from rlhf_ray.loops.rewind import through_losses
 from rlhf_ray.roles.generator_hf import HFGenerator
 from rlhf_ray.rollout.ledger import TERMS
+from rlhf_ray.run.stopping import Stop
 from rlhf_ray.run.training_run import TrainingRun
 from rlhf_ray.start import rl as start
 from rlhf_ray.start.rl import run_rl
@@ -23,7 +24,7 @@ class FakeRun:
 
     def __init__(self, restarts: int) -> None:
         self.config = SimpleNamespace(ray=SimpleNamespace(restarts=restarts))
-        self.steps_done, self.went_back = 0, []
+        self.steps_done, self.went_back, self.stop = 0, [], Stop()
 
     def go_back(self, seconds: dict[str, float]) -> None:
         assert seconds == {"start": 1.0}
@@ -51,6 +52,14 @@ def test_a_step_that_kills_its_ranks_again_and_again_ends_the_run():
     with pytest.raises(RanksLostError, match="rank 1 died; this was loss number 3 after step 4 .* ray.restarts=2"):
         ends(run, [4, 2, 4])
     assert run.went_back == [4, 2]
+
+
+def test_a_run_that_was_to_stop_does_not_go_back():
+    run = FakeRun(restarts=2)
+    run.stop.requested = True
+    with pytest.raises(KeyboardInterrupt):
+        ends(run, [4])
+    assert run.went_back == []
 
 
 @pytest.mark.slow
