@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.errors import DeadlineError, RanksLostError, RlhfRayError, WorkerError
+from rlhf_ray.errors import DeadlineError, RanksLostError, RlhfRayError, SyncError, WorkerError
 from rlhf_ray.pulse import beat
 from rlhf_ray.remote.calls import Call, Deadline, Process, Worker, first_result
 from rlhf_ray.remote.failures import CutError, LostError
@@ -133,7 +133,7 @@ class Crew:
             return first_result(calls, self.check, self._again)
         except (GoneError, RanksLostError):
             raise
-        except WorkerError as error:
+        except (WorkerError, SyncError) as error:
             raise self._cause_of(error, calls) from None
         finally:
             with self._lock:
@@ -219,10 +219,11 @@ class Crew:
             limit = f"its limit is {call.deadline.seconds:.0f} s ({call.deadline.setting})"
             self.tell("call_slow", call.worker.name, f"{text}; {limit}")
 
-    def _cause_of(self, error: WorkerError, calls: Sequence[Call]) -> RlhfRayError:
-        """The death behind an error, if there is one: the error may be only what others noticed of it."""
-        self._wait_for(lambda: self._loss, CAUSE_S)
-        if self._loss is None or self._loss.who in str(error):
+    def _cause_of(self, error: RlhfRayError, calls: Sequence[Call]) -> RlhfRayError:
+        """The death behind an error, if there is one: the error may be only what others noticed of it, in any words.
+        A rank that sends weights, and gathers them from one that is gone, says that they did not arrive."""
+        self._wait_for(lambda: self._loss or self._setback, CAUSE_S)
+        if self._loss is not None and self._loss.who in str(error):
             return error
         try:
             self.check(calls)

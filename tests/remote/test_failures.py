@@ -8,6 +8,7 @@ import pickle
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,21 @@ from ray import exceptions as of_ray
 from torch import distributed
 
 from rlhf_ray import errors
-from rlhf_ray.errors import DataError, EngineError, ForeignError, RlhfRayError, WorkerError
-from rlhf_ray.remote import calls
+from rlhf_ray.config.sections import RayConfig
+from rlhf_ray.errors import (
+    DataError,
+    EngineError,
+    ForeignError,
+    RanksLostError,
+    RlhfRayError,
+    SyncError,
+    WorkerError,
+)
+from rlhf_ray.remote import calls, crew
 from rlhf_ray.remote.calls import Call, Deadline, Worker, death
 from rlhf_ray.remote.failures import LostError, is_infrastructure, portable, reported
+from rlhf_ray.remote.health import Limits
+from rlhf_ray.remote.supervisor import Setback
 
 OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RlhfRayError)]
 
@@ -185,3 +197,25 @@ def test_nothing_is_asked_of_a_ray_that_is_over(monkeypatch):
     for ask in (lambda: calls.value_of(call), lambda: calls.next_done([call], lambda calls: None)):
         with pytest.raises(WorkerError, match="the run is over"):
             ask()
+
+
+@pytest.mark.parametrize("kind", [SyncError, ForeignError, WorkerError])
+def test_what_a_rank_says_of_the_death_of_another_sends_the_run_back(monkeypatch, kind):
+    """Whatever words it has for it: rank 1 has died, and rank 0's call ends first."""
+    monkeypatch.setattr(crew, "CAUSE_S", 0.2)
+    team = crew.Crew(Limits.of(RayConfig()))
+    seats = SimpleNamespace(lost=None, setback=None)
+    team.supervisor, team._watcher = seats, threading.current_thread()
+
+    def ends_first(*_):
+        if seats.dies:
+            threading.Timer(0.05, lambda: setattr(seats, "setback", seats.dies)).start()
+        raise kind("weight sync: gather failed")
+
+    monkeypatch.setattr(crew, "first_result", ends_first)
+    seats.dies = None
+    with pytest.raises(kind, match="gather failed"):
+        team.next_done([])
+    seats.dies = Setback("learner rank 1", "learner rank 1 died: killed", 0.1, 0.0)
+    with pytest.raises(RanksLostError, match="rank 1 died"):
+        team.next_done([])
