@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # While waiting, how often to look whether some other worker has died meanwhile.
 POLL_S = 0.5
+# A wait that takes so much longer was stopped, as all processes of a job are by its scheduler: nobody worked meanwhile.
+STOPPED_S = 5.0
 # A result that is ready is a few numbers: longer than this, and its node is gone.
 FETCH_S = 60.0
 NAMED_PROMPTS = 5
@@ -174,7 +176,12 @@ def next_done(calls: Sequence[Call], check: Callable[[Sequence[Call]], None]) ->
         first = min(by_ref.values(), key=lambda call: call.until)
         left = first.until - time.monotonic()
         _require_ray()
-        done, _ = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, min(POLL_S, left)))
+        began, seconds = time.monotonic(), max(0.0, min(POLL_S, left))
+        done, _ = ray.wait(list(by_ref), num_returns=1, timeout=seconds)
+        pause = time.monotonic() - began - seconds
+        if pause > STOPPED_S:
+            for call in calls:
+                call.until += pause
         if done:
             return by_ref[done[0]]
         check(calls)

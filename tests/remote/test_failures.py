@@ -219,3 +219,21 @@ def test_what_a_rank_says_of_the_death_of_another_sends_the_run_back(monkeypatch
     seats.dies = Setback("learner rank 1", "learner rank 1 died: killed", 0.1, 0.0)
     with pytest.raises(RanksLostError, match="rank 1 died"):
         team.next_done([])
+
+
+def test_time_in_which_the_waiting_process_was_stopped_is_nobodys_delay(monkeypatch):
+    """A scheduler stops all of a job for ten minutes; the call has a minute, and needs 50 s of it."""
+    now = [0.0]
+
+    def wait(refs, num_returns, timeout):
+        now[0] += 600 if now[0] == 10 else timeout
+        return (refs if now[0] >= 650 and ends else []), []
+
+    monkeypatch.setattr(calls.ray, "wait", wait)
+    monkeypatch.setattr(calls, "_require_ray", lambda: None)
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now[0])
+    for ends, at in ((True, 650), (False, 659.5)):
+        now[0] = 0.0
+        call = Call(Worker("reward", None), "score", lambda actor: object(), Deadline(60, "ray.call_deadline_s"))
+        assert calls.next_done([call], check=lambda under_way: None) is call
+        assert (call.late, now[0]) == (not ends, at)
