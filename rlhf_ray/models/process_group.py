@@ -45,7 +45,7 @@ def join_ranks(
         )
     except RuntimeError as error:
         raise WorkerError(
-            f"learner rank {rank} of {world_size} could not meet the others at {address}:{port}, and gave up after "
+            f"rank {rank} of {world_size} could not meet the others at {address}:{port}, and gave up after "
             f"{time.monotonic() - began:.0f} of {timeout_s:.0f} s ({error}); check that rank 0 is reachable, also "
             "by the interface that Gloo or NCCL takes (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME in ray.env)"
         ) from error
