@@ -137,9 +137,10 @@ class Supervisor:
             holders: those of them whose processes hold what nobody else has. Once one is lost there is a `setback`,
                 and its successors are stale, until `rejoin`.
         """
-        self.replaceable, self.receivers = frozenset(replaceable), frozenset(receivers)
-        self.holders = frozenset(holders)
         self._groups = {name: tuple(group) for group in together for name in group}
+        self.receivers, self.holders = frozenset(receivers), frozenset(holders)
+        # Last: the thread that looks must not replace one alone whose peers and role it does not know yet.
+        self.replaceable = frozenset(replaceable)
         self._said.put(self._all_loaded)
 
     def peers(self, name: str) -> Sequence[str]:
