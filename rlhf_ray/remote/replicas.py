@@ -61,6 +61,7 @@ class Replicas:
         self._attempts: dict[int, Attempt] = {}  # by piece
         self._gone: dict[int, Call] = {}  # of each replica that was lost, a call that was lost with it
         self._late: set[int] = set()
+        self._refused: dict[int, Exception] = {}  # by piece: what could not even be sent
 
     def compute(self, starts: Sequence[Start]) -> list[Done]:
         """The results of these pieces, in order; from any thread. The first error of the work itself raises, and so
@@ -96,16 +97,27 @@ class Replicas:
             self._rejoin()
             assigned = self.pool.assign([number for number in self.pool.open if self._is_healthy(number)])
             for number, piece in assigned:
-                calls = self._starts[piece](self.replicas[number])
-                for call in calls:
-                    call.elsewhere = True
-                self._attempts[piece] = Attempt(piece, number, calls)
+                self._start(number, piece)
             if assigned:
                 self._changed.notify_all()
+            for piece in pieces:
+                if piece in self._refused:
+                    raise self._refused[piece]
             calls = [call for piece in pieces if piece in self._attempts for call in self._attempts[piece].under_way]
             if not calls:
                 self._changed.wait(POLL_S)
             return calls
+
+    def _start(self, number: int, piece: int) -> None:
+        try:
+            calls = self._starts[piece](self.replicas[number])
+        except Exception as error:  # whatever it is, it belongs to who wants this piece, and that may be another thread
+            self._refused[piece] = error
+            self.pool.ended(piece)
+            return
+        for call in calls:
+            call.elsewhere = True
+        self._attempts[piece] = Attempt(piece, number, calls)
 
     def _is_healthy(self, number: int) -> bool:
         return all(self.crew.state(worker) is State.HEALTHY for worker in self.replicas[number])
@@ -154,4 +166,5 @@ class Replicas:
         self.pool.ended(piece)
         self._starts.pop(piece, None)
         self._attempts.pop(piece, None)
+        self._refused.pop(piece, None)
         self._late.discard(piece)

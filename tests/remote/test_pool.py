@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,3 +219,32 @@ def test_a_piece_that_is_late_twice_is_too_much_work():
     with pytest.raises(DeadlineError, match="reward 1 is late"):
         Replicas(crew, [[worker] for worker in workers], Deadline(1, "x")).compute([send])
     assert asked == ["reward 0", "reward 1"]
+
+
+def test_what_cannot_be_sent_is_the_error_of_who_wants_it_and_of_nobody_else():
+    """Whoever looks next sends everybody's pieces."""
+    here, found = threading.current_thread(), {}
+    crew = SimpleNamespace(
+        state=lambda worker: State.HEALTHY if threading.current_thread() is here else State.SUSPECT,
+        check=lambda: None, next_done=lambda calls: (calls[0], "computed"),
+    )  # fmt: skip
+    worker = Worker("reward 0", None)
+    shared = Replicas(crew, [[worker]], Deadline(1, "x"))
+
+    def refused(replica):
+        raise TypeError("cannot pickle this row")
+
+    def ask():
+        try:
+            shared.compute([refused])
+        except TypeError as error:
+            found["other"] = str(error)
+
+    other = threading.Thread(target=ask, daemon=True)
+    other.start()
+    while not shared.pool.waiting:
+        time.sleep(0.01)
+    [done] = shared.compute([lambda replica: [Asked(worker, worker.process, 0, None)]])
+    other.join(5)
+    assert done.values == ["computed"] and found == {"other": "cannot pickle this row"}
+    assert not (shared._starts or shared._attempts or shared._refused or shared.pool.open[0])
