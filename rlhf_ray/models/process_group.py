@@ -46,8 +46,9 @@ def join_ranks(
     except RuntimeError as error:
         raise WorkerError(
             f"rank {rank} of {world_size} could not meet the others at {address}:{port}, and gave up after "
-            f"{time.monotonic() - began:.0f} of {timeout_s:.0f} s ({error}); check that rank 0 is reachable, also "
-            "by the interface that Gloo or NCCL takes (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME in ray.env)"
+            f"{time.monotonic() - began:.0f} of {timeout_s:.0f} s ({error}); check that this port is free and that "
+            "rank 0 is reachable, also by the interface that Gloo or NCCL takes (GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME in ray.env)"
         ) from error
     # Threads of a group that still stands when the interpreter ends can abort the process after its work is done.
     atexit.register(_leave)
