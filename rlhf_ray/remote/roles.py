@@ -98,7 +98,8 @@ def open_remote_roles(
             receivers = [worker.name for worker in crew.named("generator") if replaced]
             # What those that learn hold is in the checkpoints alone, to which all go back together: all are restarted
             # together. On shared GPUs there is no room for a rank while a generator is awake.
-            holders = [] if plan.shared else [worker.name for role in LEARNING for worker in crew.named(role)]
+            gone_for_good = plan.shared or not config.ray.restarts
+            holders = [] if gone_for_good else [worker.name for role in LEARNING for worker in crew.named(role)]
             together = [holders, *(
                 [worker.name for worker in group] for role in STATELESS for group in _groups(crew, role, config)
             )]  # fmt: skip

@@ -68,7 +68,10 @@ def open_remote_trainer(
             rows: Any = ray.put(dict(splits))  # once into the object store, however many ranks read it
             ranks = rank_steps(crew.named(ROLE), SupervisedHost.build, [make, rows], config.ray.call_deadline_s)
             _build(crew, ranks, config.learner.engine, config.ray, note)
-            crew.built(ranks, together=[list(ranks)], holders=list(ranks))
+            if config.ray.restarts:
+                crew.built(ranks, together=[list(ranks)], holders=list(ranks))
+            else:
+                crew.built()
             nodes = len({worker.node for worker in crew.workers})
             deadline = Deadline(config.ray.call_deadline_s, "ray.call_deadline_s")
             trainer = proxy(SupervisedTrainer, Group(crew, crew.named(ROLE), deadline))

@@ -294,8 +294,8 @@ def test_colocated_workers_see_the_gpu_of_the_rank_they_share_with(two_gpu_machi
 
 @pytest.mark.engine
 def test_workers_that_cannot_start_are_named(two_gpu_machines, tiny_config, monkeypatch):
-    class Broken(Host):
-        def __init__(self, name, folder):
+    class Broken(remote_roles.RewardHost):
+        def __init__(self, name, around):
             raise ImportError("no module named rlhf_ray")
 
     monkeypatch.setitem(remote_roles.HOSTS, "reward", Broken)

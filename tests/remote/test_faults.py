@@ -81,7 +81,7 @@ def test_without_restarts_a_lost_worker_ends_the_run(tiny_config, tmp_path, host
 STRIKES = {
     ("reward 1", "score"): (2, "reward 1"),
     ("reference 0", "logprobs"): (2, "reference 0"),
-    ("reference 1", "cut"): (3, "reference 1"),
+    ("learner rank 0", "begin"): (3, "reference 1"),
     ("generator 1", "write"): (4, "generator 1"),
     ("learner rank 0", "learn"): (3, "generator 0"),
 }
