@@ -243,7 +243,8 @@ def _refusal(case: Case) -> str:
     if not _fits_somehow(most):
         return (
             f"{what}: {wrong}. More of them would not help ({_nearest(most)}): choose larger devices, shorter "
-            "sequences, a smaller model or model.lora"
+            "sequences, a smaller model or model.lora (a plan puts each reference and reward model whole on one "
+            "device; a run can divide one, by reference.world_size or reward.world_size)"
         )
     count = 2 * case.devices
     while count < MOST_DEVICES and not _fits_somehow(replace(case, devices=count)):

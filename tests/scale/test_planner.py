@@ -90,6 +90,7 @@ def test_what_cannot_fit_is_refused_with_numbers(case_of):
         plan_of(case_of("llama-70b", 64, *STEP, "algorithm.kl_coef=0.01"), False)
     # A reference is whole on one device: 70,553,706,496 x 2 bytes are 131.4 GiB.
     assert "reference: 13" in str(refused.value) and "More of them would not help" in str(refused.value)
+    assert "reference.world_size" in str(refused.value), "what a plan does not try, and a run can do"
     assert plan_of(case_of("llama-70b", 64, *STEP, "algorithm.kl_coef=0.01", device="mi300x"), False)
 
 
